@@ -1,0 +1,1 @@
+"""The command line; no part of the package's API."""

@@ -1,0 +1,228 @@
+"""Reading a checkpoint folder: ``config.json`` and safetensors, tensor by tensor, without torch.
+
+A safetensors file is an 8-byte little-endian length, a JSON header of that length and the raw tensors. Tensors are
+mapped, not loaded: an export holds one of them in memory at a time.
+
+References
+----------
+https://github.com/huggingface/safetensors (README, "Format")
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from medreasoner.errors import BundleError
+
+__all__ = ["Checkpoint", "read_json", "sha256_of"]
+
+DTYPES: Mapping[str, Any] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""Element types that weights may have. Others (integers, fp8) are refused when they are read."""
+
+# The safetensors library refuses longer headers too; without a limit a hostile length would ask for all memory.
+MAX_HEADER_BYTES = 100_000_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Checkpoint:
+    """A folder with ``config.json`` and ``model.safetensors``, or shards named by ``model.safetensors.index.json``.
+
+    Parameters
+    ----------
+    folder
+        As written by ``save_pretrained``.
+
+    Attributes
+    ----------
+    folder : Path
+    config : dict
+        Content of ``config.json``.
+
+    Raises
+    ------
+    BundleError
+        If a file is missing, truncated or malformed; the message names it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / "config.json")
+        self._files = _weight_files(self.folder)
+        self._entries: dict[str, _Entry] = {}
+        for file in self._files:
+            self._entries.update(_read_header(file))
+        self._unread = set(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def prefix(self, candidates: Iterable[str], probe: str) -> str:
+        """The first of `candidates` for which ``candidate + probe`` is a tensor.
+
+        Raises
+        ------
+        BundleError
+            If there is none.
+        """
+        names = [candidate + probe for candidate in candidates]
+        for name in names:
+            if name in self._entries:
+                return name[: len(name) - len(probe)]
+        raise BundleError(f"{self.folder}: none of the tensors {', '.join(names)} is in the checkpoint")
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
+        """The tensor `name`, read-only, in its stored type (float64, float32, float16 or bfloat16).
+
+        Raises
+        ------
+        BundleError
+            If it is absent, has another shape, or holds a value that is not finite.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise BundleError(f"{self.folder}: tensor {name} is missing")
+        if entry.shape != shape:
+            raise BundleError(f"{entry.file}: tensor {name}: expected shape {shape}, got {entry.shape}")
+        if entry.dtype not in DTYPES:
+            raise BundleError(f"{entry.file}: tensor {name}: expected one of {sorted(DTYPES)}, got {entry.dtype}")
+        array: npt.NDArray[Any] = np.memmap(
+            entry.file, dtype=DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=shape
+        )
+        if not np.isfinite(array).all():
+            raise BundleError(f"{entry.file}: tensor {name} holds values that are not finite")
+        self._unread.discard(name)
+        return array
+
+    def dtype(self, name: str) -> str:
+        """The stored element type of `name`: ``"float32"``, ``"bfloat16"``, ...
+
+        Raises
+        ------
+        BundleError
+            If it is absent or of an unsupported type.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise BundleError(f"{self.folder}: tensor {name} is missing")
+        if entry.dtype not in DTYPES:
+            raise BundleError(f"{entry.file}: tensor {name}: expected one of {sorted(DTYPES)}, got {entry.dtype}")
+        return str(DTYPES[entry.dtype].name)
+
+    def check_all_read(self, *, ignore: tuple[str, ...] = ()) -> None:
+        """Refuse a checkpoint with tensors that the graphs do not use: they would be dropped silently.
+
+        Parameters
+        ----------
+        ignore
+            Parts of names that may be left out, such as ``"inv_freq"``.
+
+        Raises
+        ------
+        BundleError
+            Naming the first of them.
+        """
+        left = sorted(name for name in self._unread if not any(part in name for part in ignore))
+        if left:
+            raise BundleError(f"{self.folder}: {len(left)} tensors are not part of this architecture, first {left[0]}")
+
+    def sha256(self) -> str:
+        """Digest of the weights: of the file, or of the lines ``digest  name`` of the shards."""
+        digests = [(sha256_of(file), file.name) for file in self._files]
+        if len(digests) == 1:
+            return digests[0][0]
+        text = "".join(f"{digest}  {name}\n" for digest, name in digests)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`.
+
+    Raises
+    ------
+    BundleError
+        If the file is missing or holds something else.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing") from None
+    except (OSError, ValueError, RecursionError) as err:
+        raise BundleError(f"{path} cannot be read as JSON: {err}") from err
+    if not isinstance(data, dict):
+        raise BundleError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file, 64 lower-case hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single = folder / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise BundleError(f"{folder} holds neither {single.name} nor {index.name}")
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise BundleError(f"{index}: weight_map: expected an object with file names")
+    files = []
+    for name in sorted({str(name) for name in names.values()}):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise BundleError(f"{index}: {name!r} is not a file beside it")
+        files.append(folder / name)
+    return files
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+            raise BundleError(f"{path} is not a safetensors file, or is truncated: {size} bytes, header of {length}")
+        try:
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as err:
+            raise BundleError(f"{path}: the safetensors header is not JSON: {err}") from err
+    if not isinstance(header, dict):
+        raise BundleError(f"{path}: the safetensors header is not a JSON object")
+    header.pop("__metadata__", None)
+    return {name: _entry(path, name, value, start=8 + length, size=size) for name, value in header.items()}
+
+
+def _entry(path: Path, name: str, value: Any, *, start: int, size: int) -> _Entry:
+    try:
+        dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
+        numbers = (*shape, begin, end)
+        if not isinstance(dtype, str) or any(type(number) is not int or number < 0 for number in numbers):
+            raise TypeError("sizes and offsets must be whole numbers")
+    except (KeyError, TypeError, ValueError) as err:
+        raise BundleError(f"{path}: tensor {name}: malformed header entry: {err}") from err
+    if not begin <= end <= size - start:
+        raise BundleError(f"{path} is truncated: tensor {name} ends at byte {start + end} of {size}")
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise BundleError(f"{path}: tensor {name}: {end - begin} bytes do not hold {dtype} of shape {shape}")
+    return _Entry(file=path, dtype=dtype, shape=shape, offset=start + begin)

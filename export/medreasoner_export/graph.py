@@ -1,0 +1,161 @@
+"""A small typed builder of ONNX graphs, and the one place where weights enter them."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from medreasoner._version import __version__
+from medreasoner.errors import BundleError
+
+__all__ = ["IR_VERSION", "MAX_GRAPH_BYTES", "OPSET", "GraphBuilder", "Storage", "save_graph", "store"]
+
+OPSET = 20
+IR_VERSION = 10
+# Protocol buffers hold at most 2 GiB.
+MAX_GRAPH_BYTES = 2**31 - 1
+
+Storage: TypeAlias = Literal["float32", "float16", "bfloat16"]
+"""Element type of matrices in a file. Arithmetic is float32: the cast is folded when a session is made."""
+
+Shape: TypeAlias = Sequence[int | str]
+
+FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+
+
+class GraphBuilder:
+    """Collects nodes in order of execution. Tensors are named by strings; methods return the names they made.
+
+    Parameters
+    ----------
+    name
+        Name of the graph, for error messages.
+    storage
+        Element type in which matrices are stored.
+    """
+
+    def __init__(self, name: str, *, storage: Storage = "float32") -> None:
+        self.name = name
+        self.storage = storage
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, onnx.TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._count = 0
+
+    def input(self, name: str, dtype: int, shape: Shape) -> str:
+        """Declare a graph input; strings in `shape` are dynamic dimensions."""
+        self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+        return name
+
+    def output(self, name: str, dtype: int, shape: Shape) -> None:
+        """Declare the existing tensor `name` as an output of the graph."""
+        self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+
+    def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
+        """Append a node with one output and return the output's name.
+
+        Parameters
+        ----------
+        kind
+            Operator, with ``"com.microsoft."`` before it for ONNX Runtime's own.
+        inputs
+            Names; ``""`` leaves an optional input out.
+        out
+            Name of the output, made up if None.
+        """
+        return self.ops(kind, *inputs, outputs=(out or self.fresh(kind),), **attributes)[0]
+
+    def ops(self, kind: str, *inputs: str, outputs: int | Sequence[str], **attributes: Any) -> tuple[str, ...]:
+        """Append a node with several outputs: how many, or their names (``""`` leaves one out)."""
+        names = tuple(self.fresh(kind) for _ in range(outputs)) if isinstance(outputs, int) else tuple(outputs)
+        domain, _, operator = kind.rpartition(".")
+        node = helper.make_node(operator, list(inputs), list(names), domain=domain, name=names[0], **attributes)
+        self._nodes.append(node)
+        return names
+
+    def ints(self, *values: int) -> str:
+        """A constant (n,) int64, shared between equal ones."""
+        name = "ints_" + "_".join(str(value) for value in values)
+        return self.constant(name, np.array(values, dtype=np.int64))
+
+    def constant(self, name: str, array: npt.NDArray[Any]) -> str:
+        """A constant in its own type, shared between equal names."""
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def weight(self, name: str, array: npt.NDArray[Any]) -> str:
+        """Add a weight and return the name of its float32 value.
+
+        Matrices are stored as `storage` with a Cast behind them; vectors are small and stay float32.
+
+        Raises
+        ------
+        BundleError
+            If a value does not fit `storage`.
+        """
+        if array.ndim < 2 or self.storage == "float32":
+            self._initializers[name] = numpy_helper.from_array(store(array, "float32", name), name)
+            return name
+        stored = f"{name}.{self.storage}"
+        self._initializers[stored] = numpy_helper.from_array(store(array, self.storage, name), stored)
+        return self.op("Cast", stored, out=name, to=FLOAT)
+
+    def linear(self, x: str, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None) -> str:
+        """``x @ weight.T + bias``; `weight` is (out, in) as in torch and stored transposed."""
+        y = self.op("MatMul", x, self.weight(f"{name}.weight", weight.T))
+        return y if bias is None else self.op("Add", y, self.weight(f"{name}.bias", bias))
+
+    def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        """The finished model, with `metadata` and the versions of what made it as ``metadata_props``."""
+        graph = helper.make_graph(
+            self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
+        )
+        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medreasoner")
+        model.producer_version = __version__
+        helper.set_model_props(model, {"opset": str(OPSET), "storage": self.storage, **metadata})
+        return model
+
+    def fresh(self, kind: str) -> str:
+        """A tensor name that is not yet used."""
+        self._count += 1
+        return f"{kind.rpartition('.')[2].lower()}_{self._count}"
+
+
+def store(array: npt.NDArray[Any], storage: Storage, name: str) -> npt.NDArray[Any]:
+    """`array` as a contiguous array of the element type `storage`.
+
+    Raises
+    ------
+    BundleError
+        If a value overflows: bfloat16 weights can exceed float16.
+    """
+    dtype = np.dtype(ml_dtypes.bfloat16) if storage == "bfloat16" else np.dtype(storage)
+    with np.errstate(over="ignore"):
+        stored = np.ascontiguousarray(array.astype(dtype, copy=False))
+    if not np.isfinite(stored).all():
+        largest = float(np.abs(array.astype(np.float64)).max())
+        raise BundleError(f"weight {name}: {largest:.4g} does not fit {storage}; export with bfloat16 or float32 weights")
+    return stored
+
+
+def save_graph(model: onnx.ModelProto, path: Path) -> None:
+    """Write `model` with its weights inside.
+
+    Raises
+    ------
+    BundleError
+        If it is larger than one file can hold.
+    """
+    size = model.ByteSize()
+    if size > MAX_GRAPH_BYTES:
+        raise BundleError(f"{path.name}: {size / 2**30:.1f} GiB do not fit one ONNX file of 2 GiB")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString(deterministic=True))

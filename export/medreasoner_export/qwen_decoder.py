@@ -1,0 +1,132 @@
+"""Qwen2.5-VL's decoder as an ONNX graph for ONNX Runtime, built from the checkpoint's tensors without tracing.
+
+Attention is ``com.microsoft.GroupQueryAttention`` over a preallocated buffer that past and present share. Rotary
+positions come in as tables with one row a token, so that the three axes of an image token need no node here.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+
+from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Storage
+from medreasoner_export.qwen_config import QwenConfig, QwenTextConfig
+
+__all__ = ["TEXT_PREFIXES", "decoder_graph"]
+
+TEXT_PREFIXES = ("model.language_model.", "model.")
+
+
+def decoder_graph(
+    checkpoint: Checkpoint, config: QwenConfig, *, storage: Storage, metadata: Mapping[str, str]
+) -> onnx.ModelProto:
+    """The graph from embeddings to the last hidden states, with a key-value cache.
+
+    Inputs: ``inputs_embeds`` (batch, seq, hidden_dim) float32; ``rotary_cos`` and ``rotary_sin``
+    (batch * seq, head_dim / 2) float32; ``rotary_ids`` (batch, seq) int64, the row of each token in them;
+    ``seqlens_k`` (batch,) int32, tokens in the cache after this step less one; ``total_sequence_length`` () int32;
+    ``past_key.{i}`` and ``past_value.{i}`` (batch, n_kv_heads, capacity, head_dim) float32. Outputs:
+    ``hidden_states`` (batch, seq, hidden_dim) after the final norm, ``present_key.{i}``, ``present_value.{i}``.
+
+    Raises
+    ------
+    BundleError
+        If a tensor is missing, misshapen or does not fit `storage`.
+    """
+    return _Decoder(checkpoint, config.text, storage).build(metadata)
+
+
+class _Decoder:
+    def __init__(self, checkpoint: Checkpoint, config: QwenTextConfig, storage: Storage) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+        self.prefix = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight")
+        self.g = GraphBuilder("decoder", storage=storage)
+
+    def tensor(self, name: str, *shape: int) -> np.ndarray:  # type: ignore[type-arg]
+        return self.checkpoint.tensor(self.prefix + name, shape)
+
+    def build(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        g, c = self.g, self.config
+        x = g.input("inputs_embeds", FLOAT, ("batch", "seq", c.hidden_dim))
+        self.cos, self.sin = (
+            g.input(name, FLOAT, ("batch_seq", c.head_dim // 2)) for name in ("rotary_cos", "rotary_sin")
+        )
+        self.ids = g.input("rotary_ids", INT64, ("batch", "seq"))
+        self.lengths = g.input("seqlens_k", INT32, ("batch",))
+        self.total = g.input("total_sequence_length", INT32, ())
+        h = g.op(
+            "SimplifiedLayerNormalization", x, self._norm("layers.0.input_layernorm"), epsilon=c.rms_norm_eps
+        )
+        for index in range(c.n_layers):
+            layer = f"layers.{index}."
+            x, h = self._add(x, self._attention(h, layer, index), layer + "post_attention_layernorm")
+            last = index + 1 == c.n_layers
+            after = "norm" if last else f"layers.{index + 1}.input_layernorm"
+            x, h = self._add(x, self._mlp(h, layer + "mlp."), after, out="hidden_states" if last else None)
+        g.output("hidden_states", FLOAT, ("batch", "seq", c.hidden_dim))
+        cache = ("batch", c.n_kv_heads, "capacity", c.head_dim)
+        for index in range(c.n_layers):
+            for part in ("key", "value"):
+                g.output(f"present_{part}.{index}", FLOAT, cache)
+        return g.model(metadata)
+
+    def _attention(self, h: str, layer: str, index: int) -> str:
+        g, c = self.g, self.config
+        qkv = g.linear(h, layer + "qkv", *self._packed_projection(layer + "self_attn."))
+        kv_dim = c.n_kv_heads * c.head_dim
+        # Queries and keys are turned together: their heads have one size and follow each other.
+        qk, v = g.ops("Split", qkv, g.ints(c.hidden_dim + kv_dim, kv_dim), outputs=2, axis=-1)
+        qk = g.op("com.microsoft.RotaryEmbedding", qk, self.ids, self.cos, self.sin)
+        q, k = g.ops("Split", qk, g.ints(c.hidden_dim, kv_dim), outputs=2, axis=-1)
+        cache = ("batch", c.n_kv_heads, "capacity", c.head_dim)
+        past = [g.input(f"past_{part}.{index}", FLOAT, cache) for part in ("key", "value")]
+        attended = g.ops(
+            "com.microsoft.GroupQueryAttention",
+            q,
+            k,
+            v,
+            *past,
+            self.lengths,
+            self.total,
+            outputs=(g.fresh("attended"), f"present_key.{index}", f"present_value.{index}"),
+            num_heads=c.n_heads,
+            kv_num_heads=c.n_kv_heads,
+            do_rotary=0,
+        )[0]
+        name = layer + "self_attn.o_proj"
+        return g.linear(attended, name, self.tensor(name + ".weight", c.hidden_dim, c.hidden_dim))
+
+    def _packed_projection(self, name: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+        """Weight (hidden_dim + 2 * kv_dim, hidden_dim) and bias of the query, key and value projections."""
+        c = self.config
+        rows = {"q": c.hidden_dim, "k": c.n_kv_heads * c.head_dim, "v": c.n_kv_heads * c.head_dim}
+        weight = np.concatenate([self.tensor(f"{name}{part}_proj.weight", n, c.hidden_dim) for part, n in rows.items()])
+        return weight, np.concatenate([self.tensor(f"{name}{part}_proj.bias", n) for part, n in rows.items()])
+
+    def _mlp(self, h: str, name: str) -> str:
+        g, c = self.g, self.config
+        weight = np.concatenate(
+            [self.tensor(f"{name}{part}_proj.weight", c.mlp_dim, c.hidden_dim) for part in ("gate", "up")]
+        )
+        gate, up = g.ops("Split", g.linear(h, name + "gate_up", weight), outputs=2, axis=-1, num_outputs=2)
+        # QuickGelu with alpha 1 is x * sigmoid(x), in one pass.
+        gated = g.op("Mul", g.op("com.microsoft.QuickGelu", gate, alpha=1.0), up)
+        return g.linear(gated, name + "down_proj", self.tensor(name + "down_proj.weight", c.hidden_dim, c.mlp_dim))
+
+    def _norm(self, name: str) -> str:
+        return self.g.weight(name + ".weight", self.tensor(name + ".weight", self.config.hidden_dim))
+
+    def _add(self, x: str, y: str, norm: str, *, out: str | None = None) -> tuple[str, str]:
+        """``x + y`` and its normalisation by `norm`."""
+        g = self.g
+        h, _, _, total = g.ops(
+            "com.microsoft.SkipSimplifiedLayerNormalization",
+            y,
+            x,
+            self._norm(norm),
+            outputs=(out or g.fresh("norm"), "", "", g.fresh("sum")),
+            epsilon=self.config.rms_norm_eps,
+        )
+        return total, h

@@ -1,0 +1,161 @@
+"""A Qwen2.5-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from medreasoner._version import __version__
+from medreasoner.errors import BundleError
+from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.graph import Storage, save_graph, store
+from medreasoner_export.qwen_config import QwenConfig
+from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
+from medreasoner_export.qwen_vision import vision_graph
+from medreasoner_export.settings import reasoner_settings
+
+__all__ = ["DESCRIPTION", "ReasonerExport", "ReasonerOptions", "export_reasoner", "source_storage"]
+
+DESCRIPTION = "export.json"
+"""Name of the file in an export's folder that says what it is."""
+
+# Rows of the embedding converted at a time, to bound memory at vocabularies of 152k.
+ROWS = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasonerOptions:
+    """How a reasoner is exported.
+
+    Attributes
+    ----------
+    weights
+        Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
+    settings
+        Entries that replace those of ``medreasoner.json`` (see :mod:`medreasoner_export.settings`).
+    """
+
+    weights: Storage | Literal["source"] = "source"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasonerExport:
+    """An exported reasoner: its folder, and the ``reasoner`` section of a manifest with paths relative to it."""
+
+    folder: Path
+    section: Mapping[str, Any]
+    sha256: str
+    storage: Storage
+
+
+def export_reasoner(
+    checkpoint_dir: str | Path, out_dir: str | Path, *, options: ReasonerOptions | None = None
+) -> ReasonerExport:
+    """Write ``vision.onnx``, ``decoder.onnx``, ``embedding.bin``, ``tokenizer.json`` and ``export.json``.
+
+    Parameters
+    ----------
+    checkpoint_dir
+        Folder with ``config.json``, safetensors weights, ``tokenizer.json`` and optionally ``medreasoner.json``.
+    out_dir
+        Folder to write into, made if absent.
+
+    Raises
+    ------
+    BundleError
+        If the checkpoint is incomplete, malformed or of another architecture; the message names the file or tensor.
+    """
+    options = options or ReasonerOptions()
+    checkpoint = Checkpoint(checkpoint_dir)
+    config = QwenConfig.from_json(checkpoint.config)
+    settings = reasoner_settings(checkpoint.folder, config, options.settings)
+    embedding = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight") + "embed_tokens.weight"
+    storage = source_storage(checkpoint, embedding, options.weights)
+    sha256 = checkpoint.sha256()
+    metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    save_graph(vision_graph(checkpoint, config, storage=storage, metadata=metadata), out / "vision.onnx")
+    save_graph(decoder_graph(checkpoint, config, storage=storage, metadata=metadata), out / "decoder.onnx")
+    section = {"architecture": "qwen2_5_vl", "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"}}
+    section |= _matrices(checkpoint, config, embedding, storage, out)
+    section |= {"tokenizer": "tokenizer.json"} | _sizes(config, settings)
+    checkpoint.check_all_read(ignore=("inv_freq",))
+    _copy_tokenizer(checkpoint.folder, out)
+    export = ReasonerExport(folder=out, section=section, sha256=sha256, storage=storage)
+    description = {"section": section, "sha256": sha256, "storage": storage}
+    (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    return export
+
+
+def source_storage(checkpoint: Checkpoint, probe: str, weights: Storage | Literal["source"]) -> Storage:
+    """`weights`, or for ``"source"`` the element type of the tensor `probe`."""
+    if weights != "source":
+        return weights
+    dtype = checkpoint.dtype(probe)
+    return dtype if dtype in ("float16", "bfloat16") else "float32"  # type: ignore[return-value]
+
+
+def _matrices(
+    checkpoint: Checkpoint, config: QwenConfig, embedding: str, storage: Storage, out: Path
+) -> dict[str, Any]:
+    """Write the token embedding and, if it is another matrix, the output projection."""
+    shape = (config.text.vocab_size, config.text.hidden_dim)
+
+    def write(name: str, tensor: str) -> dict[str, Any]:
+        array = checkpoint.tensor(tensor, shape)
+        with (out / name).open("wb") as file:
+            for start in range(0, len(array), ROWS):
+                file.write(store(np.asarray(array[start : start + ROWS]), storage, tensor).tobytes())
+        return {"file": name, "dtype": storage, "shape": list(shape)}
+
+    described = {"embedding": write("embedding.bin", embedding)}
+    if config.text.tied:
+        if "lm_head.weight" in checkpoint:  # some files hold the tied matrix twice
+            checkpoint.tensor("lm_head.weight", shape)
+        return described | {"lm_head": described["embedding"]}
+    return described | {"lm_head": write("lm_head.bin", "lm_head.weight")}
+
+
+def _sizes(config: QwenConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The rest of a manifest's ``reasoner`` section."""
+    text, vision = config.text, config.vision
+    return {
+        "n_layers": text.n_layers,
+        "n_heads": text.n_heads,
+        "n_kv_heads": text.n_kv_heads,
+        "head_dim": text.head_dim,
+        "hidden_dim": text.hidden_dim,
+        "vocab_size": text.vocab_size,
+        "rope_theta": text.rope_theta,
+        "mrope_section": list(text.mrope_section),
+        "max_length": settings["max_length"],
+        "vision": {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.merge_size,
+            "window_size": vision.window_size,
+            "head_dim": vision.head_dim,
+            "full_attention_layers": list(vision.full_attention_layers),
+            "image_mean": settings["image_mean"],
+            "image_std": settings["image_std"],
+            "resize": settings["resize"],
+        },
+        "prompt": settings["prompt"],
+        "answer": settings["answer"],
+        "coordinates": settings["coordinates"],
+        "absent_threshold": settings["absent_threshold"],
+        "max_query_tokens": settings["max_query_tokens"],
+        "max_think_tokens": settings["max_think_tokens"],
+    }
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> None:
+    source = folder / "tokenizer.json"
+    if not source.is_file():
+        raise BundleError(f"{source} is missing: save the tokenizer in its fast form beside the weights")
+    shutil.copyfile(source, out / source.name)

@@ -1,0 +1,187 @@
+"""SAM's image encoder (a ViT with windows and relative positions) as an ONNX graph, built without tracing.
+
+Relative positions add ``rel_h[q, row of k] + rel_w[q, column of k]`` to the scores. Written as a dot product of the
+query, lengthened by its two rows of offsets, with the key, lengthened by one-hot codes of its row and column, they need
+no tensor of the size of the scores.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.graph import FLOAT, GraphBuilder, Storage
+from medreasoner_export.sam_config import SamConfig
+
+__all__ = ["encoder_graph"]
+
+# SamVisionNeck's norms hold this number in code, not in the configuration.
+NECK_EPSILON = 1e-6
+
+
+def encoder_graph(
+    checkpoint: Checkpoint, config: SamConfig, *, storage: Storage, metadata: Mapping[str, str]
+) -> onnx.ModelProto:
+    """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, S / patch, S / patch), float32.
+
+    Raises
+    ------
+    BundleError
+        If a tensor is missing, misshapen or does not fit `storage`.
+    """
+    return _Encoder(checkpoint, config, storage).build(metadata)
+
+
+class _Encoder:
+    def __init__(self, checkpoint: Checkpoint, config: SamConfig, storage: Storage) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.g = GraphBuilder("encoder", storage=storage)
+
+    def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
+        return self.checkpoint.tensor("vision_encoder." + name, shape)
+
+    def vector(self, name: str, size: int) -> str:
+        return self.g.weight(name, self.tensor(name, size))
+
+    def build(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        g, c = self.g, self.config
+        pixels = g.input("pixel_values", FLOAT, ("batch", 3, c.image_size, c.image_size))
+        x = self._patches(pixels)
+        names = ["layers.0.layer_norm1.weight", "layers.0.layer_norm1.bias"]
+        h = g.op(
+            "LayerNormalization", x, *(self.vector(name, c.hidden_dim) for name in names), epsilon=c.layer_norm_eps
+        )
+        for index in range(c.n_layers):
+            layer = f"layers.{index}."
+            attended = self._windowed_attention(h, layer, c.window_size if index not in c.global_layers else c.grid)
+            x, h = self._add(x, attended, layer + "attn.proj.bias", layer + "layer_norm2")
+            y, bias = self._mlp(h, layer + "mlp."), layer + "mlp.lin2.bias"
+            if index + 1 < c.n_layers:
+                x, h = self._add(x, y, bias, f"layers.{index + 1}.layer_norm1")
+            else:
+                x = g.op("Add", x, g.op("Add", y, self.vector(bias, c.hidden_dim)))
+        self._neck(x)
+        g.output("image_embedding", FLOAT, ("batch", c.n_channels, c.grid, c.grid))
+        return g.model(metadata)
+
+    def _patches(self, pixels: str) -> str:
+        """(batch, n_patches, hidden_dim), row by row."""
+        g, c = self.g, self.config
+        name = "patch_embed.projection"
+        kernel = self.tensor(name + ".weight", c.hidden_dim, 3, c.patch_size, c.patch_size)
+        patches = g.op(
+            "Conv",
+            pixels,
+            g.weight(name + ".weight", kernel),
+            self.vector(name + ".bias", c.hidden_dim),
+            strides=[c.patch_size, c.patch_size],
+        )
+        x = g.op("Transpose", g.op("Reshape", patches, g.ints(0, c.hidden_dim, -1)), perm=[0, 2, 1])
+        if not c.absolute_positions:
+            return x
+        places = self.tensor("pos_embed", 1, c.grid, c.grid, c.hidden_dim)
+        return g.op("Add", x, g.weight("pos_embed", places.reshape(1, -1, c.hidden_dim)))
+
+    def _windowed_attention(self, h: str, layer: str, window: int) -> str:
+        """(batch, n_patches, D) to the same, without the last bias."""
+        g, c = self.g, self.config
+        dim, count = c.hidden_dim, -(-c.grid // window)
+        padded = count * window
+        if padded > c.grid:
+            # SAM pads with zeros and lets them take part: no mask.
+            h = g.op("Reshape", h, g.ints(0, c.grid, c.grid, dim))
+            h = g.op("Pad", h, g.ints(0, 0, 0, 0, 0, padded - c.grid, padded - c.grid, 0))
+        if count > 1:
+            h = g.op("Reshape", h, g.ints(-1, count, window, count, window * dim))
+            h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])  # (batch, window row, window column, row, ...)
+        h = self._attention(g.op("Reshape", h, g.ints(-1, window * window, dim)), layer + "attn.", window)
+        if count > 1:
+            h = g.op("Reshape", h, g.ints(-1, count, count, window, window * dim))
+            h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])
+        if padded > c.grid:
+            h = g.op("Reshape", h, g.ints(-1, padded, padded, dim))
+            h = g.op("Slice", h, g.ints(0, 0), g.ints(c.grid, c.grid), g.ints(1, 2))
+        return g.op("Reshape", h, g.ints(-1, c.grid * c.grid, dim))
+
+    def _attention(self, h: str, name: str, side: int) -> str:
+        """Attention within each row of (B, side * side, D), and its output projection without the bias."""
+        g, c = self.g, self.config
+        dim, head = c.hidden_dim, c.hidden_dim // c.n_heads
+        bias = self.tensor(name + "qkv.bias", 3 * dim) if c.qkv_bias else None
+        qkv = g.linear(h, name + "qkv", self.tensor(name + "qkv.weight", 3 * dim, dim), bias)
+        heads = g.op("Reshape", qkv, g.ints(0, 0, 3 * c.n_heads, head))
+        heads = g.op("Transpose", heads, perm=[0, 2, 1, 3])  # (B, 3 * heads, T, head)
+        q, k, v = g.ops("Split", heads, outputs=3, axis=1, num_outputs=3)
+        if c.relative_positions:
+            q, k = self._with_offsets(q, k, name, side)
+        scores = g.op("com.microsoft.FusedMatMul", q, k, transB=1, alpha=head**-0.5)
+        attended = g.op("MatMul", g.op("Softmax", scores, axis=-1), v)
+        attended = g.op("Reshape", g.op("Transpose", attended, perm=[0, 2, 1, 3]), g.ints(0, 0, dim))
+        return g.linear(attended, name + "proj", self.tensor(name + "proj.weight", dim, dim))
+
+    def _with_offsets(self, q: str, k: str, name: str, side: int) -> tuple[str, str]:
+        """Queries and keys (B, heads, T, head + 2 * side) whose product holds the relative positions."""
+        g, c = self.g, self.config
+        head = c.hidden_dim // c.n_heads
+        # Offset of key j from query i is row i - j + side - 1 of the table.
+        rows = np.arange(side)[:, None] - np.arange(side)[None, :] + side - 1
+        tables = [
+            g.weight(name + axis, self.tensor(name + axis, 2 * side - 1, head)[rows].transpose(0, 2, 1))
+            for axis in ("rel_pos_h", "rel_pos_w")
+        ]  # (query place, head, key place)
+        grid = g.op("Reshape", q, g.ints(0, c.n_heads, side, side, head))
+        by_row = g.op("MatMul", grid, tables[0])
+        by_column = g.op("MatMul", g.op("Transpose", grid, perm=[0, 1, 3, 2, 4]), tables[1])
+        by_column = g.op("Transpose", by_column, perm=[0, 1, 3, 2, 4])
+        offsets = g.op("Concat", by_row, by_column, axis=-1)
+        offsets = g.op("Reshape", offsets, g.ints(0, c.n_heads, side * side, 2 * side))
+        # The scores are multiplied by head**-0.5 after the product, the offsets must not be.
+        codes = np.concatenate([np.repeat(np.eye(side), side, axis=0), np.tile(np.eye(side), (side, 1))], axis=1)
+        codes = (codes * head**0.5).astype(np.float32)[None, None]
+        batch = g.op("Shape", k, start=0, end=1)
+        shape = g.op("Concat", batch, g.ints(c.n_heads, side * side, 2 * side), axis=0)
+        codes_name = g.op("Expand", g.constant(f"codes_{side}", codes), shape)
+        return g.op("Concat", q, offsets, axis=-1), g.op("Concat", k, codes_name, axis=-1)
+
+    def _mlp(self, h: str, name: str) -> str:
+        g, c = self.g, self.config
+        weight, bias = self.tensor(name + "lin1.weight", c.mlp_dim, c.hidden_dim), self.tensor(name + "lin1.bias", c.mlp_dim)
+        hidden = g.op("Gelu", g.linear(h, name + "lin1", weight, bias))
+        return g.linear(hidden, name + "lin2", self.tensor(name + "lin2.weight", c.hidden_dim, c.mlp_dim))
+
+    def _add(self, x: str, y: str, bias: str, norm: str) -> tuple[str, str]:
+        """``x + y + bias`` and its normalisation by `norm`."""
+        g, dim = self.g, self.config.hidden_dim
+        vectors = [self.vector(name, dim) for name in (norm + ".weight", norm + ".bias", bias)]
+        h, _, _, total = g.ops(
+            "com.microsoft.SkipLayerNormalization",
+            y,
+            x,
+            *vectors,
+            outputs=(g.fresh("norm"), "", "", g.fresh("sum")),
+            epsilon=self.config.layer_norm_eps,
+        )
+        return total, h
+
+    def _neck(self, x: str) -> None:
+        g, c = self.g, self.config
+        channels = c.n_channels
+        y = g.linear(x, "neck.conv1", self.tensor("neck.conv1.weight", channels, c.hidden_dim, 1, 1).reshape(channels, -1))
+        y = self._planes(self._neck_norm(y, "neck.layer_norm1"))
+        kernel = g.weight("neck.conv2.weight", self.tensor("neck.conv2.weight", channels, channels, 3, 3))
+        y = g.op("Conv", y, kernel, pads=[1, 1, 1, 1])
+        y = g.op("Transpose", g.op("Reshape", y, g.ints(0, channels, -1)), perm=[0, 2, 1])
+        self._planes(self._neck_norm(y, "neck.layer_norm2"), out="image_embedding")
+
+    def _neck_norm(self, x: str, name: str) -> str:
+        vectors = [self.vector(f"{name}.{part}", self.config.n_channels) for part in ("weight", "bias")]
+        return self.g.op("LayerNormalization", x, *vectors, epsilon=NECK_EPSILON)
+
+    def _planes(self, x: str, *, out: str | None = None) -> str:
+        """(batch, n_patches, C) to (batch, C, grid, grid)."""
+        g, c = self.g, self.config
+        return g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1]), g.ints(0, c.n_channels, c.grid, c.grid), out=out)

@@ -1,0 +1,97 @@
+"""A SAM checkpoint as two ONNX graphs and a description."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from medreasoner._version import __version__
+from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.graph import Storage, save_graph
+from medreasoner_export.reasoner import DESCRIPTION, source_storage
+from medreasoner_export.sam_config import SamConfig
+from medreasoner_export.sam_decoder import sam_decoder_graph
+from medreasoner_export.sam_encoder import encoder_graph
+from medreasoner_export.settings import segmenter_settings
+
+__all__ = ["SegmenterExport", "SegmenterOptions", "export_segmenter"]
+
+# Weights of the architecture that the graphs leave out: mask prompts, and the masks that were not asked for.
+UNUSED = ("prompt_encoder.mask_embed.", "mask_decoder.output_hypernetworks_mlps.")
+# Older files hold the positions of the prompt encoder a second time.
+TWICE = "prompt_encoder.shared_embedding.positional_embedding"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmenterOptions:
+    """How a segmenter is exported.
+
+    Attributes
+    ----------
+    weights
+        Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
+    settings
+        Entries that replace those of ``medreasoner.json``: ``resize``, ``image_mean``, ``image_std``, ``prompts``,
+        ``multimask`` (the alternatives for ambiguous prompts instead of the single mask).
+    """
+
+    weights: Storage | Literal["source"] = "source"
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmenterExport:
+    """An exported segmenter: its folder, and the ``segmenter`` section of a manifest with paths relative to it."""
+
+    folder: Path
+    section: Mapping[str, Any]
+    sha256: str
+    storage: Storage
+
+
+def export_segmenter(
+    checkpoint_dir: str | Path, out_dir: str | Path, *, options: SegmenterOptions | None = None
+) -> SegmenterExport:
+    """Write ``encoder.onnx``, ``decoder.onnx`` and ``export.json``.
+
+    Parameters
+    ----------
+    checkpoint_dir
+        Folder of a transformers ``SamModel``: ``config.json`` and safetensors weights, optionally ``medreasoner.json``.
+    out_dir
+        Folder to write into, made if absent.
+
+    Raises
+    ------
+    BundleError
+        If the checkpoint is incomplete, malformed or of another architecture; the message names the file or tensor.
+    """
+    options = options or SegmenterOptions()
+    checkpoint = Checkpoint(checkpoint_dir)
+    config = SamConfig.from_json(checkpoint.config)
+    settings = segmenter_settings(checkpoint.folder, config.image_size, options.settings)
+    storage = source_storage(checkpoint, "vision_encoder.patch_embed.projection.weight", options.weights)
+    multimask = bool(settings["multimask"])
+    sha256 = checkpoint.sha256()
+    metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "multimask": str(multimask).lower()}
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    encoder = encoder_graph(checkpoint, config, storage=storage, metadata=metadata)
+    decoder = sam_decoder_graph(checkpoint, config, multimask=multimask, storage=storage, metadata=metadata)
+    checkpoint.check_all_read(ignore=(*UNUSED, TWICE))
+    save_graph(encoder, out / "encoder.onnx")
+    save_graph(decoder, out / "decoder.onnx")
+    section = {
+        "architecture": "sam",
+        "graphs": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
+        "resize": settings["resize"],
+        "image_mean": settings["image_mean"],
+        "image_std": settings["image_std"],
+        "mask_size": config.mask_size,
+        "n_masks": config.n_masks if multimask else 1,
+        "prompts": settings["prompts"],
+    }
+    description = {"section": section, "sha256": sha256, "storage": storage}
+    (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    return SegmenterExport(folder=out, section=section, sha256=sha256, storage=storage)

@@ -1,0 +1,126 @@
+"""What a checkpoint was trained to read and write, beyond its sizes: prompt, answer, coordinates, resizing, limits.
+
+A checkpoint folder may state it in ``medreasoner.json``, with the keys of a manifest's ``reasoner`` section. Without
+it, the defaults are those of MedReasoner-7B: Qwen's chat, an answer in single quotes, pixels of the resized image.
+
+References
+----------
+MedReasoner, arXiv 2508.08177, section on the output format; Qwen2.5-VL's ``chat_template`` and preprocessor.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from medreasoner.errors import BundleError
+from medreasoner_export.checkpoint import read_json
+from medreasoner_export.qwen_config import QwenConfig
+
+__all__ = ["reasoner_settings", "segmenter_settings"]
+
+FILE = "medreasoner.json"
+
+# The normalisation of CLIP, which Qwen2.5-VL keeps.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+# The normalisation of ImageNet, which SAM keeps.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MEDREASONER_7B: Mapping[str, Any] = {
+    "prompt": {
+        "template": (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+            "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{query}<|im_end|>\n<|im_start|>assistant\n"
+        ),
+        "image_token": "<|image_pad|>",
+    },
+    "answer": {
+        "present": (
+            "<answer>{'bbox': [{x1}, {y1}, {x2}, {y2}], 'points_1': [{p1x}, {p1y}], 'points_2': [{p2x}, {p2y}]}</answer>"
+        ),
+        "absent": None,
+        "think_open": "<think>",
+        "think_close": "</think>",
+        "end": "<|im_end|>",
+    },
+    "coordinates": "absolute",
+    "absent_threshold": None,
+    "max_query_tokens": 512,
+    "max_think_tokens": 1024,
+}
+DEFAULT_MAX_LENGTH = 4096
+# Qwen2.5-VL's own limits: 4 to 1280 merged tokens of 28 x 28 pixels.
+DEFAULT_MIN_PIXELS = 4 * 28 * 28
+DEFAULT_MAX_PIXELS = 1280 * 28 * 28
+
+
+def reasoner_settings(folder: Path, config: QwenConfig, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a reasoner checkpoint: `overrides`, before ``medreasoner.json``, before the defaults.
+
+    Returns
+    -------
+    settings
+        Keys ``prompt``, ``answer``, ``coordinates``, ``absent_threshold``, ``max_length``, ``max_query_tokens``,
+        ``max_think_tokens``, ``resize``, ``image_mean``, ``image_std``.
+
+    Raises
+    ------
+    BundleError
+        If a key is unknown, or the file is malformed.
+    """
+    images = _preprocessor(folder)
+    factor = config.vision.patch_size * config.vision.merge_size
+    defaults = {
+        **MEDREASONER_7B,
+        "max_length": min(config.text.max_length, DEFAULT_MAX_LENGTH),
+        "resize": {
+            "rule": "smart",
+            "min_pixels": images.get("min_pixels", DEFAULT_MIN_PIXELS),
+            "max_pixels": images.get("max_pixels", DEFAULT_MAX_PIXELS),
+            "factor": factor,
+        },
+        "image_mean": images.get("image_mean", CLIP_MEAN),
+        "image_std": images.get("image_std", CLIP_STD),
+    }
+    settings = _merge(folder, defaults, overrides)
+    if settings["max_length"] > config.text.max_length:
+        raise BundleError(f"max_length: {settings['max_length']} exceeds the model's positions {config.text.max_length}")
+    return settings
+
+
+def segmenter_settings(folder: Path, image_size: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a SAM checkpoint: ``resize``, ``image_mean``, ``image_std``, ``prompts``, ``multimask``.
+
+    Raises
+    ------
+    BundleError
+        If a key is unknown, or the file is malformed.
+    """
+    images = _preprocessor(folder)
+    defaults = {
+        "resize": {"rule": "longest_pad", "size": image_size},
+        "image_mean": images.get("image_mean", IMAGENET_MEAN),
+        "image_std": images.get("image_std", IMAGENET_STD),
+        "prompts": "joint",
+        "multimask": False,
+    }
+    return _merge(folder, defaults, overrides)
+
+
+def _merge(folder: Path, defaults: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / FILE
+    stated = read_json(path) if path.is_file() else {}
+    for source, values in ((str(path), stated), ("options", overrides)):
+        unknown = sorted(set(values) - set(defaults))
+        if unknown:
+            raise BundleError(f"{source}: unknown setting {unknown[0]!r}; known are {', '.join(sorted(defaults))}")
+    # Through JSON: tuples become lists, and what a manifest cannot hold is found here.
+    settings: dict[str, Any] = json.loads(json.dumps({**defaults, **stated, **overrides}))
+    return settings
+
+
+def _preprocessor(folder: Path) -> dict[str, Any]:
+    path = folder / "preprocessor_config.json"
+    return read_json(path) if path.is_file() else {}

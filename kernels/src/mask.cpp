@@ -1,0 +1,131 @@
+#include "mask.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace medreasoner {
+namespace {
+
+// Where the samples of one output axis lie in the input: between `low` and `high`, `weight` of the way.
+struct Sample {
+    int64_t low, high;
+    float weight;
+};
+
+std::vector<Sample> sample_axis(double crop, int64_t size) {
+    const auto last = static_cast<int64_t>(std::ceil(crop)) - 1;
+    std::vector<Sample> samples(static_cast<size_t>(size));
+    for (int64_t i = 0; i < size; ++i) {
+        const double at = std::max((static_cast<double>(i) + 0.5) * crop / static_cast<double>(size) - 0.5, 0.0);
+        const int64_t low = std::min(static_cast<int64_t>(at), last);
+        samples[static_cast<size_t>(i)] = {low, std::min(low + 1, last), static_cast<float>(at - static_cast<double>(low))};
+    }
+    return samples;
+}
+
+enum class Cell : uint8_t { outside, inside, mixed };
+
+// A stretch of output columns whose input cells are all of one kind.
+struct Span {
+    int64_t from, to;
+    Cell kind;
+};
+
+}  // namespace
+
+// Between four input samples that agree, bilinear interpolation cannot cross the threshold: only the cells that the
+// outline crosses are interpolated, the rest is filled.
+class BandOfRows {
+public:
+    BandOfRows(std::vector<Sample> columns, float threshold) : columns_(std::move(columns)), threshold_(threshold) {
+        row_.resize(static_cast<size_t>(columns_.back().high) + 1);
+    }
+
+    void enter(const float* top, const float* bottom) {
+        top_ = top;
+        bottom_ = bottom;
+        spans_.clear();
+        for (size_t x = 0; x < columns_.size();) {
+            const Sample& s = columns_[x];
+            const size_t from = x;
+            while (x < columns_.size() && columns_[x].low == s.low) ++x;
+            const Cell kind = classify(s.low, s.high);
+            if (!spans_.empty() && spans_.back().kind == kind) {
+                spans_.back().to = static_cast<int64_t>(x);
+            } else {
+                spans_.push_back({static_cast<int64_t>(from), static_cast<int64_t>(x), kind});
+            }
+        }
+    }
+
+    void write(float weight, uint8_t* out) {
+        for (const Span& span : spans_) {
+            if (span.kind == Cell::mixed) {
+                interpolate(span, weight, out);
+            } else {
+                std::memset(out + span.from, span.kind == Cell::inside, static_cast<size_t>(span.to - span.from));
+            }
+        }
+    }
+
+private:
+    Cell classify(int64_t low, int64_t high) const {
+        const int above = (top_[low] > threshold_) + (top_[high] > threshold_) + (bottom_[low] > threshold_) +
+                          (bottom_[high] > threshold_);
+        return above == 4 ? Cell::inside : above == 0 ? Cell::outside : Cell::mixed;
+    }
+
+    void interpolate(const Span& span, float weight, uint8_t* out) {
+        const Sample* columns = columns_.data();
+        for (int64_t i = columns[span.from].low; i <= columns[span.to - 1].high; ++i) {
+            row_[static_cast<size_t>(i)] = top_[i] * (1 - weight) + bottom_[i] * weight;
+        }
+        const float* row = row_.data();
+        for (int64_t x = span.from; x < span.to; ++x) {
+            const Sample& s = columns[x];
+            out[x] = row[s.low] * (1 - s.weight) + row[s.high] * s.weight > threshold_;
+        }
+    }
+
+    std::vector<Sample> columns_;
+    float threshold_;
+    const float* top_ = nullptr;
+    const float* bottom_ = nullptr;
+    std::vector<Span> spans_;
+    std::vector<float> row_;
+};
+
+void mask_from_logits(const float* logits, int64_t logits_width, double crop_height, double crop_width, float threshold,
+                      int64_t height, int64_t width, uint8_t* out) {
+    const std::vector<Sample> rows = sample_axis(crop_height, height);
+    BandOfRows band(sample_axis(crop_width, width), threshold);
+    int64_t entered = -1;
+    for (int64_t y = 0; y < height; ++y) {
+        const Sample& row = rows[static_cast<size_t>(y)];
+        if (row.low != entered) band.enter(logits + row.low * logits_width, logits + row.high * logits_width);
+        entered = row.low;
+        band.write(row.weight, out + y * width);
+    }
+}
+
+bool mask_box(const uint8_t* mask, int64_t height, int64_t width, Box* box) {
+    const auto is_set = [](uint8_t value) { return value != 0; };
+    Box found{width, height, 0, 0};
+    for (int64_t y = 0; y < height; ++y) {
+        const uint8_t* row = mask + y * width;
+        const uint8_t* first = std::find_if(row, row + width, is_set);
+        if (first == row + width) continue;
+        found.x1 = std::min<int64_t>(found.x1, first - row);
+        found.y1 = std::min(found.y1, y);
+        found.y2 = y + 1;
+        int64_t x2 = width;  // only columns right of the box so far can widen it
+        while (x2 > found.x2 && row[x2 - 1] == 0) --x2;
+        found.x2 = x2;
+    }
+    if (found.y2 == 0) return false;
+    *box = found;
+    return true;
+}
+
+}  // namespace medreasoner

@@ -1,0 +1,85 @@
+#include "rows.h"
+
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#include "simd.h"
+
+namespace medreasoner {
+
+struct Float16 {
+    uint16_t bits;
+};
+struct Bfloat16 {
+    uint16_t bits;
+};
+
+static inline float from_bits(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static inline float to_float(float value) { return value; }
+
+static inline float to_float(Bfloat16 value) { return from_bits(uint32_t{value.bits} << 16); }
+
+static inline float to_float(Float16 value) {
+    const uint32_t sign = (value.bits & 0x8000u) << 16, rest = value.bits & 0x7fffu;
+    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | rest << 13);  // infinities and NaN
+    const float magnitude = from_bits(rest << 13) * 0x1p112f;
+    return sign ? -magnitude : magnitude;
+}
+
+}  // namespace medreasoner
+
+#define MR_BODY "../src/rows_simd.inc"
+#include "for_each_level.h"
+
+namespace medreasoner {
+
+void project_rows(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n, float* out) {
+    switch (matrix.dtype) {
+        case Dtype::float32: return MR_DISPATCH(project<float>)(matrix, hidden, rows, n, out);
+        case Dtype::float16: return MR_DISPATCH(project<Float16>)(matrix, hidden, rows, n, out);
+        case Dtype::bfloat16: return MR_DISPATCH(project<Bfloat16>)(matrix, hidden, rows, n, out);
+    }
+}
+
+template <class T, class Widen>
+static void gather(const Matrix& matrix, const int64_t* ids, int64_t n, float* out, Widen widen) {
+    const T* data = static_cast<const T*>(matrix.data);
+    for (int64_t k = 0; k < n; ++k) widen(data + ids[k] * matrix.cols, matrix.cols, out + k * matrix.cols);
+}
+
+void gather_rows(const Matrix& matrix, const int64_t* ids, int64_t n, float* out) {
+    switch (matrix.dtype) {
+        case Dtype::float32: return gather<float>(matrix, ids, n, out, MR_DISPATCH(widen<float>));
+        case Dtype::float16: return gather<Float16>(matrix, ids, n, out, MR_DISPATCH(widen<Float16>));
+        case Dtype::bfloat16: return gather<Bfloat16>(matrix, ids, n, out, MR_DISPATCH(widen<Bfloat16>));
+    }
+}
+
+Selected select_token(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n) {
+    std::vector<float> logits(static_cast<size_t>(n));
+    project_rows(matrix, hidden, rows, n, logits.data());
+    size_t best = 0;
+    for (size_t k = 0; k < logits.size(); ++k) {
+        if (std::isnan(logits[k])) throw std::invalid_argument("a logit is not a number");
+        if (logits[k] > logits[best]) best = k;
+    }
+    if (std::isinf(logits[best])) throw std::invalid_argument("the largest logit is infinite");
+    double total = 0;
+    for (const float logit : logits) total += std::exp(logit - logits[best]);
+    return {rows[best], static_cast<float>(-std::log(total))};
+}
+
+}  // namespace medreasoner

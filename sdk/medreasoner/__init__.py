@@ -1,0 +1,49 @@
+"""Answers a question about a medical image with a mask.
+
+>>> import medreasoner as mr
+>>> result = mr.ground("sample:chest", "Where is the air-filled tissue?")              # doctest: +SKIP
+"""
+
+from logging import NullHandler, getLogger
+
+from medreasoner._version import __version__
+from medreasoner.errors import (
+    ArrayError,
+    BundleError,
+    CodecError,
+    GenerationError,
+    ImageReadError,
+    MedReasonerError,
+    MissingExtraError,
+    OutputError,
+    ProviderError,
+    QueryError,
+)
+from medreasoner.grounder import Grounder, ground
+from medreasoner.image import Image, read_image
+from medreasoner.result import Answer, Grounding, Thought
+from medreasoner.study import Study
+
+__all__ = [
+    "Answer",
+    "ArrayError",
+    "BundleError",
+    "CodecError",
+    "GenerationError",
+    "Grounder",
+    "Grounding",
+    "Image",
+    "ImageReadError",
+    "MedReasonerError",
+    "MissingExtraError",
+    "OutputError",
+    "ProviderError",
+    "QueryError",
+    "Study",
+    "Thought",
+    "__version__",
+    "ground",
+    "read_image",
+]
+
+getLogger(__name__).addHandler(NullHandler())

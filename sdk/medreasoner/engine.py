@@ -1,0 +1,78 @@
+"""A loaded bundle: the two models, the threads that they share, and what is known about them."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from medreasoner.bundle import Bundle
+from medreasoner.errors import MedReasonerError, ProviderError
+from medreasoner.providers import OrtSession, RuntimeOptions
+from medreasoner.reasoner import Reasoner
+from medreasoner.reasoner.prompt import load_tokenizer
+from medreasoner.reasoner.weights import load_weight
+from medreasoner.segmenter import Segmenter
+
+__all__ = ["Engine", "load_engine"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Engine:
+    """A bundle that is ready to run."""
+
+    reasoner: Reasoner
+    segmenter: Segmenter
+    pool: ThreadPoolExecutor
+    model_name: str
+    model_version: str
+    model_digest: str
+    warnings: tuple[str, ...]
+    process: int = field(default_factory=os.getpid)
+    closed: bool = False
+
+    def check(self) -> None:
+        """Refuse to work when closed, or in a process that was forked off after loading.
+
+        Raises
+        ------
+        ProviderError
+            After a fork: the threads of ONNX Runtime do not exist in the child, and a run would hang.
+        MedReasonerError
+            If closed.
+        """
+        if self.process != os.getpid():
+            raise ProviderError(
+                "this Grounder was loaded before the process was forked and cannot run here; "
+                "load it in the child, or start processes with 'spawn'"
+            )
+        if self.closed:
+            raise MedReasonerError("this Grounder is closed")
+
+
+def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
+    """Engine of a verified bundle; its sessions are made in threads, the longest first."""
+    spec = bundle.spec
+    reasoner, segmenter = spec.reasoner, spec.segmenter
+    graphs = (reasoner.graphs.vision, segmenter.graphs.encoder, reasoner.graphs.decoder, segmenter.graphs.decoder)
+    with ThreadPoolExecutor(len(graphs) + 1) as pool:
+        sessions = [pool.submit(OrtSession, bundle.path(name), options) for name in graphs]
+        tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
+        embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
+        lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)
+        vision, encoder, decoder, mask_decoder = (session.result() for session in sessions)
+        warnings = dict.fromkeys(line for session in sessions for line in session.result().warnings)
+        return Engine(
+            reasoner=Reasoner(
+                reasoner,
+                vision=vision,
+                decoder=decoder,
+                tokenizer=tokenizer.result(),
+                embedding=embedding,
+                lm_head=lm_head,
+            ),
+            segmenter=Segmenter(segmenter, encoder=encoder, decoder=mask_decoder),
+            pool=ThreadPoolExecutor(2, thread_name_prefix="medreasoner"),
+            model_name=spec.name,
+            model_version=spec.version,
+            model_digest=bundle.digest,
+            warnings=tuple(warnings),
+        )

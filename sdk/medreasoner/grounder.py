@@ -1,0 +1,226 @@
+"""The one class and the one call: a loaded bundle that answers questions about images."""
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import TypeAlias, overload
+
+from medreasoner.bundle import Bundle, Verify, load_bundle
+from medreasoner.engine import Engine, load_engine
+from medreasoner.errors import QueryError
+from medreasoner.image import Image, ImageSource, read_image
+from medreasoner.providers import Device, RuntimeOptions, require_runtime
+from medreasoner.result import Answer, Grounding, Thought
+from medreasoner.study import Study, open_studies
+from medreasoner.timing import Stopwatch
+
+__all__ = ["Grounder", "ground"]
+
+_BATCH = 8  # images that the vision tower reads at once, and that are kept open together
+
+Queries: TypeAlias = list[str] | tuple[str, ...]
+Images: TypeAlias = "list[ImageSource] | tuple[ImageSource, ...]"
+
+
+class Grounder:
+    """A loaded bundle; made by `load`. A context manager, and safe to use from several threads.
+
+    >>> with Grounder.load("nano") as grounder:                                    # doctest: +SKIP
+    ...     result = grounder.ground("chest.dcm", "Where is the air-filled tissue?")
+    """
+
+    def __init__(self, engine: Engine, bundle: Bundle) -> None:
+        self._engine, self.bundle = engine, bundle
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str] = "nano",
+        *,
+        device: Device = "auto",
+        n_threads: int | None = None,
+        verify: Verify = "auto",
+        cache_dir: Path | None = None,
+    ) -> "Grounder":
+        """Load a bundle and prove its files.
+
+        Parameters
+        ----------
+        bundle
+            ``"nano"``, which ships with the package, or the path of a bundle's folder.
+        device
+            ``"auto"`` takes the first of TensorRT, CUDA and CPU that works; results say in their warnings what was
+            passed over. A device asked for by name must work.
+        n_threads
+            Threads of a session on the CPU; None: the cores that this process may use.
+        verify
+            ``"full"`` hashes every file, ``"auto"`` skips those above 64 MB that were hashed before.
+        cache_dir
+            For engines and the list of verified files; None: ``~/.cache/medreasoner``.
+
+        Raises
+        ------
+        BundleError
+            If the bundle is absent, malformed or altered.
+        ProviderError
+            If there is no ONNX Runtime, or two, or the device does not work.
+        """
+        require_runtime()
+        verified = load_bundle(bundle, verify=verify, cache_dir=cache_dir)
+        engines = (cache_dir or Path.home() / ".cache" / "medreasoner") / "engines" / verified.digest
+        options = RuntimeOptions(device=device, n_threads=n_threads, engine_cache_dir=engines)
+        return cls(load_engine(verified, options), verified)
+
+    def __enter__(self) -> "Grounder":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the models; queries are refused from now on, also those of open studies."""
+        self._engine.closed = True
+        self._engine.pool.shutdown(wait=False, cancel_futures=True)
+
+    def open(self, image: ImageSource, *, frame: int | None = None) -> Study:
+        """Read an image, for any number of queries.
+
+        Parameters
+        ----------
+        image
+            Path, bytes, array, Pillow picture, pydicom data set or `Image`; see `read_image`.
+        frame
+            Index from 0 of the frame, page or slice.
+
+        Raises
+        ------
+        ImageReadError
+            If the image cannot be read.
+        """
+        return open_studies(self._engine, [_read(image, frame)])[0]
+
+    @overload
+    def ground(
+        self, image: ImageSource, query: str, *, think: bool = ..., frame: int | None = ..., unconstrained: bool = ...
+    ) -> Grounding: ...
+
+    @overload
+    def ground(
+        self,
+        image: "ImageSource | Images",
+        query: Queries,
+        *,
+        think: bool = ...,
+        frame: int | None = ...,
+        unconstrained: bool = ...,
+    ) -> list[Grounding]: ...
+
+    def ground(
+        self,
+        image: "ImageSource | Images",
+        query: str | Queries,
+        *,
+        think: bool = False,
+        frame: int | None = None,
+        unconstrained: bool = False,
+    ) -> Grounding | list[Grounding]:
+        """Answer questions about images.
+
+        Parameters
+        ----------
+        image
+            One image (see `read_image`), or a list or tuple of them.
+        query
+            One question; or a list of them, as many as images, or any number for one image.
+        think
+            Whether the reasoner reasons in words first.
+        frame
+            Index from 0 of the frame, page or slice of each image.
+        unconstrained
+            Whether it answers as free text that is then parsed, instead of following the grammar of answers: only to
+            compare.
+
+        Returns
+        -------
+        Grounding or list of Grounding
+            As many as queries, in their order.
+
+        Raises
+        ------
+        ImageReadError
+            If an image cannot be read.
+        QueryError
+            If a query is empty, no text or too long, or the lists do not fit.
+        GenerationError
+            If the reasoner gave no usable answer.
+        """
+        self._engine.check()
+        images, queries = _pairs(image, query)
+        for each in queries:  # before any work
+            self._engine.reasoner.prompt.check(each)
+        results: list[Grounding] = []
+        for start in range(0, len(images), _BATCH):
+            some = [_read(source, frame) for source in images[start : start + _BATCH]]
+            asked = [queries] if len(images) == 1 else [[each] for each in queries[start : start + _BATCH]]
+            for study, (first, *more) in zip(open_studies(self._engine, some), asked, strict=True):
+                with study:
+                    results.append(_last(study.stream_first(first, think=think, unconstrained=unconstrained)))
+                    results += [study.ground(each, think=think, unconstrained=unconstrained) for each in more]
+        return results[0] if isinstance(query, str) else results
+
+    def stream(
+        self, image: ImageSource, query: str, *, think: bool = True, frame: int | None = None
+    ) -> Iterator[Thought | Answer | Grounding]:
+        """Answer a question, and tell on the way: pieces of the thought, the answer, and the result at the end.
+
+        Parameters and errors are those of `ground`; they arise when the first event is asked for.
+        """
+        self._engine.check()
+        self._engine.reasoner.prompt.check(query)
+        with self.open(image, frame=frame) as study:
+            yield from study.stream_first(query, think=think)
+
+
+def ground(image: ImageSource, query: str, *, think: bool = False, frame: int | None = None) -> Grounding:
+    """Answer one question about one image with the nano bundle, which is loaded once a process.
+
+    Parameters and errors are those of `Grounder.load` and `Grounder.ground`.
+    """
+    with ThreadPoolExecutor(1) as pool:  # the image is read while the models load
+        reading = pool.submit(read_image, image, frame=frame)
+        grounder = _default_grounder(os.getpid())
+        return grounder.ground(reading.result(), query, think=think)
+
+
+@lru_cache(maxsize=1)
+def _default_grounder(_process: int) -> Grounder:
+    return Grounder.load()
+
+
+def _read(source: ImageSource, frame: int | None) -> tuple[Image, float]:
+    watch = Stopwatch()
+    return read_image(source, frame=frame), watch.lap()
+
+
+def _last(events: Iterator[Thought | Answer | Grounding]) -> Grounding:
+    *_, last = events
+    assert isinstance(last, Grounding)
+    return last
+
+
+def _pairs(image: "ImageSource | Images", query: str | Queries) -> tuple[list[ImageSource], list[str]]:
+    images = list(image) if isinstance(image, list | tuple) else [image]
+    if isinstance(query, str):
+        if isinstance(image, list | tuple):
+            raise QueryError(f"one query for a list of {len(images)} images: give a list of as many queries")
+        return images, [query]
+    if not isinstance(query, list | tuple):
+        raise QueryError(f"query: expected text or a list of texts, got {type(query).__name__}")
+    if isinstance(image, list | tuple) and len(images) != len(query):
+        raise QueryError(f"{len(images)} images and {len(query)} queries: lists must have one length")
+    return images, list(query)

@@ -1,0 +1,100 @@
+"""Which form a file gets, and whether it can be written, both known before any work is done."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from medreasoner._extras import require
+from medreasoner.errors import OutputError
+
+if TYPE_CHECKING:
+    from medreasoner.image import Image
+
+__all__ = ["FORMS", "check_output", "form_of"]
+
+FORMS: Mapping[str, str] = MappingProxyType(
+    {
+        "overlay": "picture with mask, box and points drawn in (.png, .jpg, .jpeg)",
+        "mask": "mask of 0 and 255 in the image's own grid (a name that ends in mask.png)",
+        "rle": "mask as COCO run lengths (.rle.json)",
+        "json": "the whole answer (.json)",
+        "nifti": "mask in the volume of the NIfTI input, or one slice (.nii, .nii.gz)",
+        "seg": "DICOM SEG that refers to the DICOM input (.dcm)",
+    }
+)
+"""Forms and what they hold."""
+
+# The first that fits is taken, so the longer endings stand before the shorter ones that they end in.
+_ENDINGS = (
+    ("mask.png", "mask"),
+    (".png", "overlay"),
+    (".jpg", "overlay"),
+    (".jpeg", "overlay"),
+    (".rle.json", "rle"),
+    (".json", "json"),
+    (".nii.gz", "nifti"),
+    (".nii", "nifti"),
+    (".dcm", "seg"),
+)
+
+
+def form_of(path: str | os.PathLike[str], *, format: str | None = None) -> str:
+    """Form in which a file is written: the one asked for, or else the one of its ending.
+
+    Raises
+    ------
+    OutputError
+        If neither is known; the message lists those that are.
+
+    Examples
+    --------
+    >>> form_of("left.mask.png"), form_of("left.png"), form_of("left.png", format="mask")
+    ('mask', 'overlay', 'mask')
+    """
+    name = Path(path).name
+    if format is not None:
+        if format not in FORMS:
+            raise OutputError(f"unknown format {format!r}; known: {', '.join(FORMS)}")
+        return format
+    for ending, form in _ENDINGS:
+        if name.lower().endswith(ending):
+            return form
+    known = ", ".join(ending if ending.startswith(".") else f"*{ending}" for ending, _ in _ENDINGS)
+    raise OutputError(f"{name}: unknown ending; known: {known}")
+
+
+def check_output(path: str | os.PathLike[str], *, format: str | None = None, image: "Image | None" = None) -> str:
+    """Form of a file that can be written, so that a caller learns of a fault before the work and not after it.
+
+    Parameters
+    ----------
+    path
+        The file to write; what is there is replaced.
+    format
+        One of `FORMS`; None: by the ending.
+    image
+        What the result will be about, if it is known yet.
+
+    Raises
+    ------
+    OutputError
+        If the folder is missing, the path is no regular file, the ending is unknown, or the form does not suit the
+        image.
+    MissingExtraError
+        If the form needs a package that is not installed.
+    """
+    form = form_of(path, format=format)
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: there is no folder {str(target.parent)!r}")
+    if target.exists() and not target.is_file():
+        raise OutputError(f"{target}: it exists and is not a file")
+    if form == "seg":
+        require("highdicom", extra="dicom", feature="Writing DICOM SEG")
+        if image is not None and image.dicom is None:
+            raise OutputError(f"{target.name}: DICOM SEG refers to a DICOM image, and {image.source} is none")
+    if form == "nifti":
+        require("nibabel", extra="nifti", feature="Writing NIfTI")
+    return form

@@ -1,0 +1,88 @@
+"""One call that writes a result in any form."""
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from medreasoner import ops
+from medreasoner.errors import OutputError
+from medreasoner.outputs.forms import check_output
+
+if TYPE_CHECKING:
+    from medreasoner.result import Grounding
+
+__all__ = ["save"]
+
+
+def save(
+    grounding: "Grounding", path: str | os.PathLike[str], *, format: str | None = None, include_query: bool = False
+) -> None:
+    """Write a result; the file appears whole or not at all.
+
+    Parameters
+    ----------
+    grounding
+        The result. An absent answer is written as an empty mask.
+    path
+        Where to; a file that is there is replaced.
+    format
+        One of `medreasoner.outputs.FORMS`; None: by the ending of the name.
+    include_query
+        Whether DICOM SEG and JSON hold the question, which may name a patient.
+
+    Raises
+    ------
+    OutputError
+        As `check_output`, or if the disk refuses.
+    MissingExtraError
+        If the form needs a package that is not installed.
+    """
+    form = check_output(path, format=format, image=grounding.image)
+    target = Path(path)
+    _write(target, _encode(grounding, form, target.name.lower(), include_query))
+
+
+def _encode(grounding: "Grounding", form: str, name: str, include_query: bool) -> bytes:
+    if form == "overlay":
+        return _picture(grounding.overlay(), "JPEG" if name.endswith((".jpg", ".jpeg")) else "PNG")
+    if form == "mask":
+        from PIL import Image
+
+        return _picture(Image.fromarray(grounding.mask.view("uint8") * 255), "PNG")
+    if form == "rle":
+        return _json(ops.rle_encode(grounding.mask))
+    if form == "json":
+        return _json(grounding.to_dict(include_query=include_query))
+    if form == "nifti":
+        from medreasoner.outputs.nifti import encode_nifti
+
+        return encode_nifti(grounding.mask, grounding.image, compress=name.endswith(".gz"))
+    from medreasoner.outputs.dicom_seg import encode_seg
+
+    return encode_seg(grounding, include_query=include_query)
+
+
+def _picture(picture: Any, kind: str) -> bytes:
+    stream = io.BytesIO()
+    picture.save(stream, kind, **({"quality": 92} if kind == "JPEG" else {}))
+    return stream.getvalue()
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode()
+
+
+def _write(target: Path, data: bytes) -> None:
+    """Write beside the target and rename, so that no reader ever meets half a file."""
+    beside = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
+    try:
+        try:
+            with beside.open("xb") as stream:
+                stream.write(data)
+            beside.replace(target)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as err:
+        raise OutputError(f"{target}: it cannot be written ({err.strerror or type(err).__name__})") from err

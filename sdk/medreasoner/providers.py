@@ -1,0 +1,345 @@
+"""ONNX Runtime: which one is installed, on which device it runs, and sessions that read and write bound buffers."""
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medreasoner.errors import ProviderError
+
+__all__ = [
+    "Binding",
+    "Buffer",
+    "Device",
+    "OrtSession",
+    "RuntimeOptions",
+    "Session",
+    "fallback_warnings",
+    "provider_list",
+    "require_runtime",
+    "usable_cores",
+]
+
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+Array: TypeAlias = NDArray[Any]
+Provider: TypeAlias = tuple[str, dict[str, str]]
+
+TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"
+_CHAINS: Mapping[str, tuple[str, ...]] = {
+    "auto": (TENSORRT, CUDA, CPU),
+    "tensorrt": (TENSORRT, CUDA, CPU),
+    "cuda": (CUDA, CPU),
+    "cpu": (CPU,),
+}
+_CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RuntimeOptions:
+    """How sessions run.
+
+    Parameters
+    ----------
+    device
+        ``"auto"`` takes the first of TensorRT, CUDA and CPU that works.
+    n_threads
+        Threads of one session on the CPU; None: the usable cores.
+    fp16
+        Whether TensorRT may compute in half precision.
+    cuda_graphs
+        Whether a session on a GPU may be replayed as a graph; only for graphs whose shapes never change.
+    engine_cache_dir
+        Where TensorRT keeps its engines; None: built anew by every process.
+    """
+
+    device: Device = "auto"
+    n_threads: int | None = None
+    fp16: bool = True
+    cuda_graphs: bool = False
+    engine_cache_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in _CHAINS:
+            raise ProviderError(f"device: expected one of {', '.join(_CHAINS)}, got {self.device!r:.80}")
+        if self.n_threads is not None and self.n_threads < 1:
+            raise ProviderError(f"n_threads: expected at least 1, got {self.n_threads}")
+
+
+class Buffer(Protocol):
+    """Keys or values (1, n_kv_heads, capacity, head_dim) that live on the session's device from run to run."""
+
+    def save(self, n_positions: int) -> Array:
+        """Copy (1, n_kv_heads, n_positions, head_dim) of the leading positions, on the host."""
+        ...
+
+    def restore(self, saved: Array) -> None:
+        """Write saved positions back, to the same places; the others become undefined."""
+        ...
+
+
+class Session(Protocol):
+    """A graph that is ready to run on one device."""
+
+    @property
+    def providers(self) -> tuple[str, ...]:
+        """Execution providers that the graph really runs on, the first preferred."""
+        ...
+
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+        """Zeroed buffer on the session's device."""
+        ...
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "Binding":
+        """Run state whose named inputs and outputs stay in these buffers; one thread at a time may use it."""
+        ...
+
+
+class Binding(Protocol):
+    """One user's state of a session."""
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs, on the host, that are not bound to buffers; `inputs` are those that are not bound."""
+        ...
+
+
+def require_runtime() -> None:
+    """Refuse to go on without exactly one ONNX Runtime.
+
+    Raises
+    ------
+    ProviderError
+        If neither or both of onnxruntime and onnxruntime-gpu are installed: they share one import name, and together
+        overwrite each other's files. The message gives the pip line.
+    """
+    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if not found:
+        raise ProviderError(
+            "no ONNX Runtime: pip install 'medreasoner[cpu]', or 'medreasoner[gpu]' on a machine with an NVIDIA GPU"
+        )
+    if len(found) == 2:
+        raise ProviderError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
+            "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'medreasoner[cpu]' or 'medreasoner[gpu]'"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def usable_cores(quota: str | None = None) -> int:
+    """Cores that this process may use: its affinity, and the container's quota if that is lower.
+
+    Parameters
+    ----------
+    quota
+        Content of cgroup v2's ``cpu.max``, for example ``"150000 100000"``; None: read it.
+
+    Examples
+    --------
+    >>> usable_cores("100000 100000")
+    1
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if quota is None:
+        try:
+            quota = _CGROUP_QUOTA.read_text()
+        except OSError:
+            return cores
+    parts = quota.split()
+    if len(parts) == 2 and parts[0].isdigit() and parts[1].isdigit() and int(parts[1]) > 0:
+        cores = min(cores, -(-int(parts[0]) // int(parts[1])))  # a broken core is rounded up
+    return max(1, cores)
+
+
+def provider_list(options: RuntimeOptions, available: Sequence[str]) -> list[Provider]:
+    """Execution providers to ask for, in order, each with its options.
+
+    Parameters
+    ----------
+    options
+        The device, and what its providers may do.
+    available
+        What the installed ONNX Runtime was built with, which says nothing about the machine.
+
+    Raises
+    ------
+    ProviderError
+        If the device was named and this ONNX Runtime cannot serve it.
+    """
+    chain = _CHAINS[options.device]
+    if options.device != "auto" and chain[0] not in available:
+        raise ProviderError(
+            f"device {options.device!r} needs {chain[0]}, which this ONNX Runtime lacks: "
+            "pip uninstall -y onnxruntime, then pip install 'medreasoner[gpu]'"
+        )
+    make = {TENSORRT: _tensorrt_options, CUDA: _cuda_options, CPU: _cpu_options}
+    return [(name, make[name](options)) for name in chain if name in available]
+
+
+def _tensorrt_options(options: RuntimeOptions) -> dict[str, str]:
+    chosen = {
+        "trt_fp16_enable": str(int(options.fp16)),
+        "trt_cuda_graph_enable": str(int(options.cuda_graphs)),
+    }
+    if options.engine_cache_dir is not None:
+        folder = str(options.engine_cache_dir)
+        chosen |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": folder}
+        chosen |= {"trt_timing_cache_enable": "1", "trt_timing_cache_path": folder}
+    return chosen
+
+
+def _cpu_options(_: RuntimeOptions) -> dict[str, str]:
+    return {}
+
+
+def _cuda_options(options: RuntimeOptions) -> dict[str, str]:
+    return {
+        "enable_cuda_graph": str(int(options.cuda_graphs)),
+        "arena_extend_strategy": "kSameAsRequested",  # the default doubles the arena and may take all memory
+        "cudnn_conv_algo_search": "HEURISTIC",  # the default tries all on the first run of each shape
+    }
+
+
+def fallback_warnings(graph: str, options: RuntimeOptions, asked: Sequence[str], got: Sequence[str]) -> tuple[str, ...]:
+    """One sentence if a graph does not run on the first provider that was asked for; for no one to be surprised.
+
+    Raises
+    ------
+    ProviderError
+        If the device was named and the graph does not run on it at all.
+
+    Examples
+    --------
+    >>> fallback_warnings("vision", RuntimeOptions(), [CUDA, CPU], [CPU])
+    ('vision runs on CPUExecutionProvider: CUDAExecutionProvider did not start',)
+    """
+    missing = [name for name in asked if name not in got]
+    if not missing:
+        return ()
+    if options.device == "cuda" or (options.device == "tensorrt" and CUDA in missing):
+        raise ProviderError(
+            f"{graph}: {missing[0]} did not start; check the driver and the CUDA libraries, or device='cpu'"
+        )
+    return (f"{graph} runs on {got[0]}: {' and '.join(missing)} did not start",)
+
+
+class OrtBuffer:
+    """A `Buffer` of ONNX Runtime; on the CPU it shares the memory of a NumPy array."""
+
+    def __init__(self, host: Array, device: Literal["cpu", "cuda"]) -> None:
+        import onnxruntime as ort
+
+        self.value = ort.OrtValue.ortvalue_from_numpy(host, device, 0)
+        self._shape, self._dtype = host.shape, host.dtype
+        self._host = host if device == "cpu" else None
+
+    def save(self, n_positions: int) -> Array:
+        """Copy of the leading positions, on the host."""
+        content: Array = self.value.numpy() if self._host is None else self._host
+        return content[:, :, :n_positions].copy()
+
+    def restore(self, saved: Array) -> None:
+        """Write saved positions back."""
+        if self._host is not None:
+            self._host[:, :, : saved.shape[2]] = saved
+            return
+        content = np.zeros(self._shape, self._dtype)  # ONNX Runtime updates a device tensor as a whole
+        content[:, :, : saved.shape[2]] = saved
+        self.value.update_inplace(content)
+
+
+class OrtSession:
+    """A graph on ONNX Runtime.
+
+    Parameters
+    ----------
+    path
+        The graph.
+    options
+        Device and threads.
+
+    Raises
+    ------
+    ProviderError
+        If the graph cannot be loaded on the device asked for.
+    """
+
+    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+        import onnxruntime as ort
+
+        asked = provider_list(options, ort.get_available_providers())
+        try:
+            self._session = ort.InferenceSession(str(path), _session_options(options), providers=asked)
+        except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
+            raise ProviderError(f"{path.name}: ONNX Runtime cannot load it: {err!s:.300}") from err
+        got = tuple(self._session.get_providers())
+        self.warnings = fallback_warnings(path.stem, options, [name for name, _ in asked], got)
+        self.providers = got
+        self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
+        self.outputs = tuple(each.name for each in self._session.get_outputs())
+        self._device: Literal["cpu", "cuda"] = "cpu" if got[0] == CPU else "cuda"
+
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> OrtBuffer:
+        """Zeroed buffer on the session's device."""
+        return OrtBuffer(np.zeros(shape, dtype), self._device)
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "OrtBinding":
+        """Run state whose named inputs and outputs stay in these buffers; one thread at a time may use it."""
+        binding = self._session.io_binding()
+        for name, buffer in inputs.items():
+            binding.bind_ortvalue_input(name, buffer.value)  # type: ignore[attr-defined]
+        for name, buffer in outputs.items():
+            binding.bind_ortvalue_output(name, buffer.value)  # type: ignore[attr-defined]
+        free = [name for name in self.outputs if name not in outputs]
+        return OrtBinding(self._session, binding, bound=list(outputs), free=free)
+
+
+class OrtBinding:
+    """One user's state of an `OrtSession`."""
+
+    def __init__(self, session: Any, binding: Any, *, bound: list[str], free: list[str]) -> None:
+        self._session, self._binding = session, binding
+        self._free = free
+        self._order = [*bound, *free]  # ONNX Runtime returns outputs in the order in which they were first bound
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs, on the host, that are not bound to buffers; `inputs` are those that are not bound.
+
+        Raises
+        ------
+        ProviderError
+            If the run fails.
+        """
+        try:
+            for name, array in inputs.items():
+                self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            for name in self._free:  # their shapes may change from run to run
+                self._binding.bind_output(name, "cpu")
+            self._session.run_with_iobinding(self._binding)
+            values = dict(zip(self._order, self._binding.get_outputs(), strict=True))
+            return {name: values[name].numpy() for name in self._free}
+        except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
+            raise ProviderError(f"ONNX Runtime failed: {err!s:.300}") from err
+
+
+def _session_options(options: RuntimeOptions) -> Any:
+    import onnxruntime as ort
+
+    chosen = ort.SessionOptions()
+    chosen.intra_op_num_threads = options.n_threads or usable_cores()
+    chosen.inter_op_num_threads = 1
+    chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # Several sessions share the cores: a thread that spins in one takes a core from the others.
+    chosen.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    chosen.log_severity_level = 3  # errors; fall-backs are reported by fallback_warnings
+    return chosen

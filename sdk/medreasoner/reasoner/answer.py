@@ -1,0 +1,198 @@
+"""Writes answers: an optional thought in free text, then the answer by the grammar, or freely to compare."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from medreasoner.errors import BundleError, GenerationError
+from medreasoner.ops import AnswerParser, ParsedAnswer
+from medreasoner.reasoner.generate import Sequencer, choose, free_text
+from medreasoner.reasoner.grammar import GrammarBook
+from medreasoner.reasoner.weights import WeightMatrix
+from medreasoner.result import Answer, Thought
+from medreasoner.spec import ReasonerSpec
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["AnswerWriter", "Written"]
+
+_FREE_ANSWER_TOKENS = 128  # room for an answer in digits, where no grammar bounds it
+
+Writing = Generator[Thought | Answer, None, "Written"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Written:
+    """What the reasoner wrote; `values` are x1, y1, x2, y2 and two points x, y in its own numbers, None if absent."""
+
+    values: tuple[float, ...] | None
+    thought: str | None
+    text: str
+    n_thought: int
+    n_answer: int
+    warnings: tuple[str, ...] = ()
+
+
+class AnswerWriter:
+    """The answer format of a bundle, ready to be written on any sequence.
+
+    Raises
+    ------
+    BundleError
+        If the vocabulary lacks the end token, or splits answers in a way that no grammar can follow.
+    """
+
+    def __init__(self, spec: ReasonerSpec, tokenizer: "Tokenizer", lm_head: WeightMatrix) -> None:
+        self._spec, self._texts = spec, spec.answer
+        self._tokenizer, self._lm_head = tokenizer, lm_head
+        self._grammars = GrammarBook(tokenizer, spec.answer)
+        self._think_open, self._think_close = self._ids(spec.answer.think_open), self._ids(spec.answer.think_close)
+        end = tokenizer.token_to_id(spec.answer.end)
+        if end is None:
+            raise BundleError(f"reasoner.answer.end: {spec.answer.end!r} is not in the vocabulary")
+        self._end: int = end
+
+    def prepare(self, limits: tuple[int, int]) -> None:
+        """Build the grammar for answers up to these limits now, not at the first query."""
+        self._grammars.grammar(max(limits))
+
+    def write(self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool) -> Writing:
+        """Write an answer that is valid by construction.
+
+        Parameters
+        ----------
+        sequencer
+            The sequence, which holds the prompt's prefix.
+        pending
+            Tokens of the prompt that have not been fed yet.
+        limits
+            Largest x and y.
+        think
+            Whether to write a thought first.
+        """
+        thought = _Thought(text=None, rest="", n_tokens=0, pending=pending)
+        if think:
+            thought = yield from self._think(sequencer, pending)
+        state = self._grammars.grammar(max(limits), written=thought.rest).start(*limits)
+        ids = state.forced()
+        pending = [*thought.pending, *ids]
+        while not state.done:
+            hidden = sequencer.feed(pending)
+            if sequencer.n_runs == 1:
+                sequencer.lap("prefill")
+            token = choose(state, hidden, self._lm_head, self._spec.absent_threshold)
+            state.accept(token)
+            pending = [token, *state.forced()]  # a forced span rides along, in one run
+            ids += pending
+        sequencer.lap("answer")
+        text = thought.rest + self._text(ids)
+        yield Answer(text)
+        return Written(
+            values=None if state.absent else tuple(map(float, state.values)),
+            thought=thought.text,
+            text=text,
+            n_thought=thought.n_tokens,
+            n_answer=len(ids),
+            warnings=thought.warnings,
+        )
+
+    def _think(self, sequencer: Sequencer, pending: list[int]) -> Generator[Thought, None, "_Thought"]:
+        limit = self._spec.max_think_tokens
+        if limit == 0:
+            warning = "this model was not trained to reason in words"
+            return _Thought(text=None, rest="", n_tokens=0, pending=pending, warnings=(warning,))
+        stream = self._free(sequencer, [*pending, *self._think_open], stop=self._texts.think_close, limit=limit)
+        text = ""
+        try:
+            while True:
+                piece = next(stream)
+                text += piece
+                yield Thought(piece)
+        except StopIteration as stop:
+            ids, rest = stop.value
+        sequencer.lap("think")
+        following = ids[-1:]  # generated, but not fed yet
+        if rest is None:  # the end token or the limit came first
+            following = [*following, *self._think_close]
+        cut = len(ids) == limit and rest is None
+        return _Thought(
+            text=text,
+            # What came along with the tag's last token is kept if the answer may begin so.
+            rest=rest if rest and self._texts.present.startswith(rest) else "",
+            n_tokens=len(ids),
+            pending=following,
+            warnings=(f"the reasoning was cut off after {limit} tokens",) if cut else (),
+        )
+
+    def write_freely(
+        self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool
+    ) -> Writing:
+        """Write thought and answer as one free text and read that: what the model does without a grammar.
+
+        Raises
+        ------
+        GenerationError
+            If the text holds no usable answer.
+        """
+        opening = list(self._think_open) if think else self._grammars.opening()
+        stop = self._texts.present.rpartition("}")[2].strip()  # "</answer>"
+        stream = self._free(
+            sequencer, [*pending, *opening], stop=stop, limit=self._spec.max_think_tokens * think + _FREE_ANSWER_TOKENS
+        )
+        try:
+            while True:
+                next(stream)
+        except StopIteration as end:
+            ids, _ = end.value
+        sequencer.lap("answer")
+        text = self._text([*opening, *ids])
+        parser = AnswerParser()
+        parser.feed(text)
+        parsed = parser.result()
+        values = None if parsed.status == "absent" else _values(parsed, limits)
+        if parsed.thought:
+            yield Thought(parsed.thought)
+        yield Answer(text)
+        return Written(values=values, thought=parsed.thought, text=text, n_thought=0, n_answer=len(ids))
+
+    def _free(
+        self, sequencer: Sequencer, pending: list[int], *, stop: str, limit: int
+    ) -> Generator[str, None, tuple[list[int], str | None]]:
+        return free_text(
+            sequencer,
+            pending,
+            lm_head=self._lm_head,
+            tokenizer=self._tokenizer,
+            stop=stop,
+            end=self._end,
+            limit=limit,
+        )
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Thought:
+    """A thought, what of the answer came along with its end, and what to feed next."""
+
+    text: str | None
+    rest: str
+    n_tokens: int
+    pending: list[int]
+    warnings: tuple[str, ...] = ()
+
+
+def _values(parsed: ParsedAnswer, limits: tuple[int, int]) -> tuple[float, ...]:
+    """Numbers of a parsed answer, which must be a box of some area on the image and two points."""
+    if parsed.status != "ok" or parsed.bbox is None or parsed.points_1 is None or parsed.points_2 is None:
+        missing = f" (missing: {', '.join(parsed.missing)})" if parsed.missing else ""
+        raise GenerationError(f"the reasoner's text holds no usable answer: {parsed.status}{missing}")
+    x1, y1, x2, y2 = parsed.bbox
+    if min(x2, limits[0]) <= max(x1, 0) or min(y2, limits[1]) <= max(y1, 0):
+        raise GenerationError(f"the reasoner's box {parsed.bbox} has no area on an image of {limits[0]} x {limits[1]}")
+    return (*parsed.bbox, *parsed.points_1, *parsed.points_2)

@@ -1,0 +1,126 @@
+"""The decoder graph with its key-value caches: embeddings in, last hidden state out."""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medreasoner.errors import GenerationError
+from medreasoner.providers import Buffer, Session
+from medreasoner.reasoner.rotary import rotary_tables
+from medreasoner.spec import ReasonerSpec
+
+__all__ = ["Decoder", "KvCache", "SavedPrefix"]
+
+_MAX_IDLE_CACHES = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedPrefix:
+    """Keys and values of the first tokens of a prompt, by graph input: (1, n_kv_heads, length, head_dim) float32."""
+
+    rows: dict[str, NDArray[np.float32]] = field(repr=False)
+    length: int
+
+
+class KvCache:
+    """One sequence's keys and values, in buffers of the decoder's full length.
+
+    The graph reads and writes the same buffers, so a step copies nothing. Positions beyond `length` hold whatever an
+    earlier sequence left; the graph does not look at them.
+    """
+
+    def __init__(self, session: Session, spec: ReasonerSpec) -> None:
+        shape = (1, spec.n_kv_heads, spec.max_length, spec.head_dim)
+        names = [f"{kind}.{layer}" for layer in range(spec.n_layers) for kind in ("key", "value")]
+        self._buffers: dict[str, Buffer] = {f"past_{name}": session.allocate(shape, np.float32) for name in names}
+        self.binding = session.bind(
+            inputs=self._buffers, outputs={f"present_{name}": self._buffers[f"past_{name}"] for name in names}
+        )
+        self.length = 0
+
+    def save(self) -> SavedPrefix:
+        """Copy of everything up to `length`."""
+        rows = {name: buffer.save(self.length) for name, buffer in self._buffers.items()}
+        return SavedPrefix(rows=rows, length=self.length)
+
+    def restore(self, prefix: SavedPrefix, length: int) -> None:
+        """Begin with the first `length` positions of a saved prefix."""
+        for name, buffer in self._buffers.items():
+            buffer.restore(prefix.rows[name][:, :, :length])
+        self.length = length
+
+
+class Decoder:
+    """Runs tokens of one sequence at a time; safe to share between threads, each with its own cache.
+
+    Parameters
+    ----------
+    session
+        Of the decoder graph.
+    spec
+        Sizes and limits.
+    """
+
+    def __init__(self, session: Session, spec: ReasonerSpec) -> None:
+        self._session, self._spec = session, spec
+        self._lock = threading.Lock()  # one run at a time: two would only take the cores from each other
+        self._idle: list[KvCache] = []
+
+    def open_cache(self) -> KvCache:
+        """Empty cache; give it back with `close_cache`."""
+        try:
+            cache = self._idle.pop()
+        except IndexError:
+            return KvCache(self._session, self._spec)
+        cache.length = 0
+        return cache
+
+    def close_cache(self, cache: KvCache) -> None:
+        """Take a cache back for the next sequence."""
+        if len(self._idle) < _MAX_IDLE_CACHES:
+            self._idle.append(cache)
+
+    def run(self, cache: KvCache, embeds: NDArray[np.float32], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append tokens to a sequence.
+
+        Parameters
+        ----------
+        cache
+            The sequence so far.
+        embeds
+            (n, hidden_dim) float32.
+        positions
+            (3, n) int64.
+
+        Returns
+        -------
+        NDArray[np.float32]
+            (hidden_dim,) last token's hidden state after the final norm.
+
+        Raises
+        ------
+        GenerationError
+            If the sequence does not fit the cache.
+        """
+        n, spec = len(embeds), self._spec
+        total = cache.length + n
+        if total > spec.max_length:
+            raise GenerationError(
+                f"{total} tokens do not fit the model's {spec.max_length}; use a smaller image or query"
+            )
+        cos, sin = rotary_tables(positions, head_dim=spec.head_dim, theta=spec.rope_theta, sections=spec.mrope_section)
+        inputs: dict[str, NDArray[Any]] = {
+            "inputs_embeds": embeds[None],  # (1, n, hidden_dim)
+            "rotary_cos": cos,
+            "rotary_sin": sin,
+            "rotary_ids": np.arange(n)[None],
+            "seqlens_k": np.array([total - 1], np.int32),
+            "total_sequence_length": np.array(total, np.int32),
+        }
+        with self._lock:
+            hidden = cache.binding.run(inputs)["hidden_states"]
+        cache.length = total
+        return np.ascontiguousarray(hidden[0, -1])

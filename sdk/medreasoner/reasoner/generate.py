@@ -1,0 +1,173 @@
+"""From a prompt to an answer: free text under greedy decoding, then the grammar's choices."""
+
+from collections.abc import Generator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medreasoner.errors import GenerationError
+from medreasoner.ops import AnswerState
+from medreasoner.reasoner.decoder import Decoder, KvCache
+from medreasoner.reasoner.rotary import text_positions
+from medreasoner.reasoner.weights import WeightMatrix
+from medreasoner.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Sequencer", "choose", "free_text", "held_back"]
+
+_NOT_FINITE = "the decoder returned logits that are not finite; the model or its precision is at fault"
+
+
+class Sequencer:
+    """One sequence under way: feeds tokens to the decoder, and counts what that took.
+
+    Parameters
+    ----------
+    decoder, embedding, cache
+        What it runs on; the cache already holds the prefix.
+    next_position
+        Position of the first token that is fed.
+    """
+
+    def __init__(self, decoder: Decoder, embedding: WeightMatrix, cache: KvCache, next_position: int) -> None:
+        self._decoder, self._embedding, self._cache = decoder, embedding, cache
+        self._next_position = next_position
+        self.n_runs = 0
+        self.timings_ms: dict[str, float] = {}
+        self._watch = Stopwatch()
+
+    def feed(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """(hidden_dim,) last hidden state after appending text tokens, all in one run."""
+        positions = text_positions(self._next_position, len(ids))
+        hidden = self._decoder.run(self._cache, self._embedding.embed(np.array(ids, np.int64)), positions)
+        self._next_position += len(ids)
+        self.n_runs += 1
+        return hidden
+
+    def lap(self, stage: str) -> None:
+        """Book the time since the last lap to a stage."""
+        self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + self._watch.lap()
+
+
+def choose(
+    state: AnswerState, hidden: NDArray[np.float32], lm_head: WeightMatrix, absent_threshold: float | None
+) -> int:
+    """Token to go on with at a choice of the grammar.
+
+    Parameters
+    ----------
+    state
+        At a choice.
+    hidden
+        (hidden_dim,) float32 last hidden state.
+    lm_head
+        The language head.
+    absent_threshold
+        Probability of the absent answer, among the tokens allowed, above which it is given; None: if it is the
+        likeliest.
+
+    Raises
+    ------
+    GenerationError
+        If the logits are not finite.
+    """
+    rows = state.allowed()
+    logits = lm_head.logits(hidden, rows)
+    if not np.isfinite(logits).all():
+        raise GenerationError(_NOT_FINITE)
+    if state.at_absent_choice and absent_threshold is not None:
+        is_absent = np.array([_leads_to_absent(state, int(token)) for token in rows])
+        weights = np.exp(logits - logits.max())
+        absent = float(weights[is_absent].sum() / weights.sum()) > absent_threshold
+        logits = np.where(is_absent == absent, logits, -np.inf)
+    return int(rows[int(np.argmax(logits))])
+
+
+def _leads_to_absent(state: AnswerState, token: int) -> bool:
+    ahead = state.copy()
+    ahead.accept(token)
+    return bool(ahead.absent)
+
+
+def held_back(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of `stop`, or of a character not yet whole.
+
+    >>> held_back("the left lung</thi", "</think>")
+    5
+    """
+    broken = len(text) - len(text.rstrip("\N{REPLACEMENT CHARACTER}"))
+    if broken:
+        return broken
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def free_text(
+    sequencer: Sequencer,
+    pending: Sequence[int],
+    *,
+    lm_head: WeightMatrix,
+    tokenizer: "Tokenizer",
+    stop: str,
+    end: int,
+    limit: int,
+) -> Generator[str, None, tuple[list[int], str | None]]:
+    """Generate greedily until a text, the end token or a number of tokens.
+
+    Parameters
+    ----------
+    sequencer
+        The sequence to go on with.
+    pending
+        Tokens to feed first.
+    lm_head, tokenizer
+        The language head, and what turns its tokens into text.
+    stop
+        Text that ends the generation.
+    end
+        Token that ends it.
+    limit
+        Most tokens to generate.
+
+    Yields
+    ------
+    str
+        Pieces of the text before `stop`.
+
+    Returns
+    -------
+    ids : list of int
+        What was generated, without the end token; the last one has not been fed.
+    rest : str or None
+        Text that came along after `stop`; None if `stop` was not reached.
+    """
+    ids: list[int] = []
+    given = 0
+    text = ""
+    while len(ids) < limit:
+        hidden = sequencer.feed(pending)
+        if len(ids) == 0:
+            sequencer.lap("prefill")
+        logits = lm_head.logits(hidden)
+        token = int(np.argmax(logits))
+        if not np.isfinite(logits[token]):
+            raise GenerationError(_NOT_FINITE)
+        if token == end:
+            break
+        ids.append(token)
+        pending = [token]
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        before, found, rest = text.partition(stop)
+        if found:
+            if len(before) > given:
+                yield before[given:]
+            return ids, rest
+        safe = len(text) - held_back(text, stop)
+        if safe > given:
+            yield text[given:safe]
+            given = safe
+    if len(text) > given:
+        yield text[given:]
+    return ids, None

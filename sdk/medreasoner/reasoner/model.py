@@ -1,0 +1,212 @@
+"""The reasoner as a whole: images to a reusable prefix, a query on that prefix to an answer."""
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medreasoner import ops
+from medreasoner.geometry import Placement, place
+from medreasoner.image.record import Image
+from medreasoner.providers import Session
+from medreasoner.reasoner.answer import AnswerWriter, Written
+from medreasoner.reasoner.decoder import Decoder, SavedPrefix
+from medreasoner.reasoner.generate import Sequencer
+from medreasoner.reasoner.prompt import Prompt, common_length
+from medreasoner.reasoner.rotary import prompt_positions
+from medreasoner.reasoner.vision import VisionGrid, vision_grid
+from medreasoner.reasoner.weights import WeightMatrix
+from medreasoner.result import Answer, Thought
+from medreasoner.spec import ReasonerSpec, StretchResize
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+__all__ = ["Decoded", "Prefix", "Reasoner"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prefix:
+    """An image as the decoder has read it: what all queries on it share."""
+
+    placement: Placement
+    grid: VisionGrid
+    ids: list[int] = field(repr=False)
+    saved: SavedPrefix = field(repr=False)
+    next_position: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """An answer in the image's coordinates: `corners` and `points` are (2, 2) of x, y; None if absent."""
+
+    corners: NDArray[np.float64] | None
+    points: NDArray[np.float64] | None
+    thought: str | None
+    text: str
+    tokens: dict[str, int]
+    timings_ms: dict[str, float]
+    warnings: tuple[str, ...]
+
+
+class Reasoner:
+    """A loaded vision-language model.
+
+    Parameters
+    ----------
+    spec
+        Of the bundle.
+    vision, decoder
+        Sessions of its graphs.
+    tokenizer, embedding, lm_head
+        What stays outside the graphs.
+
+    Raises
+    ------
+    BundleError
+        If tokenizer, texts and sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        spec: ReasonerSpec,
+        *,
+        vision: Session,
+        decoder: Session,
+        tokenizer: "Tokenizer",
+        embedding: WeightMatrix,
+        lm_head: WeightMatrix,
+    ) -> None:
+        self.spec = spec
+        self.prompt = Prompt(tokenizer, spec)
+        self._vision = vision
+        self._decoder = Decoder(decoder, spec)
+        self._embedding = embedding
+        self._writer = AnswerWriter(spec, tokenizer, lm_head)
+        if isinstance(spec.vision.resize, StretchResize):  # one grid only: its grammar is known now
+            self._writer.prepare(place(spec.vision.resize, height=1, width=1).answer_limits(spec.coordinates))
+
+    def place(self, image: Image) -> Placement:
+        """Where the image lies in the grid that the vision tower sees."""
+        return place(self.spec.vision.resize, height=image.height, width=image.width)
+
+    def preprocess(self, image: Image, placement: Placement) -> NDArray[np.float32]:
+        """(n_patches, 3 * patch_size**2) float32 patches in merge order."""
+        vision = self.spec.vision
+        return ops.preprocess_patches(
+            image.pixels,
+            placement.grid_height,
+            placement.grid_width,
+            content=(placement.content_height, placement.content_width),
+            mean=vision.image_mean,
+            std=vision.image_std,
+            patch=vision.patch_size,
+            merge=vision.merge_size,
+        )
+
+    def _grid(self, placement: Placement) -> VisionGrid:
+        """The vision graph's inputs for this size of grid."""
+        vision = self.spec.vision
+        return vision_grid(
+            height=placement.grid_height,
+            width=placement.grid_width,
+            patch=vision.patch_size,
+            merge=vision.merge_size,
+            window=vision.window_size,
+            head_dim=vision.head_dim,
+        )
+
+    def encode(self, patches: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
+        """(batch, n_patches, ...) patches of images of one grid as (batch, n_tokens, hidden_dim) embeddings."""
+        return self._vision.bind({}, {}).run({"patches": patches, **self._grid(placement).inputs()})["image_embeds"]
+
+    def read_prefix(self, embeds: NDArray[np.float32], placement: Placement) -> Prefix:
+        """Prefix of all prompts on an image, from its (n_tokens, hidden_dim) embeddings.
+
+        Raises
+        ------
+        GenerationError
+            If the image has more tokens than the model's length holds.
+        """
+        grid = self._grid(placement)
+        ids = self.prompt.prefix(grid.n_tokens)
+        positions, next_position = prompt_positions(ids, self.prompt.image_token, grid.rows, grid.columns)
+        inputs = self._embedding.embed(np.array(ids, np.int64))
+        start = ids.index(self.prompt.image_token)
+        inputs[start : start + grid.n_tokens] = embeds
+        cache = self._decoder.open_cache()
+        try:
+            self._decoder.run(cache, inputs, positions)
+            saved = cache.save()
+        finally:
+            self._decoder.close_cache(cache)
+        return Prefix(placement=placement, grid=grid, ids=ids, saved=saved, next_position=next_position)
+
+    def answer(
+        self, prefix: Prefix, query: str, *, think: bool, unconstrained: bool = False
+    ) -> Generator[Thought | Answer, None, Decoded]:
+        """Answer a query on an image.
+
+        Parameters
+        ----------
+        prefix
+            The image, as `read_prefix` made it.
+        query
+            The question.
+        think
+            Whether to reason in free text first.
+        unconstrained
+            Whether to decode the answer as free text too and parse it, instead of following the grammar: to compare.
+
+        Yields
+        ------
+        Thought, Answer
+            As they come.
+
+        Raises
+        ------
+        QueryError
+            If the model does not accept the query.
+        GenerationError
+            If no usable answer came out.
+        """
+        whole = self.prompt.whole(query, prefix.grid.n_tokens)
+        shared = common_length(prefix.ids, whole)  # the whole prefix, but for a query that changes its last token
+        cache = self._decoder.open_cache()
+        try:
+            cache.restore(prefix.saved, shared)
+            # After the image positions grow by one a token, so they can be counted back from the prefix's end.
+            position = prefix.next_position - (len(prefix.ids) - shared)
+            sequencer = Sequencer(self._decoder, self._embedding, cache, position)
+            write = self._writer.write_freely if unconstrained else self._writer.write
+            limits = prefix.placement.answer_limits(self.spec.coordinates)
+            written = yield from write(sequencer, whole[shared:], limits=limits, think=think)
+        finally:
+            self._decoder.close_cache(cache)
+        tokens = {
+            "prompt": len(whole),
+            "image": prefix.grid.n_tokens,
+            "thought": written.n_thought,
+            "answer": written.n_answer,
+            "decoder_runs": sequencer.n_runs,
+        }
+        return self._decoded(written, prefix.placement, tokens, sequencer.timings_ms)
+
+    def _decoded(
+        self, written: Written, placement: Placement, tokens: dict[str, int], timings_ms: dict[str, float]
+    ) -> Decoded:
+        corners = points = None
+        if written.values is not None:
+            pairs = np.reshape(written.values, (4, 2))  # two corners, two points
+            corners, points = np.split(placement.from_answer(pairs, self.spec.coordinates), 2)
+        return Decoded(
+            corners=corners,
+            points=points,
+            thought=written.thought,
+            text=written.text,
+            tokens=tokens,
+            timings_ms=timings_ms,
+            warnings=written.warnings,
+        )

@@ -1,0 +1,49 @@
+"""The embedding matrix and the language head, which stay outside the graphs: looked up and projected row by row."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medreasoner import ops
+from medreasoner.errors import BundleError
+from medreasoner.spec import WeightDtype, WeightSpec
+
+__all__ = ["WeightMatrix", "load_weight"]
+
+_STORAGE: dict[WeightDtype, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightMatrix:
+    """A matrix (vocab_size, hidden_dim); bfloat16 is held as uint16 bit patterns."""
+
+    values: NDArray[Any] = field(repr=False)
+    dtype: WeightDtype
+
+    def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(n,) token ids as (n, hidden_dim) float32."""
+        return ops.gather_rows(self.values, self.dtype, ids)
+
+    def logits(self, hidden: NDArray[np.float32], rows: NDArray[np.int32] | None = None) -> NDArray[np.float32]:
+        """Logits of some tokens, or of all, for one hidden state (hidden_dim,)."""
+        return ops.project_rows(hidden, self.values, self.dtype, rows)
+
+
+def load_weight(path: Path, spec: WeightSpec) -> WeightMatrix:
+    """Matrix mapped from its file, so that only the rows in use come into memory.
+
+    Raises
+    ------
+    BundleError
+        If the file's size is not that of the matrix.
+    """
+    dtype = np.dtype(_STORAGE[spec.dtype])
+    expected = spec.shape[0] * spec.shape[1] * dtype.itemsize
+    if path.stat().st_size != expected:
+        raise BundleError(
+            f"{spec.file}: {path.stat().st_size} bytes, expected {expected} for {spec.dtype} {spec.shape}"
+        )
+    return WeightMatrix(values=np.memmap(path, dtype, mode="r", shape=spec.shape), dtype=spec.dtype)

@@ -1,0 +1,103 @@
+"""The promptable segmenter: an image once, then masks for boxes and points."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medreasoner import ops
+from medreasoner.geometry import Placement, place
+from medreasoner.image.record import Image
+from medreasoner.providers import Session
+from medreasoner.spec import SegmenterSpec
+
+__all__ = ["Embedded", "Segmenter"]
+
+_PAD, _POSITIVE, _TOP_LEFT, _BOTTOM_RIGHT = -1, 1, 2, 3  # labels of SAM's own ONNX decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Embedded:
+    """An image as the segmenter has read it: (1, channels, side, side) float32, and where it lies in the grid."""
+
+    embedding: NDArray[np.float32] = field(repr=False)
+    placement: Placement
+
+
+class Segmenter:
+    """A loaded segmenter of the SAM family.
+
+    Parameters
+    ----------
+    spec
+        Of the bundle.
+    encoder, decoder
+        Sessions of its graphs.
+    """
+
+    def __init__(self, spec: SegmenterSpec, *, encoder: Session, decoder: Session) -> None:
+        self._spec, self._encoder, self._decoder = spec, encoder, decoder
+
+    def encode(self, image: Image) -> Embedded:
+        """Read an image."""
+        placement = place(self._spec.resize, height=image.height, width=image.width)
+        planes = ops.preprocess_planes(
+            image.pixels,
+            placement.grid_height,
+            placement.grid_width,
+            content=(placement.content_height, placement.content_width),
+            mean=self._spec.image_mean,
+            std=self._spec.image_std,
+        )
+        outputs = self._encoder.bind({}, {}).run({"pixel_values": planes[None]})
+        return Embedded(embedding=outputs["image_embedding"], placement=placement)
+
+    def decode(
+        self, image: Embedded, *, corners: NDArray[np.float64], points: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], float]:
+        """Mask for a box and two points.
+
+        Parameters
+        ----------
+        image
+            As `encode` made it.
+        corners, points
+            (2, 2) float64 of x, y in the image: top left and bottom right; two points inside the target.
+
+        Returns
+        -------
+        logits : (mask_size, mask_size) float32
+            Of the mask with the highest predicted intersection over union, over the whole grid.
+        score : float
+            That prediction, clipped to [0, 1].
+        """
+        places, labels = self._prompts(image.placement.to_grid(corners), image.placement.to_grid(points))
+        outputs = self._decoder.bind({}, {}).run(
+            {
+                "image_embedding": image.embedding,
+                "points": places[None].astype(np.float32),  # (1, n_points, 2)
+                "labels": np.array([labels], np.int64),
+            }
+        )
+        scores = np.nan_to_num(outputs["predicted_iou"][0], nan=0.0)
+        best = int(np.argmax(scores))
+        return np.ascontiguousarray(outputs["mask_logits"][0, best]), float(np.clip(scores[best], 0.0, 1.0))
+
+    def _prompts(
+        self, corners: NDArray[np.float64], points: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float64], list[int]]:
+        if self._spec.prompts == "box":
+            return corners, [_TOP_LEFT, _BOTTOM_RIGHT]
+        if self._spec.prompts == "points":  # without a box, SAM expects a padding point
+            return np.concatenate([points, np.zeros((1, 2))]), [_POSITIVE, _POSITIVE, _PAD]
+        return np.concatenate([points, corners]), [_POSITIVE, _POSITIVE, _TOP_LEFT, _BOTTOM_RIGHT]
+
+    def mask(self, logits: NDArray[np.float32], image: Embedded) -> NDArray[np.bool_]:
+        """(height, width) mask in the image's own grid."""
+        placement = image.placement
+        return ops.mask_from_logits(
+            logits,
+            crop=placement.mask_crop(self._spec.mask_size),
+            height=placement.image_height,
+            width=placement.image_width,
+        )

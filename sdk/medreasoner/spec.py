@@ -1,0 +1,302 @@
+"""What a bundle's manifest says, as frozen records: the single truth for names, shapes and limits of its graphs.
+
+Fields have the names of the manifest's keys. Each record checks its own ranges; `medreasoner.manifest` reads the text,
+checks the types and puts the path of the key before the message.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from medreasoner.errors import BundleError
+
+__all__ = [
+    "ANSWER_FIELDS",
+    "SCHEMA_VERSION",
+    "AnswerSpec",
+    "BundleSpec",
+    "Coordinates",
+    "FileSpec",
+    "LicenceSpec",
+    "PadResize",
+    "PromptMode",
+    "PromptSpec",
+    "ReasonerGraphs",
+    "ReasonerSpec",
+    "Resize",
+    "SegmenterGraphs",
+    "SegmenterSpec",
+    "SmartResize",
+    "StretchResize",
+    "Triple",
+    "VisionSpec",
+    "WeightDtype",
+    "WeightSpec",
+]
+
+SCHEMA_VERSION = 1
+
+ANSWER_FIELDS = ("x1", "y1", "x2", "y2", "p1x", "p1y", "p2x", "p2y")
+"""The numbers of an answer, in their order: a half-open box, then two points."""
+
+Coordinates = Literal["absolute", "relative_1000"]
+"""Numbers in an answer: pixels of the image that the vision tower sees, or thousandths of it."""
+
+PromptMode = Literal["joint", "box", "points"]
+"""What the segmenter is given of a reasoner's answer."""
+
+WeightDtype = Literal["float32", "float16", "bfloat16"]
+Triple: TypeAlias = tuple[float, float, float]
+
+
+def _need(condition: bool, key: str, expected: str, found: object) -> None:
+    if not condition:
+        raise BundleError(f"{key}: expected {expected}, got {found!r:.120}")
+
+
+def _need_positive(record: object, *keys: str) -> None:
+    for key in keys:
+        _need(getattr(record, key) >= 1, key, "a positive number", getattr(record, key))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StretchResize:
+    """Resize to one size, whatever the aspect ratio. Pixels."""
+
+    width: int
+    height: int
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "width", "height")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """What the sides of the result are multiples of."""
+        return (self.width, self.height)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SmartResize:
+    """Nearly keep the aspect ratio, with sides that are multiples of `factor` and an area within limits. Pixels."""
+
+    min_pixels: int
+    max_pixels: int
+    factor: int
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "min_pixels", "max_pixels", "factor")
+        least = max(self.min_pixels, self.factor**2)
+        _need(self.max_pixels >= least, "max_pixels", f"at least {least}", self.max_pixels)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """What the sides of the result are multiples of."""
+        return (self.factor,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PadResize:
+    """Resize the longer side to `size` and pad the other at the bottom or the right. Pixels."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "size")
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """What the sides of the result are multiples of."""
+        return (self.size,)
+
+
+Resize: TypeAlias = StretchResize | SmartResize | PadResize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSpec:
+    """SHA-256 (64 lower-case hexadecimal digits) and size of a file."""
+
+    sha256: str
+    size_bytes: int
+
+    def __post_init__(self) -> None:
+        good = re.fullmatch(r"[0-9a-f]{64}", self.sha256) is not None
+        _need(good, "sha256", "64 lower-case hexadecimal digits", self.sha256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightSpec:
+    """A matrix (vocab_size, hidden_dim) kept outside the graphs, row after row, little endian."""
+
+    file: str
+    dtype: WeightDtype
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionSpec:
+    """The vision tower: sizes in pixels (`merge_size` in patches), mean and deviation on the scale 0 to 1."""
+
+    patch_size: int
+    merge_size: int
+    window_size: int
+    head_dim: int
+    full_attention_layers: tuple[int, ...]
+    image_mean: Triple
+    image_std: Triple
+    resize: Resize
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "patch_size", "merge_size", "head_dim")
+        block = self.patch_size * self.merge_size
+        _need(self.window_size >= block, "window_size", f"at least {block}", self.window_size)
+        _need(self.head_dim % 4 == 0, "head_dim", "a multiple of 4", self.head_dim)
+        _need(min(self.image_std) > 0, "image_std", "positive numbers", self.image_std)
+        good = all(side % block == 0 for side in self.resize.sides)
+        _need(good, "resize", f"multiples of {block} pixels", self.resize.sides)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSpec:
+    """Text before the answer, with ``{image}`` and ``{query}`` once each, and the token repeated for the image."""
+
+    template: str
+    image_token: str
+
+    def __post_init__(self) -> None:
+        places = re.findall(r"\{(?:image|query)\}", self.template)
+        _need(places == ["{image}", "{query}"], "template", "{image} once and then {query} once", places)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerSpec:
+    """The exact texts that the reasoner was trained to emit; `present` holds `ANSWER_FIELDS` as ``{x1}`` and so on."""
+
+    present: str
+    absent: str | None
+    think_open: str
+    think_close: str
+    end: str
+
+    def __post_init__(self) -> None:
+        places = re.findall(r"\{([a-z]\w*)\}", self.present)
+        _need(tuple(places) == ANSWER_FIELDS, "present", "the fields " + " ".join(ANSWER_FIELDS), places)
+        for key in ("think_open", "think_close", "end"):
+            _need(bool(getattr(self, key)), key, "text", "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasonerGraphs:
+    """Files of the vision tower and the decoder."""
+
+    vision: str
+    decoder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReasonerSpec:
+    """The vision-language model: graphs, tokenizer, sizes, texts and limits (in tokens)."""
+
+    architecture: Literal["qwen2_5_vl"]
+    graphs: ReasonerGraphs
+    embedding: WeightSpec
+    lm_head: WeightSpec
+    tokenizer: str
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    hidden_dim: int
+    vocab_size: int
+    rope_theta: float
+    mrope_section: tuple[int, int, int]
+    max_length: int
+    vision: VisionSpec
+    prompt: PromptSpec
+    answer: AnswerSpec
+    coordinates: Coordinates
+    absent_threshold: float | None
+    max_query_tokens: int
+    max_think_tokens: int
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
+        _need_positive(self, "rope_theta", "max_length", "max_query_tokens")
+        _need(sum(self.mrope_section) * 2 == self.head_dim, "mrope_section", "half of head_dim", self.mrope_section)
+        _need(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", f"a divisor of {self.n_heads}", self.n_kv_heads)
+        for key in ("embedding", "lm_head"):
+            shape, expected = getattr(self, key).shape, (self.vocab_size, self.hidden_dim)
+            _need(shape == expected, f"{key}.shape", str(expected), shape)
+        threshold = self.absent_threshold
+        _need(threshold is None or 0 <= threshold <= 1, "absent_threshold", "a probability or null", threshold)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmenterGraphs:
+    """Files of the image encoder and the mask decoder."""
+
+    encoder: str
+    decoder: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SegmenterSpec:
+    """The promptable segmenter: graphs, input grid and mask grid (pixels), mean and deviation on the scale 0 to 1."""
+
+    architecture: Literal["sam"]
+    graphs: SegmenterGraphs
+    resize: Resize
+    image_mean: Triple
+    image_std: Triple
+    mask_size: int
+    n_masks: int
+    prompts: PromptMode
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "mask_size", "n_masks")
+        _need(min(self.image_std) > 0, "image_std", "positive numbers", self.image_std)
+        _need(not isinstance(self.resize, SmartResize), "resize.rule", "stretch or longest_pad", "smart")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LicenceSpec:
+    """Licence of the weights, a line to show at the first load, and the file with the terms."""
+
+    weights: str
+    notice: str | None
+    file: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BundleSpec:
+    """A whole manifest.
+
+    `producers`, `source`, `training` and `quality` are free mappings for people and tools; the runtime uses none.
+    """
+
+    schema_version: int
+    name: str
+    version: str
+    description: str
+    reasoner: ReasonerSpec
+    segmenter: SegmenterSpec
+    precision: str
+    opset: int
+    producers: Mapping[str, Any]
+    source: Mapping[str, Any]
+    licence: LicenceSpec
+    training: Mapping[str, Any]
+    quality: Mapping[str, Any]
+    files: Mapping[str, FileSpec]
+
+    def __post_init__(self) -> None:
+        unlisted = [name for name in self.used_files() if name not in self.files]
+        _need(not unlisted, "files", "every file that is used", unlisted)
+
+    def used_files(self) -> tuple[str, ...]:
+        """Names of the files that the manifest mentions, each once."""
+        reasoner, segmenter, licence = self.reasoner, self.segmenter, self.licence.file
+        names = [reasoner.graphs.vision, reasoner.graphs.decoder, reasoner.embedding.file, reasoner.lm_head.file]
+        names += [reasoner.tokenizer, segmenter.graphs.encoder, segmenter.graphs.decoder]
+        return tuple(dict.fromkeys([*names, licence] if licence else names))

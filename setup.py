@@ -1,0 +1,36 @@
+"""Package map and the compiled kernels; everything else is in pyproject.toml."""
+
+import os
+from pathlib import Path
+
+from pybind11.setup_helpers import Pybind11Extension, build_ext
+from setuptools import find_packages, setup
+
+ROOTS = ("sdk", "export", "train", "cli")
+packages = {name: root for root in ROOTS for name in find_packages(root)}
+
+# MEDREASONER_NO_NANO=1 leaves the 40 MB nano bundle out, for vendors who ship a model of their own.
+bundle = [] if os.environ.get("MEDREASONER_NO_NANO") == "1" else ["bundles/nano/**/*"]
+
+setup(
+    packages=sorted(packages),
+    package_dir={name: f"{root}/{name}" for name, root in packages.items() if "." not in name},
+    package_data={
+        "medreasoner": ["py.typed", "_kernels.pyi", *bundle],
+        "medreasoner_export": ["py.typed"],
+        "medreasoner_train": ["py.typed", "queries/*.json", "recipes/*"],
+        "medreasoner_cli": ["py.typed"],
+    },
+    ext_modules=[
+        Pybind11Extension(
+            "medreasoner._kernels",
+            sorted(str(path) for path in Path("kernels").rglob("*.cpp")),
+            include_dirs=["kernels/include"],
+            depends=sorted(str(path) for path in Path("kernels/include").rglob("*.h")),
+            cxx_std=17,
+            extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        )
+    ],
+    cmdclass={"build_ext": build_ext},
+    zip_safe=False,
+)

@@ -1,0 +1,50 @@
+"""Results made up by hand, for tests of what is done with results."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from medreasoner.image import Image
+from medreasoner.result import Grounding
+
+MakeGrounding = Callable[..., Grounding]
+
+
+@pytest.fixture
+def make_grounding() -> MakeGrounding:
+    """Builder of a result about an image (default: a grey ramp of 40 x 60) whose mask is an ellipse, or is absent."""
+
+    def build(image: Image | None = None, *, found: bool = True, **changes: object) -> Grounding:
+        if image is None:
+            ramp = np.linspace(0, 255, 40 * 60).astype(np.uint8).reshape(40, 60)
+            image = Image(pixels=ramp, source="array", pixel_spacing_mm=(0.5, 0.25))
+        height, width = image.height, image.width
+        rows, columns = np.mgrid[:height, :width] + 0.5
+        # Off the centre on both axes, so that a flipped or turned mask is another mask.
+        mask = ((columns / width - 0.35) / 0.25) ** 2 + ((rows / height - 0.6) / 0.2) ** 2 < 1
+        box = (0.1 * width, 0.4 * height, 0.6 * width, 0.8 * height)
+        points = ((0.3 * width, 0.6 * height), (0.45 * width, 0.6 * height))
+        spacing = image.pixel_spacing_mm
+        values: dict[str, object] = {
+            "found": found,
+            "box": box if found else None,
+            "points": points if found else None,
+            "mask": mask if found else np.zeros_like(mask),
+            "score": 0.73 if found else 0.0,
+            "reasoning": None,
+            "answer": "<answer>...</answer>",
+            "timings_ms": {"total": 12.5},
+            "tokens": {"answer": 10},
+            "pixel_spacing_mm": spacing,
+            "area_mm2": None if spacing is None else float(mask.sum() * spacing[0] * spacing[1]) if found else 0.0,
+            "warnings": (),
+            "image": image,
+            "query": "Where is the secret thing of Mr Doe?",
+            "model_name": "toy",
+            "model_version": "0.1.0",
+            "model_digest": "ab" * 32,
+        }
+        return Grounding(**(values | changes))  # type: ignore[arg-type]
+
+    return build

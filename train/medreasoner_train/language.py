@@ -1,0 +1,107 @@
+"""Questions, thoughts and answers: what the reasoner reads and is taught to write."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ABSENT", "PRESENT", "TEMPLATE", "Phrasings", "answer_text", "load_phrasings", "place_of", "thought_text"]
+
+TEMPLATE = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{query}<|im_end|>\n<|im_start|>assistant\n"
+PRESENT = (
+    '<answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points_1": [{p1x}, {p1y}], "points_2": [{p2x}, {p2y}]}}</answer>'
+)
+ABSENT = '<answer>{"bbox": null, "points_1": null, "points_2": null}</answer>'
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Phrasings:
+    """What was written for one (modality, category): questions, and the parts of a thought."""
+
+    queries: tuple[str, ...]
+    identify: tuple[str, ...] = ()
+    evidence: tuple[str, ...] = ()
+
+
+def load_phrasings(part: str) -> dict[str, Phrasings]:
+    """Phrasings by key; `part` is ``"train"``, or ``"heldout"``: written by another author and never trained on."""
+    text = resources.files("medreasoner_train").joinpath("queries", f"{part}.json").read_text(encoding="utf-8")
+    table: dict[str, Any] = json.loads(text)
+    return {
+        key: Phrasings(
+            queries=tuple(query for cluster in entry["queries"].values() for query in cluster),
+            identify=tuple(entry.get("identify", ())),
+            evidence=tuple(entry.get("evidence", ())),
+        )
+        for key, entry in table.items()
+    }
+
+
+def vary(query: str, rng: np.random.Generator) -> str:
+    """A question as people type it: other case, no mark at its end, now and then a word missing."""
+    words = query.split(" ")
+    if len(words) > 5 and rng.random() < 0.25:
+        del words[int(rng.integers(len(words)))]
+    query = " ".join(words)
+    draw = rng.random()
+    if draw < 0.2:
+        query = query.lower()
+    elif draw < 0.6:
+        query = query[:1].upper() + query[1:]
+    if rng.random() < 0.3:
+        query = query.rstrip("?.")
+    return query
+
+
+def answer_text(geometry: npt.NDArray[np.float64] | None) -> str:
+    """The answer as text; `geometry` (8,) integers x1, y1, x2, y2, two points; None: absent."""
+    if geometry is None:
+        return ABSENT
+    names = ("x1", "y1", "x2", "y2", "p1x", "p1y", "p2x", "p2y")
+    return PRESENT.format(**{name: int(value) for name, value in zip(names, geometry, strict=True)})
+
+
+def place_of(mask: npt.NDArray[np.bool_]) -> str:
+    """Where a mask lies and how large it is, in words, worked out from the mask itself.
+
+    >>> m = np.zeros((10, 10), bool); m[1:3, 7:9] = True
+    >>> place_of(m)
+    'small, upper right of the picture'
+    """
+    height, width = mask.shape
+    rows, columns = np.nonzero(mask)
+    y, x = (rows.mean() + 0.5) / height, (columns.mean() + 0.5) / width
+    share = mask.mean()
+    size = "small" if share < 0.05 else "medium-sized" if share < 0.25 else "large"
+    vertical = "upper" if y < 0.4 else "lower" if y > 0.6 else ""
+    horizontal = "left" if x < 0.4 else "right" if x > 0.6 else ""
+    place = " ".join(part for part in (vertical, horizontal) if part)
+    return f"{size}, {place} of the picture" if place else f"{size}, in the middle of the picture"
+
+
+def thought_text(own: Phrasings, mask: npt.NDArray[np.bool_] | None, rng: np.random.Generator) -> str:
+    """A short reasoning trace: what is asked, what shows it, and where the mask has it."""
+    asked = own.identify[int(rng.integers(len(own.identify)))]
+    if mask is None:
+        return f"<think>This asks for {asked}. Nothing in this picture shows it.</think>"
+    shown = own.evidence[int(rng.integers(len(own.evidence)))]
+    return f"<think>This asks for {asked}. Seen here as {shown}; {place_of(mask)}.</think>"
+
+
+def texts(phrasings: Sequence[Phrasings]) -> Iterator[str]:
+    """Everything that the tokenizer is trained on."""
+    skeleton = "{image}".join(TEMPLATE.split("{image}")) + PRESENT.replace("{{", "{").replace("}}", "}") + ABSENT
+    for own in phrasings:
+        for query in own.queries:
+            yield query
+            yield query.lower()
+        for clause in own.identify:
+            yield f"This asks for {clause}. Nothing in this picture shows it."
+        for clause in own.evidence:
+            for size in ("small", "medium-sized", "large"):
+                yield f"Seen here as {clause}; {size}, upper left of the picture, lower right, in the middle."
+        yield skeleton

@@ -1,0 +1,197 @@
+"""What every training stage shares: optimiser, learning rate, checkpoints that resume exactly, progress."""
+
+import dataclasses
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from medreasoner.errors import BundleError
+from medreasoner_train.muon import Muon
+
+__all__ = ["LoopOptions", "Optimiser", "batches", "load_checkpoint", "save_checkpoint", "train"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoopOptions:
+    """Length and pace of a stage.
+
+    The rate warms up, stays, and falls linearly to zero over the last `cooldown` of the steps, so that a run can be
+    prolonged from its last checkpoint before the cooldown.
+    """
+
+    steps: int
+    out: Path
+    lr: float = 1e-3
+    matrix_lr: float = 2e-3
+    weight_decay: float = 0.05
+    warmup: int = 100
+    cooldown: float = 0.35
+    clip: float = 1.0
+    save_every: int = 200
+    log_every: int = 20
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Share of the full learning rate at `step`, in [0, 1]."""
+        falling = max(1.0, self.steps * self.cooldown)
+        return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, (self.steps - step) / falling))
+
+
+class Optimiser:
+    """Muon for the matrices inside the layers, AdamW for the rest (embeddings, norms, biases, heads)."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], options: LoopOptions) -> None:
+        matrices, rest = [], []
+        seen: set[int] = set()
+        for module in modules.values():
+            for name, parameter in module.named_parameters():
+                if not parameter.requires_grad or id(parameter) in seen:
+                    continue
+                seen.add(id(parameter))
+                inner = parameter.ndim == 2 and ("blocks." in name or "layers." in name)
+                (matrices if inner else rest).append(parameter)
+        self._options = options
+        self._parameters = matrices + rest
+        self._all: list[tuple[torch.optim.Optimizer, float]] = [
+            (torch.optim.AdamW(rest, lr=options.lr, betas=(0.9, 0.98), weight_decay=options.weight_decay), options.lr)
+        ]
+        if matrices:
+            muon = Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay)
+            self._all.append((muon, options.matrix_lr))
+
+    def step(self, step: int) -> float:
+        """Clip, update and clear the gradients; returns their norm before clipping."""
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._options.clip)
+        share = self._options.rate(step)
+        for optimiser, rate in self._all:
+            for group in optimiser.param_groups:
+                group["lr"] = rate * share
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """States of the two optimisers."""
+        return [optimiser.state_dict() for optimiser, _ in self._all]
+
+    def load_state_dict(self, states: list[dict[str, Any]]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        for (optimiser, _), state in zip(self._all, states, strict=True):
+            optimiser.load_state_dict(state)
+
+
+def save_checkpoint(path: Path, *, step: int, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> None:
+    """Write a checkpoint beside and rename it, so that a killed run never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    state = {name: module.state_dict() for name, module in modules.items()}
+    torch.save({"step": step, "modules": state, "optimiser": optimiser.state_dict()}, beside)
+    beside.replace(path)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint without unpickling objects.
+
+    Raises
+    ------
+    BundleError
+        If it is damaged; the message names the file.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # torch raises many kinds for one cause
+        raise BundleError(f"{path}: not a readable checkpoint ({type(err).__name__}); delete it to start anew") from err
+    return state
+
+
+def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3) -> Iterator[Any]:
+    """``make(step)`` for each step, prepared in a thread `ahead` of the use.
+
+    A batch depends on its step alone, so a resumed run sees the very batches that it would have seen.
+    """
+    queue: Queue[tuple[Any, BaseException | None]] = Queue(maxsize=ahead)
+    stopped = threading.Event()
+
+    def fill() -> None:
+        for step in range(start, stop):
+            if stopped.is_set():
+                return
+            try:
+                queue.put((make(step), None))
+            except BaseException as err:
+                queue.put((None, err))
+                return
+
+    threading.Thread(target=fill, daemon=True).start()
+    try:
+        for _ in range(start, stop):
+            batch, err = queue.get()
+            if err is not None:
+                raise err
+            yield batch
+    finally:
+        stopped.set()
+        while not queue.empty():
+            queue.get_nowait()
+
+
+def train(
+    *,
+    modules: Mapping[str, nn.Module],
+    make_batch: Callable[[int], Any],
+    loss_of: Callable[[Any], tuple[Tensor, dict[str, float]]],
+    options: LoopOptions,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    eval_every: int = 0,
+) -> None:
+    """Run a stage from its last checkpoint (``out/last.pt``) to its end; metrics go to ``out/metrics.jsonl``."""
+    torch.set_flush_denormal(True)  # moments of weights that rarely move decay into denormals, which are slow
+    optimiser = Optimiser(modules, options)
+    last = options.out / "last.pt"
+    start = 0
+    if last.exists():
+        state = load_checkpoint(last)
+        start = int(state["step"])
+        for name, module in modules.items():
+            module.load_state_dict(state["modules"][name])
+        optimiser.load_state_dict(state["optimiser"])
+        logger.info("resumed from %s at step %d", last, start)
+    options.out.mkdir(parents=True, exist_ok=True)
+    sums: dict[str, float] = {}
+    began = time.monotonic()
+    with (options.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
+
+        def write(row: dict[str, float]) -> None:
+            metrics.write(json.dumps(row) + "\n")
+            metrics.flush()
+            logger.info(" ".join(f"{k}={v:.4g}" for k, v in row.items()))  # noqa: G004
+
+        for step, batch in enumerate(batches(make_batch, start, options.steps), start=start):
+            loss, parts = loss_of(batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            parts["norm"] = optimiser.step(step)
+            parts["loss"] = loss.item()
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value
+            done = step + 1
+            if done % options.log_every == 0:
+                pace = (time.monotonic() - began) / (done - start)
+                row = {name: value / options.log_every for name, value in sums.items()}
+                write({"step": done, **row, "s_per_step": pace, "eta_min": pace * (options.steps - done) / 60})
+                sums.clear()
+            if done % options.save_every == 0 or done == options.steps:
+                save_checkpoint(last, step=done, modules=modules, optimiser=optimiser)
+                if done == int(options.steps * (1 - options.cooldown)) // options.save_every * options.save_every:
+                    save_checkpoint(options.out / "stable.pt", step=done, modules=modules, optimiser=optimiser)
+            if evaluate is not None and eval_every and (done % eval_every == 0 or done == options.steps):
+                write({"step": done, **evaluate(done)})

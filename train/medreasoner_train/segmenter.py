@@ -1,0 +1,240 @@
+"""Trains nano's segmenter, a small SAM, on boxes and points with the errors that a reasoner makes:
+``medreasoner-cli train segmenter``.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import SamConfig, SamModel
+
+from medreasoner_train.augment import NO_CHANGE, Options, augment
+from medreasoner_train.data import by_image, load_index, split
+from medreasoner_train.loop import LoopOptions, train
+from medreasoner_train.store import Stored, load_store
+from medreasoner_train.targets import box_of
+
+__all__ = ["SegmenterOptions", "build_segmenter", "run"]
+
+logger = logging.getLogger(__name__)
+
+SIZE = 256
+BOTH, BOX, POINTS = 0, 1, 2
+
+
+def build_segmenter() -> Any:
+    """A randomly initialised ``SamModel`` of nano's sizes: 256 px, 16 x 16 tokens, masks of 64 x 64."""
+    config = SamConfig(
+        vision_config={
+            "image_size": SIZE, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3,
+            "mlp_dim": 768, "output_channels": 128, "window_size": 8, "global_attn_indexes": [2, 5], "num_pos_feats": 64,
+        },
+        prompt_encoder_config={"hidden_size": 128, "image_size": SIZE, "patch_size": 16, "mask_input_channels": 16},
+        mask_decoder_config={
+            "hidden_size": 128, "mlp_dim": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "attention_downsample_rate": 2, "iou_head_hidden_dim": 128,
+        },
+    )  # fmt: skip
+    model = SamModel(config)
+    model.apply(_start)
+    return model
+
+
+def _start(module: nn.Module) -> None:
+    """Ordinary initial weights: transformers' default for SAM is so small that activations are denormal numbers."""
+    if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=0.1)
+    elif hasattr(module, "pos_embed") and isinstance(module.pos_embed, nn.Parameter):
+        nn.init.normal_(module.pos_embed, std=0.02)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Prompts:
+    """P prompts over B images.
+
+    image : (P,) int64, whose image; boxes : (P, 4), points : (P, 2, 2) float32 in segmenter pixels; form : (P,) int64, 0
+    box and points, 1 box only, 2 points only; masks : (P, S, S) bool.
+    """
+
+    image: Tensor
+    boxes: Tensor
+    points: Tensor
+    form: Tensor
+    masks: Tensor
+
+
+class SegmenterData:
+    """Makes batches of images with prompts."""
+
+    def __init__(self, stored: Sequence[Stored]) -> None:
+        self.stored = list(stored)
+        counts: dict[str, int] = {}
+        for item in self.stored:
+            for sample in item.record.samples:
+                counts[sample.key] = counts.get(sample.key, 0) + 1
+        weights = [max(max(counts[s.key], 15) ** -0.5 for s in item.record.samples) for item in self.stored]
+        self.weights = np.array(weights) / np.sum(weights)
+
+    def batch(self, step: int, *, count: int, per_image: int, seed: int) -> tuple[Tensor, Prompts]:
+        """Images (B, 3, S, S) in [-1, 1] and B * per_image prompts, with errors of every size."""
+        rng = np.random.default_rng([seed, step])
+        images, rows = [], []
+        for b, index in enumerate(rng.choice(len(self.stored), size=count, p=self.weights)):
+            item = self.stored[int(index)]
+            changed = augment(
+                item.pixels, item.masks, item.points,
+                size=SIZE, modality=item.record.modality, source=item.record.source, rng=rng, options=Options(),
+            )  # fmt: skip
+            images.append(to_tensor(changed.pixels))
+            kept = [k for k in range(len(changed.masks)) if changed.masks[k].any()]
+            for k in rng.choice(kept, size=per_image, replace=len(kept) < per_image):
+                box, points = disturb(np.array(box_of(changed.masks[k])), changed.points[k], rng)
+                rows.append((b, box, points, int(rng.choice(3, p=[0.7, 0.15, 0.15])), changed.masks[k]))
+        return torch.stack(images), prompts(rows)
+
+
+def to_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """(S, S, 3) uint8 -> (3, S, S) float32 in [-1, 1]."""
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
+
+
+def disturb(
+    box: npt.NDArray[np.float64], points: npt.NDArray[np.float64], rng: np.random.Generator
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """A third of the prompts stay exact, a third are slightly off, a third are as wrong as a weak reasoner's."""
+    error = (0.0, 0.04, 0.15)[int(rng.integers(3))]
+    sides = np.tile(box[2:] - box[:2], 2)
+    moved = np.clip(box + rng.standard_normal(4) * error * sides, 0, SIZE)
+    if (moved[2:] - moved[:2] < 4).any():
+        moved = box
+    shifted = np.clip(points + rng.standard_normal((2, 2)) * error * 0.6 * sides[:2], 0, SIZE)
+    return moved, shifted
+
+
+def prompts(rows: Sequence[tuple[int, Any, Any, int, npt.NDArray[np.bool_]]]) -> Prompts:
+    """Join (image, box, points, form, mask) rows."""
+    return Prompts(
+        image=torch.tensor([row[0] for row in rows]),
+        boxes=torch.tensor(np.stack([row[1] for row in rows]), dtype=torch.float32),
+        points=torch.tensor(np.stack([row[2] for row in rows]), dtype=torch.float32),
+        form=torch.tensor([row[3] for row in rows]),
+        masks=torch.from_numpy(np.stack([row[4] for row in rows])),
+    )
+
+
+def segment(model: Any, images: Tensor, given: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask logits (P, 64, 64), predicted IoU (P,) and the order of the prompts' rows (P,)."""
+    embeddings = model.vision_encoder(images).last_hidden_state
+    dense_position = model.get_image_wide_positional_embeddings()
+    logits, scores, order = [], [], []
+    for form in (BOTH, BOX, POINTS):
+        rows = (given.form == form).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        points = given.points[rows][:, None] if form != BOX else None
+        labels = torch.ones(len(rows), 1, 2, dtype=torch.int64) if form != BOX else None
+        boxes = given.boxes[rows][:, None] if form != POINTS else None
+        sparse, dense = model.prompt_encoder(
+            input_points=points, input_labels=labels, input_boxes=boxes, input_masks=None
+        )
+        masks, iou = model.mask_decoder(
+            image_embeddings=embeddings[given.image[rows]],
+            image_positional_embeddings=dense_position.expand(len(rows), -1, -1, -1),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense.expand(len(rows), -1, -1, -1),
+            multimask_output=False,
+        )[:2]
+        logits.append(masks[:, 0, 0])
+        scores.append(iou[:, 0, 0])
+        order.append(rows)
+    return torch.cat(logits), torch.cat(scores), torch.cat(order)
+
+
+def mask_loss(model: Any, images: Tensor, given: Prompts) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy and Dice of the masks on a 128 x 128 grid, and the error of the predicted IoU."""
+    logits, score, order = segment(model, images, given)
+    truth = functional.avg_pool2d(given.masks[order][:, None].float(), 2)[:, 0]  # (P, 128, 128), in [0, 1]
+    logits = functional.interpolate(logits[:, None], size=truth.shape[-2:], mode="bilinear")[:, 0]
+    entropy = functional.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean((1, 2))
+    hit = torch.sigmoid(logits)
+    dice = 1 - (2 * (hit * truth).sum((1, 2)) + 1) / (hit.sum((1, 2)) + truth.sum((1, 2)) + 1)
+    with torch.no_grad():
+        mine, real = logits > 0, truth > 0.5
+        shared, union = (mine & real).sum((1, 2)), (mine | real).sum((1, 2))
+        iou = shared / union.clamp(min=1)
+        exact = (2 * shared / (mine.sum((1, 2)) + real.sum((1, 2))).clamp(min=1)).mean()
+    loss_iou = functional.mse_loss(score, iou)
+    loss = 2 * entropy.mean() + dice.mean() + loss_iou
+    return loss, {"entropy": entropy.mean().item(), "dice": exact.item(), "iou_error": loss_iou.item()}
+
+
+@torch.no_grad()
+def evaluate(model: Any, data: SegmenterData) -> dict[str, float]:
+    """Mean Dice on the 256 x 256 grid with the true box and points."""
+    rng = np.random.default_rng(0)
+    dice: dict[str, list[float]] = {}
+    for start in range(0, len(data.stored), 16):
+        images, rows, names = [], [], []
+        for b, item in enumerate(data.stored[start : start + 16]):
+            plain = augment(
+                item.pixels, item.masks, item.points,
+                size=SIZE, modality=item.record.modality, source=item.record.source, rng=rng, options=NO_CHANGE,
+            )  # fmt: skip
+            images.append(to_tensor(plain.pixels))
+            for sample, mask, points in zip(item.record.samples, plain.masks, plain.points, strict=True):
+                if mask.any():
+                    rows.append((b, np.array(box_of(mask)), points, BOTH, mask))
+                    names.append(sample.key)
+        given = prompts(rows)
+        logits, _, order = segment(model, torch.stack(images), given)
+        mine = functional.interpolate(logits[:, None], size=(SIZE, SIZE), mode="bilinear")[:, 0] > 0
+        real = given.masks[order]
+        value = 2 * (mine & real).sum((1, 2)) / (mine.sum((1, 2)) + real.sum((1, 2)))
+        for at, own in zip(order.tolist(), value.tolist(), strict=True):
+            dice.setdefault(names[at], []).append(own)
+    for key, own in sorted(dice.items()):
+        logger.info("  %-38s %4d  %.3f", key, len(own), np.mean(own))
+    return {"val_dice": float(np.mean([v for own in dice.values() for v in own]))}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SegmenterOptions:
+    """One run of the segmenter's training."""
+
+    data: Path
+    loop: LoopOptions
+    images: int = 12
+    per_image: int = 3
+    cache: Path | None = None
+    eval_every: int = 300
+
+
+def run(options: SegmenterOptions) -> None:
+    """Train from the last checkpoint to the end and write the Hugging Face form to ``out/checkpoint``."""
+    torch.manual_seed(options.loop.seed)
+    train_samples, val_samples = split(load_index(options.data))
+    train_data = SegmenterData(load_store(by_image(train_samples), cache=options.cache))
+    val_data = SegmenterData(load_store(by_image(val_samples), cache=options.cache))
+    model = build_segmenter()
+    train(
+        modules={"segmenter": model},
+        make_batch=lambda step: train_data.batch(
+            step, count=options.images, per_image=options.per_image, seed=options.loop.seed
+        ),
+        loss_of=lambda batch: mask_loss(model, *batch),
+        options=options.loop,
+        evaluate=lambda _: evaluate(model, val_data),
+        eval_every=options.eval_every,
+    )
+    model.to(torch.bfloat16).save_pretrained(options.loop.out / "checkpoint")

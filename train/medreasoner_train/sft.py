@@ -1,0 +1,388 @@
+"""Second stage: supervised tuning on implicit questions, short thoughts and answers: ``medreasoner-cli train sft``.
+
+Beside the tokens' cross-entropy, three helps that are dropped afterwards: the dense read-outs of the first stage go on,
+and from the last token of the prompt the category and the eight numbers are read out directly, so that the decoder
+learns early what is asked and where it lies.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medreasoner_train.augment import Options
+from medreasoner_train.data import Sample, by_image, load_index, split
+from medreasoner_train.decoder import Packed, block_mask, language_pass, pack, prefix_positions
+from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou
+from medreasoner_train.language import TEMPLATE, Phrasings, answer_text, load_phrasings, texts, thought_text, vary
+from medreasoner_train.loop import LoopOptions, load_checkpoint, train
+from medreasoner_train.model import NANO, build_reasoner, tower
+from medreasoner_train.pretrain import DenseData, ImageTargets, stack
+from medreasoner_train.store import Stored, load_store
+from medreasoner_train.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from medreasoner_train.validation import validate
+
+__all__ = ["SftData", "SftHeads", "SftOptions", "sft_loss", "start_embeddings"]
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SftOptions:
+    """Mixture and weights of the stage. `spread` is the width, in coordinate units, of a coordinate's soft target."""
+
+    images: int = 12
+    branches: int = 4
+    size: int = 252
+    absent: float = 0.22
+    think: float = 0.25
+    spread: float = 2.5
+    weight_skeleton: float = 0.05
+    weight_thought: float = 0.3
+    weight_absent: float = 1.0
+    weight_l1: float = 4.0
+    weight_dense: float = 0.3
+    weight_category: float = 0.3
+    weight_readout: float = 1.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class SftBatch:
+    """One step's input: images (B, 3, S, S), packed tokens, and targets.
+
+    label : (B, T) int64, the token that follows each position, or -100; kind : (B, T) int64, 0 skeleton, 1 thought,
+    2 absent or present, 3 coordinate; ends : (N, 2) row and place of the last prompt token of each branch; category :
+    (N,) int64; geometry : (N, 8) float32 relative; present : (N,) bool.
+    """
+
+    images: Tensor
+    packed: Packed
+    label: Tensor
+    kind: Tensor
+    ends: Tensor
+    category: Tensor
+    geometry: Tensor
+    present: Tensor
+    dense: DenseTargets
+
+
+class Vocabulary:
+    """The token ids that training needs by name."""
+
+    def __init__(self, tokenizer: Tokenizer, largest: int) -> None:
+        self.tokenizer = tokenizer
+        self.image, self.pad = (tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|endoftext|>"))
+        self.null, self.bracket = tokenizer.token_to_id("null"), tokenizer.token_to_id("[")
+        self.before_number = torch.tensor([self.bracket, tokenizer.encode(", ").ids[0]])
+        self.think_close = tokenizer.token_to_id("</think>")
+        self.answer_open = tokenizer.token_to_id("<answer>")
+        self.largest = largest
+        # The ten digits belong to the byte alphabet, so the integers' ids are not one run.
+        self.numbers = torch.tensor([tokenizer.token_to_id(str(value)) for value in range(largest + 1)])
+        self.value = torch.full((tokenizer.get_vocab_size(),), -1)
+        self.value[self.numbers] = torch.arange(largest + 1)
+
+    def prefix(self, side: int) -> tuple[list[int], Tensor]:
+        """Token ids and positions (3, n) of everything before the query, for a side x side image."""
+        before, after = TEMPLATE.split("{query}")[0].split("{image}")
+        head, tail = self.tokenizer.encode(before).ids, self.tokenizer.encode(after).ids
+        return [*head, *[self.image] * side**2, *tail], prefix_positions(len(head), side, len(tail))
+
+    def prompt(self, query: str) -> list[int]:
+        """Token ids of the query and what follows it up to the answer."""
+        return self.tokenizer.encode(query + TEMPLATE.split("{query}")[1]).ids  # type: ignore[no-any-return]
+
+
+class SftData(DenseData):
+    """Makes batches of images with several questions each."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        stored: Sequence[Stored],
+        *,
+        vocabulary: Vocabulary,
+        phrasings: dict[str, Phrasings],
+        options: SftOptions,
+    ) -> None:
+        super().__init__(samples, stored, patch=NANO.patch_size)
+        self._vocabulary = vocabulary
+        self._phrasings = phrasings
+        self._options = options
+        self._end = vocabulary.tokenizer.encode("<|im_end|>").ids
+        self._keys: dict[str, list[str]] = {}
+        for key in phrasings:
+            self._keys.setdefault(key.partition("/")[2], []).append(key)
+
+    def make(self, step: int, seed: int) -> SftBatch:
+        """The batch of a step; depends on step and seed alone."""
+        options = self._options
+        rng = np.random.default_rng([seed, step])
+        chosen = rng.choice(len(self.stored), size=options.images, p=self.weights)
+        images, dense, branches, marks = [], [], [], []
+        for index in chosen:
+            image, targets, masks = self.image(int(index), options.size, rng, Options())
+            row = [self.branch(self.stored[index], targets, masks, rng) for _ in range(options.branches)]
+            images.append(image)
+            dense.append(targets)
+            branches.append([ids for ids, _ in row])
+            marks.append([mark for _, mark in row])
+        prefix, positions = self._vocabulary.prefix(options.size // (NANO.patch_size * NANO.merge_size))
+        packed = pack(prefix, positions, self._vocabulary.image, branches, self._vocabulary.pad)
+        return self._targets(torch.stack(images), packed, len(prefix), branches, marks, stack(dense))
+
+    def branch(
+        self, item: Stored, targets: ImageTargets, masks: dict[str, npt.NDArray[np.bool_]], rng: np.random.Generator
+    ) -> tuple[list[int], "Mark"]:
+        """Tokens of one question with its answer, and what they mean."""
+        category = self._choose(item, masks, rng)
+        own_key = f"{item.record.modality}/{category}"
+        keys = self._keys[category]
+        own = self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
+        query = vary(own.queries[int(rng.integers(len(own.queries)))], rng)
+        mask = masks.get(category)
+        geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
+        encode = self._vocabulary.tokenizer.encode
+        prompt = self._vocabulary.prompt(query)
+        thought = encode(thought_text(own, mask, rng)).ids if rng.random() < self._options.think else []
+        numbers = None if geometry is None else self.integers(geometry)
+        answer = encode(answer_text(numbers)).ids
+        mark = Mark(
+            prompt=len(prompt), thought=len(thought), category=self.column(category), geometry=geometry
+        )
+        return [*prompt, *thought, *answer, *self._end], mark
+
+    def integers(self, geometry: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Relative box and points as integer coordinates, kept a valid answer (x2 > x1, y2 > y1)."""
+        limit = self._vocabulary.largest
+        values = np.clip(np.round(geometry * limit), 0, limit)
+        values[:2] = np.minimum(values[:2], limit - 1)
+        values[2:4] = np.maximum(values[2:4], values[:2] + 1)
+        return values
+
+    def absent_query(
+        self, item: Stored, phrasings: dict[str, Phrasings], rng: np.random.Generator
+    ) -> tuple[str, bool]:
+        """A question for something that is not in the image, and whether it belongs to the same part of the body."""
+        near, far = self._rule.same_region(item.record), self._rule.other_region(item.record)
+        pool = near or far
+        keys = self._keys[pool[int(rng.integers(len(pool)))]]
+        queries = phrasings[keys[int(rng.integers(len(keys)))]].queries
+        return queries[int(rng.integers(len(queries)))], bool(near)
+
+    def _choose(self, item: Stored, masks: dict[str, Any], rng: np.random.Generator) -> str:
+        if rng.random() < self._options.absent or not masks:
+            near, far = self._rule.same_region(item.record), self._rule.other_region(item.record)
+            pool = near if near and rng.random() < 0.7 else far
+            return pool[int(rng.integers(len(pool)))]
+        names = sorted(masks)
+        return names[int(rng.integers(len(names)))]
+
+    def _coordinates(self, answer: Tensor) -> Tensor:
+        """Which tokens of an answer are coordinates: integers behind a bracket or a comma, not the 1 of points_1."""
+        number = self._vocabulary.value[answer] >= 0
+        number[1:] &= torch.isin(answer[:-1], self._vocabulary.before_number)
+        return number
+
+    def _targets(
+        self,
+        images: Tensor,
+        packed: Packed,
+        prefix: int,
+        branches: list[list[list[int]]],
+        marks: list[list["Mark"]],
+        dense: DenseTargets,
+    ) -> SftBatch:
+        label = torch.full_like(packed.ids, IGNORED)
+        kind = torch.zeros_like(packed.ids)
+        ends: list[tuple[int, int]] = []
+        for b, (row, own) in enumerate(zip(branches, marks, strict=True)):
+            at = prefix
+            for ids, mark in zip(row, own, strict=True):
+                first = at + mark.prompt - 1  # the position that predicts the first token after the prompt
+                ends.append((b, first))
+                following = torch.tensor(ids[mark.prompt :])
+                label[b, first : first + len(following)] = following
+                kind[b, first : first + mark.thought] = 1
+                answer = following[mark.thought :]
+                place = first + mark.thought
+                kind[b, place : place + len(answer)][self._coordinates(answer)] = 3
+                choice = ((answer == self._vocabulary.null) | (answer == self._vocabulary.bracket)).nonzero()[0]
+                kind[b, place + int(choice)] = 2
+                at += len(ids)
+        flat = [mark for own in marks for mark in own]
+        return SftBatch(
+            images=images,
+            packed=packed,
+            label=label,
+            kind=kind,
+            ends=torch.tensor(ends),
+            category=torch.tensor([mark.category for mark in flat]),
+            geometry=torch.tensor(
+                np.stack([np.zeros(8) if m.geometry is None else m.geometry for m in flat]), dtype=torch.float32
+            ),
+            present=torch.tensor([mark.geometry is not None for mark in flat]),
+            dense=dense,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """Of one branch: number of prompt and thought tokens, the category's column, relative geometry (8,) or None."""
+
+    prompt: int
+    thought: int
+    category: int
+    geometry: npt.NDArray[np.float64] | None
+
+
+class SftHeads(nn.Module):
+    """The read-outs at the end of the prompt; dropped after training."""
+
+    def __init__(self, hidden_dim: int, n_categories: int) -> None:
+        super().__init__()
+        self.category = nn.Linear(hidden_dim, n_categories)
+        self.readout = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 8))
+
+
+def start_embeddings(model: Any, vocabulary: Vocabulary) -> None:
+    """Give neighbouring integers neighbouring embeddings: waves of several lengths over the coordinate range."""
+    weight = model.model.language_model.embed_tokens.weight
+    with torch.no_grad():
+        values = torch.arange(vocabulary.largest + 1) / vocabulary.largest
+        lengths = torch.logspace(0, 6, weight.shape[1] // 4, base=2.0)  # one to 64 waves over the range
+        angles = values[:, None] * lengths * 2 * torch.pi
+        waves = torch.cat((angles.sin(), angles.cos()), dim=1)
+        weight[vocabulary.numbers] *= 0.25
+        weight[vocabulary.numbers, : waves.shape[1]] = waves * 0.02
+
+
+def sft_loss(
+    model: Any, heads: nn.Module, dense_heads: DenseHeads, batch: SftBatch, options: SftOptions, vocabulary: Vocabulary,
+    forward: Any = tower,
+) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+    """Weighted sum of the stage's losses, and its parts as numbers."""
+    language = model.model.language_model
+    image_embeds = forward(model.model.visual, batch.images)
+    loss_dense, dense_parts = dense_loss(dense_heads, image_embeds, batch.dense)
+    embeds = language.embed_tokens(batch.packed.ids)
+    embeds = embeds.masked_scatter(batch.packed.image[..., None], image_embeds)
+    hidden = language_pass(language, embeds, batch.packed.positions, block_mask(batch.packed.branch))
+
+    asked = batch.label != IGNORED
+    states, label, kind = hidden[asked], batch.label[asked], batch.kind[asked]
+    logits = states @ language.embed_tokens.weight.T
+    logprobs = logits.log_softmax(-1)
+    number = kind == 3
+    plain = -logprobs.gather(1, label[:, None])[:, 0]
+    weights = torch.tensor([options.weight_skeleton, options.weight_thought, options.weight_absent, 0.0])[kind]
+    loss_text = (plain * weights).sum() / batch.present.numel()
+
+    values = torch.arange(vocabulary.largest + 1)
+    truth = vocabulary.value[label[number]]
+    soft = torch.softmax(-((values - truth[:, None]) ** 2) / (2 * options.spread**2), dim=-1)
+    loss_number = -(soft * logprobs[number][:, vocabulary.numbers]).sum(-1).mean()
+    expected = (logits[number][:, vocabulary.numbers].softmax(-1) * values).sum(-1)
+    loss_l1 = (expected - truth).abs().mean() / vocabulary.largest
+
+    last = hidden[batch.ends[:, 0], batch.ends[:, 1]]
+    loss_category = functional.cross_entropy(heads.category(last), batch.category)
+    read = torch.sigmoid(heads.readout(last[batch.present]))
+    geometry = batch.geometry[batch.present]
+    overlap, iou = giou(read[:, :4], geometry[:, :4])
+    loss_readout = (1 - overlap).mean() + 2 * (read - geometry).abs().mean()
+
+    loss = (
+        loss_text + loss_number + options.weight_l1 * loss_l1 + options.weight_dense * loss_dense
+        + options.weight_category * loss_category + options.weight_readout * loss_readout
+    )  # fmt: skip
+    absent = (plain[kind == 2] < 0.6931).float().mean()
+    return loss, {
+        "text": loss_text.item(),
+        "number": loss_number.item(),
+        "l1_px": loss_l1.item() * vocabulary.largest,
+        "category": loss_category.item(),
+        "read_iou": iou.mean().item(),
+        "absent_acc": absent.item(),
+        "dense_iou": dense_parts["iou"],
+    }
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SftRun:
+    """One run: where the data are, the dense stage's checkpoint, the loop and the mixture."""
+
+    data: Path
+    loop: LoopOptions
+    options: SftOptions = dataclasses.field(default_factory=SftOptions)
+    start: Path | None = None
+    cache: Path | None = None
+    compiled: bool = False
+    vocab_size: int = 4096
+    eval_every: int = 300
+
+
+def make_tokenizer(vocab_size: int) -> Tokenizer:
+    """nano's tokenizer, from the training phrasings; the same text gives the same tokenizer."""
+    phrasings = load_phrasings("train")
+    return train_tokenizer(
+        texts([phrasings[key] for key in sorted(phrasings)]), vocab_size=vocab_size, largest=NANO.image_size
+    )
+
+
+def run(settings: SftRun) -> None:
+    """Train from the last checkpoint (or the dense stage's) to the end, then write ``out/checkpoint``."""
+    torch.manual_seed(settings.loop.seed)
+    tokenizer = make_tokenizer(settings.vocab_size)
+    vocabulary = Vocabulary(tokenizer, NANO.image_size)
+    samples = load_index(settings.data)
+    train_samples, val_samples = split(samples)
+    data, val = (
+        SftData(
+            samples,
+            load_store(by_image(part), cache=settings.cache),
+            vocabulary=vocabulary,
+            phrasings=load_phrasings("train"),
+            options=settings.options,
+        )
+        for part in (train_samples, val_samples)
+    )
+    model = build_reasoner(
+        NANO,
+        vocab_size=tokenizer.get_vocab_size(),
+        tokens={name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS},
+    )
+    start_embeddings(model, vocabulary)
+    heads = SftHeads(NANO.hidden_dim, len(data.categories))
+    dense_heads = DenseHeads(NANO.hidden_dim, len(data.categories))
+    if settings.start is not None:
+        modules = load_checkpoint(settings.start)["modules"]
+        model.model.visual.load_state_dict(modules["visual"])
+        dense_heads.load_state_dict(modules["heads"])
+    forward = torch.compile(tower) if settings.compiled else tower
+    train(
+        modules={"model": model, "heads": heads, "dense": dense_heads},
+        make_batch=lambda step: data.make(step, settings.loop.seed),
+        loss_of=lambda batch: sft_loss(model, heads, dense_heads, batch, settings.options, vocabulary, forward),
+        options=settings.loop,
+        evaluate=lambda _: validate(model, vocabulary, val, size=settings.options.size),
+        eval_every=settings.eval_every,
+    )
+    save_reasoner(model, tokenizer, settings.loop.out / "checkpoint")
+
+
+def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path) -> None:
+    """Write the Hugging Face form: config.json, model.safetensors in bfloat16, tokenizer.json."""
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state)
+    tokenizer.save(str(out / "tokenizer.json"))

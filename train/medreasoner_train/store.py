@@ -1,0 +1,62 @@
+"""The whole grounding set in memory: decoded once, so that an epoch costs resizing only."""
+
+import dataclasses
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from medreasoner_train.data import ImageRecord, load_mask, load_pixels
+from medreasoner_train.targets import box_of, inscribed_points
+
+__all__ = ["Stored", "load_store"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Stored:
+    """One image with its targets.
+
+    pixels : (H, W) or (H, W, 3) uint8; masks : (K, H, W) bool; boxes : (K, 4) and points : (K, 2, 2) float64, (x, y) in
+    the image's pixels; K labelled structures in the order of ``record.samples``.
+    """
+
+    record: ImageRecord
+    pixels: npt.NDArray[np.uint8]
+    masks: npt.NDArray[np.bool_]
+    boxes: npt.NDArray[np.float64]
+    points: npt.NDArray[np.float64]
+
+
+def load_store(records: Sequence[ImageRecord], *, cache: Path | None = None) -> list[Stored]:
+    """Decode `records` and work out their targets; the points, which cost most, are kept in `cache` (.npz)."""
+    known: dict[str, npt.NDArray[np.float64]] = {}
+    if cache is not None and cache.exists():
+        with np.load(cache) as file:
+            known = dict(zip(file["ids"].tolist(), file["points"], strict=True))
+
+    def read(record: ImageRecord) -> Stored:
+        masks = np.stack([load_mask(sample.mask) for sample in record.samples])
+        points = [
+            known[sample.id] if sample.id in known else inscribed_points(mask)
+            for sample, mask in zip(record.samples, masks, strict=True)
+        ]
+        return Stored(
+            record=record,
+            pixels=load_pixels(record.image),
+            masks=masks,
+            boxes=np.array([box_of(mask) for mask in masks]),
+            points=np.stack(points),
+        )
+
+    with ThreadPoolExecutor(4) as pool:
+        stored = list(pool.map(read, records))
+    found = {sample.id: points for item in stored for sample, points in zip(item.record.samples, item.points, strict=True)}
+    if cache is not None and not found.keys() <= known.keys():
+        known.update(found)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        beside = cache.with_suffix(".part.npz")
+        np.savez(beside, ids=np.array(list(known)), points=np.stack(list(known.values())))
+        beside.replace(cache)
+    return stored

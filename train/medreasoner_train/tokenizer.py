@@ -1,0 +1,53 @@
+"""nano's own tokenizer: byte-level BPE with Qwen's special tokens and one token for each integer coordinate."""
+
+from collections.abc import Iterable
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+__all__ = ["SPECIAL_TOKENS", "train_tokenizer"]
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "</answer>",
+)
+
+# Words with their leading space, and punctuation with its trailing space, so that "], " is one piece.
+PIECES = r"\d| ?[A-Za-z]+|[^\sA-Za-z\d]+ ?|\s+"
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, largest: int) -> Tokenizer:
+    """Train on `texts`; integers 0..`largest` are single tokens wherever they stand.
+
+    Parameters
+    ----------
+    vocab_size
+        At most this many tokens in all, the special ones and the integers included.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - largest - 1,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(str(value), normalized=False) for value in range(largest + 1)])
+    return tokenizer
