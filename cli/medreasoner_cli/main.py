@@ -21,8 +21,9 @@ _INTERRUPTED = 130  # as shells have it: 128 and the number of the signal
 class _LazyGroup(TyperGroup):
     """A group whose commands are imported when they are asked for: each start pays for one."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(_COMMANDS)
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = dict.fromkeys(_COMMANDS)  # type: ignore[assignment]  # names, to list and to suggest
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _COMMANDS:
@@ -60,7 +61,7 @@ def _program(
     medreasoner-cli ground sample:chest "Which paired organs fill with air?" -o chest.png
 
     For research and engineering, not for diagnosis.
-    """
+    """  # noqa: D301  # the sign is typer's, and it must be the character
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -86,7 +87,7 @@ def _report(error: Exception) -> int:
         else:
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "medreasoner-cli"
-            print(f"error: {text} (see {path} --help)", file=sys.stderr)
+            print(f"error: {text.rstrip('.')} (see {path} --help)", file=sys.stderr)
         return USAGE
     print(f"error: {one_line(error)}", file=sys.stderr)
     from medreasoner.errors import MedReasonerError

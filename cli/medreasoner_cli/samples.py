@@ -13,7 +13,7 @@ def samples() -> None:
 
     \b
     medreasoner-cli ground sample:chest "Which paired organs fill with air on every breath?"
-    """
+    """  # noqa: D301
     from medreasoner.errors import MedReasonerError
     from medreasoner.samples import SAMPLES, sample_path
 

@@ -90,17 +90,18 @@ class GraphBuilder:
             self._initializers[name] = numpy_helper.from_array(array, name)
         return name
 
-    def weight(self, name: str, array: npt.NDArray[Any]) -> str:
+    def weight(self, name: str, array: npt.NDArray[Any], *, exact: bool = False) -> str:
         """Add a weight and return the name of its float32 value.
 
-        Matrices are stored as `storage` with a Cast behind them; vectors are small and stay float32.
+        Matrices are stored as `storage` with a Cast behind them; vectors are small and stay float32, and so does what
+        is `exact`: a matrix that is no longer the checkpoint's own and would be rounded again.
 
         Raises
         ------
         BundleError
             If a value does not fit `storage`.
         """
-        if array.ndim < 2 or self.storage == "float32":
+        if array.ndim < 2 or exact or self.storage == "float32":
             self._initializers[name] = numpy_helper.from_array(store(array, "float32", name), name)
             return name
         stored = f"{name}.{self.storage}"

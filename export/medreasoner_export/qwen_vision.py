@@ -60,7 +60,7 @@ class _VisionTower:
             g.op("Slice", table, g.ints(0), g.ints(c.head_dim // 2), g.ints(1)) for table in tables
         )
         self._windows(patches)
-        x = g.linear(patches, "patch_embed", self._patch_embedding())
+        x = g.op("MatMul", patches, g.weight("patch_embed.weight", self._patch_embedding().T, exact=True))
         h = g.op("SimplifiedLayerNormalization", x, self._norm("blocks.0.norm1"), epsilon=EPSILON)
         for index in range(c.n_layers):
             attended = self._attention(h, f"blocks.{index}.attn.", full=index in c.full_attention_layers)

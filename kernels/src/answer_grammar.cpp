@@ -8,6 +8,7 @@
 namespace medreasoner {
 
 bool AnswerGrammar::Node::reaches(int low, int high) const {
+    if (children.empty()) return low <= value && value <= high;
     const auto first = std::lower_bound(values.begin(), values.end(), low);
     return first != values.end() && *first <= high;
 }
@@ -107,11 +108,12 @@ void AnswerState::each_allowed(Visit visit) const {
 
 Tokens AnswerState::allowed() const {
     Tokens tokens;
+    if (in_number_) tokens.reserve(grammar_->node(node_).children.size() + 2);
     each_allowed([&](int32_t token) {
         tokens.push_back(token);
         return true;
     });
-    std::sort(tokens.begin(), tokens.end());
+    if (!std::is_sorted(tokens.begin(), tokens.end())) std::sort(tokens.begin(), tokens.end());
     return tokens;
 }
 

@@ -109,22 +109,42 @@ void mask_from_logits(const float* logits, int64_t logits_width, double crop_hei
     }
 }
 
+namespace {
+
+constexpr int64_t kStep = 32;  // bytes that are looked at together
+
+bool any_of_step(const uint8_t* bytes) {
+    uint64_t words[kStep / 8];
+    std::memcpy(words, bytes, kStep);
+    return (words[0] | words[1] | words[2] | words[3]) != 0;
+}
+
+// Index of the first set byte, n if there is none.
+int64_t first_set(const uint8_t* bytes, int64_t n) {
+    int64_t i = 0;
+    while (i + kStep <= n && !any_of_step(bytes + i)) i += kStep;
+    while (i < n && bytes[i] == 0) ++i;
+    return i;
+}
+
+// Index behind the last set byte, 0 if there is none.
+int64_t end_of_set(const uint8_t* bytes, int64_t n) {
+    while (n >= kStep && !any_of_step(bytes + n - kStep)) n -= kStep;
+    while (n > 0 && bytes[n - 1] == 0) --n;
+    return n;
+}
+
+}  // namespace
+
 bool mask_box(const uint8_t* mask, int64_t height, int64_t width, Box* box) {
-    const auto is_set = [](uint8_t value) { return value != 0; };
-    Box found{width, height, 0, 0};
-    for (int64_t y = 0; y < height; ++y) {
+    const int64_t first = first_set(mask, height * width);
+    if (first == height * width) return false;
+    *box = {width, first / width, 0, (end_of_set(mask, height * width) - 1) / width + 1};
+    for (int64_t y = box->y1; y < box->y2; ++y) {  // only what lies outside the box so far can widen it
         const uint8_t* row = mask + y * width;
-        const uint8_t* first = std::find_if(row, row + width, is_set);
-        if (first == row + width) continue;
-        found.x1 = std::min<int64_t>(found.x1, first - row);
-        found.y1 = std::min(found.y1, y);
-        found.y2 = y + 1;
-        int64_t x2 = width;  // only columns right of the box so far can widen it
-        while (x2 > found.x2 && row[x2 - 1] == 0) --x2;
-        found.x2 = x2;
+        box->x1 = first_set(row, box->x1);
+        box->x2 += end_of_set(row + box->x2, width - box->x2);
     }
-    if (found.y2 == 0) return false;
-    *box = found;
     return true;
 }
 

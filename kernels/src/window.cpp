@@ -38,8 +38,12 @@ uint8_t window_value(T value, const Window& w) {
 // Computes each stored value that occurs between the extremes once; pays where there are more pixels than such values.
 template <class T>
 bool window_by_table(const T* values, int64_t n, const Window& window, uint8_t* out) {
-    const auto [low, high] = std::minmax_element(values, values + n);
-    const int64_t base = *low, size = int64_t{*high} - base + 1;
+    T low = values[0], high = values[0];  // a loop that the compiler vectorises, unlike std::minmax_element
+    for (int64_t i = 1; i < n; ++i) {
+        low = std::min(low, values[i]);
+        high = std::max(high, values[i]);
+    }
+    const int64_t base = low, size = int64_t{high} - base + 1;
     if (size > n) return false;
     std::vector<uint8_t> table(static_cast<size_t>(size));
     for (int64_t i = 0; i < size; ++i) table[static_cast<size_t>(i)] = window_value(base + i, window);

@@ -4,7 +4,7 @@
 >>> result = mr.ground("sample:chest", "Where is the air-filled tissue?")              # doctest: +SKIP
 """
 
-from logging import NullHandler, getLogger
+import logging
 
 from medreasoner._version import __version__
 from medreasoner.errors import (
@@ -46,4 +46,4 @@ __all__ = [
     "read_image",
 ]
 
-getLogger(__name__).addHandler(NullHandler())
+logging.getLogger(__name__).addHandler(logging.NullHandler())

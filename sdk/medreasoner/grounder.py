@@ -161,6 +161,8 @@ class Grounder:
         """
         self._engine.check()
         images, queries = _pairs(image, query)
+        if not queries:
+            return []
         for each in queries:  # before any work
             self._engine.reasoner.prompt.check(each)
         results: list[Grounding] = []

@@ -1,6 +1,5 @@
 """ONNX Runtime: which one is installed, on which device it runs, and sessions that read and write bound buffers."""
 
-import importlib.metadata
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -129,6 +128,8 @@ def require_runtime() -> None:
 
 
 def _is_installed(name: str) -> bool:
+    import importlib.metadata  # here, since it costs as much as the rest of this package's import
+
     try:
         importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
@@ -211,12 +212,21 @@ def _cuda_options(options: RuntimeOptions) -> dict[str, str]:
 
 
 def fallback_warnings(graph: str, options: RuntimeOptions, asked: Sequence[str], got: Sequence[str]) -> tuple[str, ...]:
-    """One sentence if a graph does not run on the first provider that was asked for; for no one to be surprised.
+    """One sentence if a graph does not run on every provider that was asked for, so that no fall-back is silent.
+
+    Parameters
+    ----------
+    graph
+        Its name, for the message.
+    options
+        The device that was chosen.
+    asked, got
+        Providers asked for and those that the session reports, in order.
 
     Raises
     ------
     ProviderError
-        If the device was named and the graph does not run on it at all.
+        If the device was named and did not start.
 
     Examples
     --------
@@ -226,7 +236,7 @@ def fallback_warnings(graph: str, options: RuntimeOptions, asked: Sequence[str],
     missing = [name for name in asked if name not in got]
     if not missing:
         return ()
-    if options.device == "cuda" or (options.device == "tensorrt" and CUDA in missing):
+    if options.device != "auto" and asked[0] in missing:
         raise ProviderError(
             f"{graph}: {missing[0]} did not start; check the driver and the CUDA libraries, or device='cpu'"
         )

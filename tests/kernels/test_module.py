@@ -99,7 +99,9 @@ def heavy_calls() -> dict[str, object]:
 RLE_OF_ROWS = "1110" + "0" * (5000 * 5000 - 4)
 
 
-@pytest.mark.parametrize("name", ["resize", "patches", "planes", "window", "project", "select", "gather", "mask", "encode", "decode"])
+@pytest.mark.parametrize(
+    "name", ["resize", "patches", "planes", "window", "project", "select", "gather", "mask", "encode", "decode"]
+)
 def test_another_thread_runs_while_a_kernel_works(name):
     call, span, stamps = heavy_calls()[name], [], []
 

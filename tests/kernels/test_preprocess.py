@@ -6,7 +6,7 @@ from medreasoner import ops
 from medreasoner.errors import ArrayError
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-# One multiplication and one addition in float32 instead of a division: a few units in the last place of numbers up to 3.
+# One multiplication and addition in float32 instead of divisions: a few units in the last place of numbers up to 3.
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 
@@ -47,9 +47,7 @@ def test_patches_equal_pillow_and_numpy(simd, channels, content, patch, merge):
     h, w = content or (height, width)
     padded[:h, :w] = resized(image, h, w)
     expected = patches_of(normalised(padded).transpose(2, 0, 1), patch, merge)
-    found = ops.preprocess_patches(
-        image, height, width, content=content, mean=MEAN, std=STD, patch=patch, merge=merge
-    )
+    found = ops.preprocess_patches(image, height, width, content=content, mean=MEAN, std=STD, patch=patch, merge=merge)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, **TOLERANCE)
 

@@ -7,7 +7,7 @@ from medreasoner import ops
 from medreasoner.errors import ArrayError
 
 DTYPES = ["float32", "float16", "bfloat16"]
-every_level = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=100)
+every_level = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=40)
 
 
 def widened(weight: np.ndarray, dtype: str) -> np.ndarray:
@@ -95,9 +95,7 @@ def test_a_read_only_memory_map_is_accepted(tmp_path):
     _, weight = problem(5, 8, "bfloat16", seed=0)
     weight.tofile(tmp_path / "weight.bin")
     mapped = np.memmap(tmp_path / "weight.bin", np.uint16, mode="r", shape=(5, 8))
-    np.testing.assert_array_equal(
-        ops.gather_rows(mapped, "bfloat16", np.array([3])), widened(weight, "bfloat16")[[3]]
-    )
+    np.testing.assert_array_equal(ops.gather_rows(mapped, "bfloat16", np.array([3])), widened(weight, "bfloat16")[[3]])
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -24,7 +24,7 @@ DTYPES = st.sampled_from([np.int16, np.uint16, np.int32, np.float32])
 NUMBER = st.floats(-2000, 2000, width=32)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=120)
 @given(
     values=DTYPES.flatmap(
         lambda dtype: hnp.arrays(

@@ -252,3 +252,18 @@ class Toy:
 @pytest.fixture
 def toy() -> type[Toy]:
     return Toy
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``bundle`` with random weights, and the checkpoints ``reasoner`` and ``segmenter`` that it was exported from."""
+    from medreasoner_export.toy import make_toy_bundle
+
+    folder = tmp_path_factory.mktemp("toy")
+    make_toy_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_bundle(toy_folder: Path) -> Path:
+    return toy_folder / "bundle"

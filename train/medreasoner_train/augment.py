@@ -100,7 +100,9 @@ def _turn(
         width = pixels.shape[1]
         pixels, masks = pixels[:, ::-1], masks[:, :, ::-1]
         points = np.stack([width - points[..., 0], points[..., 1]], axis=-1)
-    if modality in TURNED and rng.random() < 0.5:  # mirror across the main diagonal: with the flip above, all eight turns
+    if (
+        modality in TURNED and rng.random() < 0.5
+    ):  # mirror across the main diagonal: with the flip above, all eight turns
         pixels, masks, points = np.swapaxes(pixels, 0, 1), np.swapaxes(masks, 1, 2), points[..., ::-1]
     return pixels, masks, points
 

@@ -13,7 +13,17 @@ from PIL import Image as PilImage
 
 from medreasoner.errors import ImageReadError
 
-__all__ = ["ImageRecord", "Sample", "by_image", "informative_pairs", "load_index", "load_mask", "load_pixels", "split", "validation_groups"]
+__all__ = [
+    "ImageRecord",
+    "Sample",
+    "by_image",
+    "informative_pairs",
+    "load_index",
+    "load_mask",
+    "load_pixels",
+    "split",
+    "validation_groups",
+]
 
 VALIDATION_PERCENT = 15
 
@@ -61,7 +71,9 @@ def load_index(root: Path) -> list[Sample]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as err:
-        raise ImageReadError(f"{path}: cannot be read ({err.strerror}); give the folder that holds index.jsonl") from err
+        raise ImageReadError(
+            f"{path}: cannot be read ({err.strerror}); give the folder that holds index.jsonl"
+        ) from err
     samples = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -118,9 +130,7 @@ def by_image(samples: Iterable[Sample]) -> list[ImageRecord]:
     for sample in samples:
         rows[sample.image].append(sample)
     return [
-        ImageRecord(
-            image=image, source=own[0].source, modality=own[0].modality, group=own[0].group, samples=tuple(own)
-        )
+        ImageRecord(image=image, source=own[0].source, modality=own[0].modality, group=own[0].group, samples=tuple(own))
         for image, own in rows.items()
     ]
 

@@ -174,7 +174,7 @@ def train(
         def write(row: dict[str, float]) -> None:
             metrics.write(json.dumps(row) + "\n")
             metrics.flush()
-            logger.info(" ".join(f"{k}={v:.4g}" for k, v in row.items()))  # noqa: G004
+            logger.info(" ".join(f"{k}={v:.4g}" for k, v in row.items()))
 
         for step, batch in enumerate(batches(make_batch, start, options.steps), start=start):
             loss, parts = loss_of(batch)

@@ -120,7 +120,9 @@ def evaluate(visual: torch.nn.Module, heads: DenseHeads, data: DenseData, *, siz
         targets = stack([row[1] for row in rows])
         _, iou = giou(pooled_geometry(coverage, geometry)[..., :4], targets.geometry[..., :4])
         for b, c in targets.present.nonzero().tolist():
-            ious.setdefault(f"{data.stored[start + b].record.modality}/{data.categories[c]}", []).append(float(iou[b, c]))
+            ious.setdefault(f"{data.stored[start + b].record.modality}/{data.categories[c]}", []).append(
+                float(iou[b, c])
+            )
     for key, own in sorted(ious.items()):
         logger.info("  %-38s %4d  %.3f", key, len(own), np.mean(own))
     return {"val_iou": float(np.mean([v for own in ious.values() for v in own]))}
@@ -155,9 +157,7 @@ def run(options: DenseOptions) -> None:
     forward = torch.compile(lambda x: tower(visual, x)) if options.compiled else (lambda x: tower(visual, x))
     train(
         modules={"visual": visual, "heads": heads},
-        make_batch=lambda step: train_data.batch(
-            step, count=options.batch, size=options.size, seed=options.loop.seed
-        ),
+        make_batch=lambda step: train_data.batch(step, count=options.batch, size=options.size, seed=options.loop.seed),
         loss_of=lambda batch: dense_loss(heads, forward(batch[0]), batch[1]),
         options=options.loop,
         evaluate=lambda _: evaluate(visual, heads, val_data, size=options.size),
@@ -165,4 +165,12 @@ def run(options: DenseOptions) -> None:
     )
 
 
-QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+QWEN_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)

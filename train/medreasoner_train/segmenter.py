@@ -44,6 +44,12 @@ def build_segmenter() -> Any:
     )  # fmt: skip
     model = SamModel(config)
     model.apply(_start)
+    # transformers scales the random waves of positions by half the hidden size, where the original SAM has 1: so fast
+    # that neighbouring places look unrelated. Image and prompts must share them.
+    with torch.no_grad():
+        waves = torch.randn(2, config.vision_config.num_pos_feats)
+        model.shared_image_embedding.positional_embedding.copy_(waves)
+        model.prompt_encoder.shared_embedding.positional_embedding.copy_(waves)
     return model
 
 

@@ -157,9 +157,7 @@ class SftData(DenseData):
         thought = encode(thought_text(own, mask, rng)).ids if rng.random() < self._options.think else []
         numbers = None if geometry is None else self.integers(geometry)
         answer = encode(answer_text(numbers)).ids
-        mark = Mark(
-            prompt=len(prompt), thought=len(thought), category=self.column(category), geometry=geometry
-        )
+        mark = Mark(prompt=len(prompt), thought=len(thought), category=self.column(category), geometry=geometry)
         return [*prompt, *thought, *answer, *self._end], mark
 
     def integers(self, geometry: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -170,9 +168,7 @@ class SftData(DenseData):
         values[2:4] = np.maximum(values[2:4], values[:2] + 1)
         return values
 
-    def absent_query(
-        self, item: Stored, phrasings: dict[str, Phrasings], rng: np.random.Generator
-    ) -> tuple[str, bool]:
+    def absent_query(self, item: Stored, phrasings: dict[str, Phrasings], rng: np.random.Generator) -> tuple[str, bool]:
         """A question for something that is not in the image, and whether it belongs to the same part of the body."""
         near, far = self._rule.same_region(item.record), self._rule.other_region(item.record)
         pool = near or far
@@ -333,7 +329,7 @@ class SftRun:
 
 
 def make_tokenizer(vocab_size: int) -> Tokenizer:
-    """nano's tokenizer, from the training phrasings; the same text gives the same tokenizer."""
+    """Nano's tokenizer, from the training phrasings; the same text gives the same tokenizer."""
     phrasings = load_phrasings("train")
     return train_tokenizer(
         texts([phrasings[key] for key in sorted(phrasings)]), vocab_size=vocab_size, largest=NANO.image_size

@@ -52,7 +52,9 @@ def load_store(records: Sequence[ImageRecord], *, cache: Path | None = None) -> 
 
     with ThreadPoolExecutor(4) as pool:
         stored = list(pool.map(read, records))
-    found = {sample.id: points for item in stored for sample, points in zip(item.record.samples, item.points, strict=True)}
+    found = {
+        sample.id: points for item in stored for sample, points in zip(item.record.samples, item.points, strict=True)
+    }
     if cache is not None and not found.keys() <= known.keys():
         known.update(found)
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,9 @@ def validate(model: Any, vocabulary: "Vocabulary", data: "SftData", *, size: int
         for category in masks:
             queries = phrasings[f"{item.record.modality}/{category}"].queries
             geometry = targets.geometry[data.column(category)]
-            rows.append((image, queries[int(rng.integers(len(queries)))], f"{item.record.modality}/{category}", geometry))
+            rows.append(
+                (image, queries[int(rng.integers(len(queries)))], f"{item.record.modality}/{category}", geometry)
+            )
         absent, near = data.absent_query(item, phrasings, rng)
         rows.append((image, absent, "absent (same region)" if near else "absent (elsewhere)", None))
     ious: dict[str, list[float]] = {}

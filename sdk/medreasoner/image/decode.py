@@ -1,6 +1,5 @@
 """One decoded frame of a DICOM data set, by whichever of pydicom's plug-ins is installed."""
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +9,7 @@ from medreasoner.errors import CodecError, ImageReadError
 from medreasoner.image.attributes import first_number
 from medreasoner.image.codestream import codestream_size
 from medreasoner.image.header import PixelHeader
+from medreasoner.image.isolated import decode_with_gdcm
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["decode_frame", "transfer_syntax"]
 
 _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
+_RLE = "1.2.840.10008.1.2.5"
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 # Packages that a vendor may embed. pylibjpeg-libjpeg reads more, but it is GPL and must not be recommended.
 _JPEG_2000_PACKAGES = "pylibjpeg pylibjpeg-openjpeg"
@@ -30,7 +31,7 @@ _PACKAGES = {
     "1.2.840.10008.1.2.4.81": "pyjpegls",
     **{f"1.2.840.10008.1.2.4.{n}": _JPEG_2000_PACKAGES for n in (90, 91, 201, 202, 203)},
 }
-# GDCM stands last: it is the one codec that has been known to take the process down on hostile input.
+# GDCM is only for what no other reads, and then in a process of its own: damaged input can bring it down.
 _PREFERENCE = ("pydicom", "pyjpegls", "pylibjpeg", "pillow", "gdcm")
 _COLOUR_OF_JPEG = ("RGB", "YBR_FULL", "YBR_FULL_422")  # the others change to RGB as they are decoded
 _PREFERENCE_JPEG = ("pillow", "gdcm", "pylibjpeg")
@@ -75,9 +76,12 @@ def decode_frame(dataset: "Dataset", header: PixelHeader, frame: int) -> tuple[N
     warnings = [] if decoder.is_encapsulated else _check_native_length(dataset, header)
     plugins = [""] if decoder.is_native else _plugins(syntax, decoder.available_plugins, header)
     if decoder.is_encapsulated:
-        _check_codestream(dataset, header, frame)
-    values, properties = _decode(decoder, dataset, plugins, frame, syntax)
-    photometric = str(properties["photometric_interpretation"])
+        encoded = _encoded_frame(dataset, header, frame, syntax)
+    if plugins == ["gdcm"]:
+        planar = int(first_number(dataset, "PlanarConfiguration") or 0)
+        values, photometric = decode_with_gdcm(encoded, header, syntax, planar)
+    else:
+        values, photometric = _decode(decoder, dataset, plugins, frame, syntax)
     if (photometric == "RGB") != (header.photometric == "RGB") and header.photometric in _COLOUR_OF_JPEG:
         warnings.append(f"the codestream is {photometric} although the header says {header.photometric}")
     return _stored_bits(values, header), photometric, warnings
@@ -107,9 +111,9 @@ def _plugins(syntax: "UID", available: tuple[str, ...], header: PixelHeader) -> 
 
 def _decode(
     decoder: Any, dataset: "Dataset", plugins: list[str], frame: int, syntax: "UID"
-) -> tuple[NDArray[Any], dict[str, Any]]:
+) -> tuple[NDArray[Any], str]:
     options: dict[str, Any] = {}
-    if decoder.is_native or syntax.name == "RLE Lossless":
+    if decoder.is_native or syntax == _RLE:
         options["correct_unused_bits"] = False  # done below with regard to the high bit, which pydicom leaves out
     if first_number(dataset, "PlanarConfiguration") is None:
         options["planar_configuration"] = 0
@@ -117,24 +121,16 @@ def _decode(
         options["pixel_representation"] = 0
     error: Exception | None = None
     for plugin in plugins:
-        if plugin == "gdcm":
-            _silence_gdcm()
         try:
             values, properties = decoder.as_array(
                 dataset, index=frame, raw=True, decoding_plugin=plugin, allow_excess_frames=False, **options
             )
-            return values, properties
+            return values, str(properties["photometric_interpretation"])
         except Exception as err:
             error = err
     assert error is not None
     reason = " ".join(str(error).split())[:200]
     raise ImageReadError(f"frame {frame} in {_name(syntax)} cannot be decoded: {reason}") from error
-
-
-def _silence_gdcm() -> None:
-    gdcm = importlib.import_module("gdcm")
-    gdcm.Trace.WarningOff()
-    gdcm.Trace.ErrorOff()
 
 
 def _check_native_length(dataset: "Dataset", header: PixelHeader) -> list[str]:
@@ -159,19 +155,26 @@ def _check_native_length(dataset: "Dataset", header: PixelHeader) -> list[str]:
     return []
 
 
-def _check_codestream(dataset: "Dataset", header: PixelHeader, frame: int) -> None:
+def _encoded_frame(dataset: "Dataset", header: PixelHeader, frame: int, syntax: "UID") -> bytes:
+    """The compressed frame, its own size compared with the header's."""
     from pydicom.encaps import get_frame
 
     try:
         encoded = get_frame(dataset.PixelData, frame, number_of_frames=header.n_frames)
     except Exception as err:
         raise ImageReadError(f"frame {frame} of {header.n_frames} is not in the pixel data, or they are cut") from err
-    size = codestream_size(encoded)
-    if size is not None and size != (header.rows, header.columns):
+    if syntax == _RLE:  # has no size of its own
+        return bytes(encoded)
+    try:
+        size = codestream_size(encoded)
+    except ValueError as err:
+        raise ImageReadError(f"frame {frame} in {_name(syntax)} is damaged: {err}") from err
+    if size != (header.rows, header.columns):
         raise ImageReadError(
             f"the codestream is {size[0]} x {size[1]} pixels (rows x columns), "
             f"but the header says {header.rows} x {header.columns}"
         )
+    return bytes(encoded)
 
 
 def _stored_bits(values: NDArray[Any], header: PixelHeader) -> NDArray[Any]:

@@ -62,6 +62,9 @@ def read_dataset(dataset: "Dataset", *, source: str, frame: SupportsIndex | None
     warnings += notes
     spacing, notes = patient_spacing(dataset, index)
     warnings += notes
+    kept = _without_pixels(dataset)
+    if kept is None:
+        warnings.append("the header is malformed; results cannot be written as DICOM")
     return Image(
         pixels=pixels,
         source=source,
@@ -69,7 +72,7 @@ def read_dataset(dataset: "Dataset", *, source: str, frame: SupportsIndex | None
         warnings=tuple(warnings),
         frame=index,
         n_frames=header.n_frames,
-        dicom=_without_pixels(dataset),
+        dicom=kept,
     )
 
 
@@ -87,9 +90,12 @@ def _display(
     return pixels, warnings
 
 
-def _without_pixels(dataset: "Dataset") -> "Dataset":
-    """A copy of the header, so that a study does not hold the compressed pixels for as long as it lives."""
-    header = dataset[:0x7FE00000]
+def _without_pixels(dataset: "Dataset") -> "Dataset | None":
+    """A copy of the header, so that a study does not hold the stored pixels while it lives; None if it is malformed."""
+    try:
+        header = dataset[:0x7FE00000]
+    except Exception:  # pydicom converts some elements as it copies them; the picture is good without them
+        return None
     if hasattr(dataset, "file_meta"):
         header.file_meta = dataset.file_meta
     return header

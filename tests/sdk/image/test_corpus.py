@@ -137,7 +137,7 @@ def test_encodings_of_the_same_pixels_look_the_same(corpus, name, twin):
 def test_colour_encodings_of_the_test_chart_look_alike(corpus, name, chart):
     difference = np.abs(read_image(corpus[name]).pixels.astype(int) - read_image(corpus[chart]).pixels)
     assert difference.mean() < 1.0
-    # The writer of the uncompressed YBR file cut its chrominance down to whole numbers (pydicom finds the same colours).
+    # The writer of the uncompressed YBR file cut its chrominance to whole numbers (pydicom finds the same colours).
     assert difference.max() <= (6 if name == "SC_ybr_full_uncompressed.dcm" else 4)
 
 

@@ -1,16 +1,18 @@
 """Files that must be refused, and what the refusal says."""
 
+import contextlib
 import io
 import struct
 import zlib
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import (
     MPEG4HP41,
     UID,
@@ -170,6 +172,30 @@ def test_a_codestream_larger_than_its_header_says_is_refused_before_decoding(mak
         read_image(_encapsulated(make_dataset, JPEGBaseline8Bit, _jpeg(24, 16)))
 
 
+def test_a_jp2_box_without_length_does_not_hang_the_reader(make_dataset):
+    stream = io.BytesIO()
+    PilImage.fromarray(np.zeros((16, 16), np.uint8)).save(stream, "JPEG2000")
+    frame = stream.getvalue()
+    assert read_image(_encapsulated(make_dataset, JPEG2000Lossless, frame)).height == 16
+    with pytest.raises(ImageReadError, match="JP2 box of 0 bytes"):
+        read_image(_encapsulated(make_dataset, JPEG2000Lossless, frame[:12] + b"\0\0\0\0" + frame[16:]))
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xd9", b"\0" * 400])
+def test_gdcm_fails_in_a_process_of_its_own(make_dataset, corpus, damage):
+    """GDCM ends the process on some of these; the message, not the process, is what the user sees."""
+    frame = get_frame(pydicom.dcmread(corpus["pydicom/SC_rgb_jpeg_gdcm.dcm"]).PixelData, 0, number_of_frames=1)
+    frame = bytearray(frame[:700] + damage)
+    start = frame.index(b"\xff\xc3")
+    frame[start + 5 : start + 9] = b"\0\x10\0\x10"  # 16 x 16
+    dataset = _encapsulated(make_dataset, JPEGLosslessSV1, bytes(frame))
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = 3, "RGB", 0
+    try:
+        assert read_image(dataset).height == 16
+    except ImageReadError as err:
+        assert "GDCM" in str(err)  # noqa: PT017 - whether it fails is up to the version of GDCM
+
+
 def test_a_damaged_codestream_is_refused_with_the_decoders_reason(make_dataset):
     frame = _jpeg(16, 16)
     with pytest.raises(ImageReadError, match="frame 0 in 'JPEG Baseline") as caught:
@@ -211,6 +237,15 @@ def test_a_deflated_data_set_that_inflates_without_end_is_refused(make_dataset, 
         read_image(head[:132] + group_length + head[144:] + b"\xff" * 100)
 
 
+def test_a_malformed_element_elsewhere_costs_the_header_but_not_the_picture(make_dataset, to_bytes, ramp):
+    dataset = make_dataset(ramp, AccessionNumber="12345678")
+    data = to_bytes(dataset).replace(b"\x08\x00\x50\x00SH", b"\x08\x00\x50\x00QQ")
+    image = read_image(data)
+    np.testing.assert_array_equal(image.pixels, read_image(dataset).pixels)
+    assert image.dicom is None
+    assert "cannot be written as DICOM" in image.warnings[-1]
+
+
 def test_messages_hold_no_patient_data(make_dataset, to_bytes, ramp):
     good = to_bytes(make_dataset(ramp))
     broken = [
@@ -227,9 +262,9 @@ def test_messages_hold_no_patient_data(make_dataset, to_bytes, ramp):
 
 @given(st.binary(max_size=200))
 def test_the_codestream_parser_survives_any_bytes(data):
-    for head in (b"", b"\xff\xd8", b"\xff\x4f\xff\x51"):
-        size = codestream_size(head + data)
-        assert size is None or len(size) == 2
+    for head in (b"", b"\xff\xd8", b"\xff\x4f\xff\x51", b"\0\0\0\x0cjP  \r\n\x87\n"):
+        with contextlib.suppress(ValueError):
+            assert len(codestream_size(head + data)) == 2
 
 
 @pytest.mark.parametrize(("height", "width"), [(8, 9), (300, 17)])

@@ -1,7 +1,6 @@
 """Real files cut short and with bits turned over: whatever happens, nothing but ImageReadError comes out.
 
-The damage is drawn with a fixed seed and bounded. Files whose only decoder is GDCM are left out: it is C++ of its own
-that has been known to crash on damaged input, and it is optional.
+The damage is drawn with a fixed seed and bounded.
 """
 
 import contextlib
@@ -124,3 +123,12 @@ def test_random_bytes_behind_a_magic_are_refused(magic):
     for length in (0, 1, 7, 60, 700):
         with pytest.raises(ImageReadError):
             read_image(MAGICS[magic] + rng.bytes(length))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["JPEG-LL.dcm", "pydicom/SC_rgb_jpeg_gdcm.dcm"])
+def test_damage_that_brings_gdcm_down_leaves_this_process_alive(corpus, name):
+    data, rng = corpus[name].read_bytes(), np.random.default_rng(5)
+    for _ in range(ROUNDS // 4):
+        with contextlib.suppress(ImageReadError):
+            read_image(_damaged(data, rng), max_pixels=2_000_000)

@@ -1,0 +1,97 @@
+"""What is printed about an image."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medreasoner_cli.failures import one_line
+
+if TYPE_CHECKING:
+    from medreasoner import Grounding
+
+__all__ = ["Printer", "show_warnings"]
+
+
+def show_warnings() -> None:
+    """Send what the package logs as a warning, such as the licence of the weights, to the standard error."""
+    import logging
+
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger = logging.getLogger("medreasoner")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.WARNING)
+
+
+class Printer:
+    """Prints results to the standard output, and errors and progress to the standard error.
+
+    Parameters
+    ----------
+    n_images
+        How many will come: one is described at length, several take a line each.
+    as_json
+        Whether to print one JSON object a line instead.
+    """
+
+    def __init__(self, n_images: int, *, as_json: bool) -> None:
+        self._n_images, self._as_json = n_images, as_json
+        self._shows_progress = n_images > 1 and sys.stderr.isatty()
+
+    def progress(self, done: int, name: str) -> None:
+        """Tell on a terminal how far it is and what comes next."""
+        if self._shows_progress:
+            filled = 24 * done // self._n_images
+            bar = "#" * filled + "." * (24 - filled)
+            print(f"\r\x1b[K[{bar}] {done}/{self._n_images} {name:.40}", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the progress away, before anything else is printed."""
+        if self._shows_progress:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def error(self, name: str, error: Exception) -> None:
+        """Print that an image failed."""
+        self.clear()
+        text = one_line(error)
+        # Messages about an image begin with the file's name already.
+        print(f"error: {text}" if text.startswith(Path(name).name) else f"error: {name}: {text}", file=sys.stderr)
+        if self._as_json:
+            print(json.dumps({"image": name, "error": text}, ensure_ascii=False), flush=True)
+
+    def result(self, name: str, result: "Grounding", written: Sequence[Path]) -> None:
+        """Print an answer."""
+        self.clear()
+        for warning in result.warnings:
+            print(f"note: {name}: {warning}" if self._n_images > 1 else f"note: {warning}", file=sys.stderr)
+        if self._as_json:
+            files = [str(path) for path in written]
+            print(json.dumps({"image": name, **result.to_dict(), "written": files}, ensure_ascii=False), flush=True)
+        elif self._n_images > 1:
+            print("  ".join([name, *_short(result)]), flush=True)
+        else:
+            for line in _long(name, result, written):
+                print(line)
+
+
+def _short(result: "Grounding") -> list[str]:
+    time = f"{result.timings_ms['total']:.0f} ms"
+    if not result.found or result.box is None:
+        return ["absent", time]
+    return ["found", "box " + " ".join(f"{edge:.0f}" for edge in result.box), f"score {result.score:.2f}", time]
+
+
+def _long(name: str, result: "Grounding", written: Sequence[Path]) -> list[str]:
+    lines = [f"{name}: {'found' if result.found else 'the answer is that it is not in this image'}"]
+    if result.reasoning is not None:
+        lines.append(f"  thought  {' '.join(result.reasoning.split())}")
+    if result.box is not None and result.points is not None:
+        lines.append(f"  box      {' '.join(f'{edge:.0f}' for edge in result.box)}   (x1 y1 x2 y2, pixels)")
+        lines.append(f"  points   {'   '.join(f'{x:.0f} {y:.0f}' for x, y in result.points)}")
+        if result.area_mm2 is not None:
+            lines.append(f"  area     {result.area_mm2:,.0f} mm2")
+        lines.append(f"  score    {result.score:.2f}   (predicted IoU of the mask, not a probability)")
+    lines.append(f"  time     {result.timings_ms['total']:.0f} ms   ({result.model_name} {result.model_version})")
+    return [*lines, *(f"  wrote    {path}" for path in written)]

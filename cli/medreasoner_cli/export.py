@@ -1,0 +1,111 @@
+"""`medreasoner-cli export`: reasoner, segmenter, bundle and verify."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from medreasoner_cli.extras import load
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Turn checkpoints into a bundle: reasoner, segmenter, then bundle, then verify.",
+)
+
+Weights = Literal["source", "float32", "float16", "bfloat16"]
+CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
+OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+WeightsOption = Annotated[Weights, typer.Option(help="Element type of the weights; source keeps the checkpoint's.")]
+SettingsOption = Annotated[
+    Path | None, typer.Option(help="JSON file whose entries replace those of the checkpoint's medreasoner.json.")
+]
+
+
+@app.command()
+def reasoner(
+    checkpoint: CheckpointArgument,
+    output: OutOption,
+    weights: WeightsOption = "source",
+    settings: SettingsOption = None,
+) -> None:
+    """Export a Qwen2.5-VL checkpoint: vision and decoder graphs, embedding, tokenizer.
+
+    \b
+    medreasoner-cli export reasoner MedReasoner-7B/ -o build/reasoner --weights float16
+    """  # noqa: D301
+    package = load("medreasoner_export", extra="export")
+    options = package.ReasonerOptions(weights=weights, settings=_read_json(settings))
+    print(package.export_reasoner(checkpoint, output, options=options).folder)
+
+
+@app.command()
+def segmenter(
+    checkpoint: CheckpointArgument,
+    output: OutOption,
+    weights: WeightsOption = "source",
+    settings: SettingsOption = None,
+) -> None:
+    """Export a SAM checkpoint: image encoder and mask decoder.
+
+    \b
+    medreasoner-cli export segmenter medsam-vit-base/ -o build/segmenter
+    """  # noqa: D301
+    package = load("medreasoner_export", extra="export")
+    options = package.SegmenterOptions(weights=weights, settings=_read_json(settings))
+    print(package.export_segmenter(checkpoint, output, options=options).folder)
+
+
+@app.command()
+def bundle(
+    reasoner: Annotated[Path, typer.Argument(metavar="REASONER", help="Folder that 'export reasoner' wrote.")],
+    segmenter: Annotated[Path, typer.Argument(metavar="SEGMENTER", help="Folder that 'export segmenter' wrote.")],
+    output: OutOption,
+    name: Annotated[str, typer.Option(help="Name of the model.")],
+    version: Annotated[str, typer.Option(help="Version of the model.")] = "0.1.0",
+    description: Annotated[str, typer.Option(help="One line about it.")] = "",
+    licence: Annotated[str, typer.Option(help="Terms of the weights, in short.")] = "unstated",
+    notice: Annotated[str | None, typer.Option(help="Line to show at the first load.")] = None,
+    licence_file: Annotated[Path | None, typer.Option(help="File with the terms.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
+) -> None:
+    """Join two exports into one folder with a manifest.
+
+    \b
+    medreasoner-cli export bundle build/reasoner build/segmenter -o medreasoner-7b --name medreasoner-7b
+    """  # noqa: D301
+    package = load("medreasoner_export", extra="export")
+    terms = package.Licence(weights=licence, notice=notice, file=licence_file)
+    text = {"name": name, "version": version, "description": description}
+    print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **text))
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")],
+    reasoner: Annotated[Path | None, typer.Option(help="Reasoner checkpoint that it was made from.")] = None,
+    segmenter: Annotated[Path | None, typer.Option(help="Segmenter checkpoint that it was made from.")] = None,
+) -> None:
+    """Compare a bundle's graphs with the PyTorch models that they were made from, number by number.
+
+    \b
+    medreasoner-cli export verify medreasoner-7b --reasoner MedReasoner-7B/ --segmenter medsam-vit-base/
+    """  # noqa: D301
+    package = load("medreasoner_export", extra="export")
+    print(package.verify_bundle(bundle, reasoner_dir=reasoner, segmenter_dir=segmenter))
+
+
+def _read_json(path: Path | None) -> dict[str, object]:
+    if path is None:
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError) as err:
+        raise typer.BadParameter(f"{path}: it cannot be read as JSON ({err})") from err
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{path}: expected a JSON object")
+    return value

@@ -1,0 +1,57 @@
+"""`medreasoner-cli ground`."""
+
+from typing import Annotated, Literal
+
+import typer
+
+__all__ = ["BundleOption", "Device", "DeviceOption", "JsonOption", "app"]
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
+
+Device = Literal["auto", "cpu", "cuda", "tensorrt"]
+Form = Literal["overlay", "mask", "rle", "json", "nifti", "seg"]
+
+_IMAGES = "Files, folders, patterns in quotes, sample:NAME, or - for the standard input."
+_OUTPUT = (
+    "File to write, by its ending: .png overlay, mask.png mask, .json, .rle.json, .nii, .nii.gz, .dcm DICOM SEG. "
+    "For several images a folder, or a name with {stem} in it. May be repeated."
+)
+BundleOption = typer.Option("--bundle", "-b", envvar="MEDREASONER_BUNDLE", help="Name or folder of the model.")
+DeviceOption = typer.Option("--device", help="Where to compute; auto takes the fastest that works.")
+JsonOption = typer.Option("--json", help="Print JSON.")
+
+
+@app.command()
+def ground(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help=_IMAGES)],
+    query: Annotated[str, typer.Argument(metavar="QUERY", help="The question, in quotes.")],
+    bundle: Annotated[str, BundleOption] = "nano",
+    device: Annotated[Device, DeviceOption] = "auto",
+    output: Annotated[list[str] | None, typer.Option("--output", "-o", help=_OUTPUT)] = None,
+    form: Annotated[Form | None, typer.Option("--format", help="Form of the outputs, whatever their ending.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
+    think: Annotated[bool, typer.Option("--think/--no-think", help="Whether to reason in words first.")] = False,
+    frame: Annotated[int | None, typer.Option(min=0, help="Frame, page or slice, from 0.")] = None,
+    unconstrained: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Answer a question about images with a box, two points and a mask.
+
+    \b
+    medreasoner-cli ground chest.dcm "Which organs fill with air?" -o chest.png
+    medreasoner-cli ground ct.nii.gz "Where is bile made?" --frame 40 -o m.nii.gz
+    medreasoner-cli ground study/ "Where is the lesion?" -o out/ --format mask
+    medreasoner-cli ground 'in/*.dcm' "Where is it?" -o 'out/{stem}.seg.dcm' --json
+
+    Exit codes: 0 found, 1 the answer is that it is absent, 2 wrong usage, 3 unreadable input, 4 trouble with model or
+    engine; of several images the gravest.
+    """  # noqa: D301
+    from medreasoner_cli.answers import Printer, show_warnings
+    from medreasoner_cli.batch import Question, answer_all
+    from medreasoner_cli.inputs import find_inputs
+    from medreasoner_cli.targets import plan_targets
+
+    show_warnings()
+    inputs = find_inputs(images)
+    asked = Question(query=query, bundle=bundle, device=device, think=think, frame=frame, unconstrained=unconstrained)
+    plan = plan_targets(output or [], inputs, form)
+    raise typer.Exit(answer_all(asked, inputs, plan, Printer(len(inputs), as_json=as_json)))

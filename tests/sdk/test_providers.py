@@ -1,0 +1,177 @@
+"""Which runtime, which device, which options: without a GPU, by what is asked for and what is said."""
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medreasoner.errors import ProviderError
+from medreasoner.providers import (
+    CPU,
+    CUDA,
+    TENSORRT,
+    OrtSession,
+    RuntimeOptions,
+    fallback_warnings,
+    provider_list,
+    require_runtime,
+    usable_cores,
+)
+
+GPU_BUILD = [TENSORRT, CUDA, CPU]
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def distribution(name: str) -> object:
+        if name not in names:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return object()
+
+    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+
+
+def test_one_runtime_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        installed(monkeypatch, name)
+        require_runtime()
+
+
+def test_no_runtime_is_an_error_that_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch)
+    with pytest.raises(ProviderError, match=r"pip install 'medreasoner\[cpu\]'"):
+        require_runtime()
+
+
+def test_two_runtimes_are_an_error_that_says_what_to_remove(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed(monkeypatch, "onnxruntime", "onnxruntime-gpu")
+    with pytest.raises(ProviderError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+        require_runtime()
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "expected"),
+    [
+        ("auto", GPU_BUILD, [TENSORRT, CUDA, CPU]),
+        ("auto", [CPU], [CPU]),
+        ("auto", [CPU, CUDA], [CUDA, CPU]),
+        ("tensorrt", GPU_BUILD, [TENSORRT, CUDA, CPU]),
+        ("cuda", GPU_BUILD, [CUDA, CPU]),
+        ("cpu", GPU_BUILD, [CPU]),
+    ],
+)
+def test_providers_go_from_tensorrt_to_cpu(device: str, available: list[str], expected: list[str]) -> None:
+    options = RuntimeOptions(device=device)  # type: ignore[arg-type]
+    assert [name for name, _ in provider_list(options, available)] == expected
+
+
+@pytest.mark.parametrize("device", ["cuda", "tensorrt"])
+def test_a_named_device_that_this_runtime_lacks_is_an_error(device: str) -> None:
+    with pytest.raises(ProviderError, match=r"medreasoner\[gpu\]"):
+        provider_list(RuntimeOptions(device=device), ["AzureExecutionProvider", CPU])  # type: ignore[arg-type]
+
+
+def test_gpu_options_say_precision_cache_and_graphs(tmp_path: Path) -> None:
+    options = RuntimeOptions(fp16=True, cuda_graphs=True, engine_cache_dir=tmp_path)
+    chosen = dict(provider_list(options, GPU_BUILD))
+    assert chosen[TENSORRT] == {
+        "trt_fp16_enable": "1",
+        "trt_cuda_graph_enable": "1",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(tmp_path),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(tmp_path),
+    }
+    assert chosen[CUDA]["enable_cuda_graph"] == "1"
+    assert chosen[CPU] == {}
+    plain = dict(provider_list(RuntimeOptions(fp16=False), GPU_BUILD))
+    assert plain[TENSORRT] == {"trt_fp16_enable": "0", "trt_cuda_graph_enable": "0"}
+    assert plain[CUDA]["enable_cuda_graph"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [({"device": "tpu"}, "device: expected one of auto"), ({"n_threads": 0}, "n_threads: expected at least 1")],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object], match: str) -> None:
+    with pytest.raises(ProviderError, match=match):
+        RuntimeOptions(**options)  # type: ignore[arg-type]
+
+
+def test_a_fall_back_is_said() -> None:
+    auto = RuntimeOptions()
+    assert fallback_warnings("vision", auto, GPU_BUILD, GPU_BUILD) == ()
+    assert fallback_warnings("vision", auto, GPU_BUILD, [CUDA, CPU]) == (
+        f"vision runs on {CUDA}: {TENSORRT} did not start",
+    )
+    (line,) = fallback_warnings("vision", auto, GPU_BUILD, [CPU])
+    assert line == f"vision runs on {CPU}: {TENSORRT} and {CUDA} did not start"
+
+
+def test_a_named_device_that_did_not_start_is_an_error() -> None:
+    with pytest.raises(ProviderError, match="CUDAExecutionProvider did not start"):
+        fallback_warnings("vision", RuntimeOptions(device="cuda"), [CUDA, CPU], [CPU])
+    with pytest.raises(ProviderError, match="did not start"):
+        fallback_warnings("vision", RuntimeOptions(device="tensorrt"), GPU_BUILD, [CPU])
+    with pytest.raises(ProviderError, match="did not start"):
+        fallback_warnings("vision", RuntimeOptions(device="tensorrt"), GPU_BUILD, [CUDA, CPU])
+
+
+@pytest.mark.parametrize(
+    ("quota", "at_most"),
+    [("100000 100000", 1), ("50000 100000", 1), ("150000 100000", 2), ("max 100000", 4096), ("", 4096), ("a b", 4096)],
+)
+def test_cores_follow_affinity_and_quota(quota: str, at_most: int) -> None:
+    assert usable_cores(quota) == min(len(os.sched_getaffinity(0)), at_most)
+
+
+def identity(path: Path) -> Path:
+    import onnx
+    from onnx import TensorProto, helper
+
+    shape = [1, 2, "n", 3]
+    graph = helper.make_graph(
+        [helper.make_node("Add", ["past", "step"], ["present"]), helper.make_node("ReduceSum", ["step"], ["sum"])],
+        "toy",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in ("past", "step")],
+        [
+            helper.make_tensor_value_info("present", TensorProto.FLOAT, shape),
+            helper.make_tensor_value_info("sum", TensorProto.FLOAT, None),
+        ],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, path)
+    return path
+
+
+def test_bound_buffers_are_read_and_written_in_place(tmp_path: Path) -> None:
+    session = OrtSession(identity(tmp_path / "toy.onnx"), RuntimeOptions(device="cpu", n_threads=1))
+    assert session.providers == (CPU,)
+    assert session.warnings == ()
+    buffer = session.allocate((1, 2, 4, 3), np.float32)
+    binding = session.bind({"past": buffer}, {"present": buffer})
+    step = np.arange(24, dtype=np.float32).reshape(1, 2, 4, 3)
+    for run in (1, 2, 3):
+        outputs = binding.run({"step": step})
+        assert outputs.keys() == {"sum"}
+        assert outputs["sum"].sum() == step.sum()
+        np.testing.assert_array_equal(buffer.save(4), run * step)
+    np.testing.assert_array_equal(buffer.save(1), 3 * step[:, :, :1])
+    buffer.restore(np.full((1, 2, 2, 3), 7, np.float32))
+    np.testing.assert_array_equal(buffer.save(2), 7)
+    binding.run({"step": step})
+    np.testing.assert_array_equal(buffer.save(2), 7 + step[:, :, :2])
+
+
+def test_a_file_that_is_no_graph_is_a_provider_error(tmp_path: Path) -> None:
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(b"not a graph")
+    with pytest.raises(ProviderError, match=r"bad\.onnx"):
+        OrtSession(path, RuntimeOptions(device="cpu"))
+
+
+def test_a_run_with_a_wrong_shape_is_a_provider_error(tmp_path: Path) -> None:
+    session = OrtSession(identity(tmp_path / "toy.onnx"), RuntimeOptions(device="cpu", n_threads=1))
+    with pytest.raises(ProviderError, match="ONNX Runtime failed"):
+        session.bind({}, {}).run({"step": np.zeros(3, np.float32), "past": np.zeros(2, np.float32)})

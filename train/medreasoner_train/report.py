@@ -1,0 +1,109 @@
+"""Evaluation rows as tables: what a bundle reaches, beside the prior, with intervals over groups."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from medreasoner_train.evaluate import Row
+from medreasoner_train.metrics import Interval, group_mean
+
+__all__ = ["as_dict", "markdown", "threshold_for"]
+
+
+def _over(rows: Sequence[Row], name: str) -> Interval:
+    return group_mean([getattr(row, name) for row in rows], [row.group for row in rows])
+
+
+def _macro(rows: Sequence[Row], name: str) -> float:
+    keys = sorted({row.key for row in rows})
+    return (
+        float(np.mean([np.mean([getattr(r, name) for r in rows if r.key == key]) for key in keys]))
+        if keys
+        else math.nan
+    )
+
+
+def as_dict(rows: Sequence[Row], sets: Mapping[str, frozenset[str]]) -> dict[str, Any]:
+    """All figures as plain data; the keys are those of :func:`markdown`'s tables."""
+    present = [row for row in rows if row.kind == "present"]
+    result: dict[str, Any] = {"sets": {}, "categories": {}, "absent": {}, "controls": {}}
+    for name, keys in sets.items():
+        own = [row for row in present if row.key in keys]
+        result["sets"][name] = {
+            "count": len(own),
+            **{field: _plain(_over(own, field)) for field in ("iou", "prior_iou", "dice", "true_prompt_dice")},
+            "iou_over_prior": _plain(group_mean([row.iou - row.prior_iou for row in own], [row.group for row in own])),
+            "macro": {field: _macro(own, field) for field in ("iou", "prior_iou", "dice", "true_prompt_dice")},
+        }
+    for key in sorted({row.key for row in present}):
+        own = [row for row in present if row.key == key]
+        result["categories"][key] = {
+            "count": len(own),
+            **{field: _plain(_over(own, field)) for field in ("iou", "prior_iou", "dice", "true_prompt_dice")},
+        }
+    for kind in ("present", "absent (same region)", "absent (elsewhere)"):
+        own = [row for row in rows if row.kind == kind]
+        result["absent"][kind] = _plain(group_mean([float(not r.found) for r in own], [r.group for r in own]))
+    asked = [row for row in present if row.others]
+    more = [float(row.dice > max(row.others)) for row in asked]
+    pairs = [float(row.dice > other) for row in asked for other in row.others]
+    result["reads"] = {
+        "asked_over_each_other": _plain(group_mean(pairs, [row.group for row in asked for _ in row.others])),
+        "asked_over_all_others": _plain(group_mean(more, [row.group for row in asked])),
+    }
+    for kind in ("blank image", "swapped image", "other query"):
+        own = [row for row in rows if row.kind == kind and row.key in sets["informative"]]
+        if own:
+            result["controls"][kind] = {"iou": _plain(_over(own, "iou")), "prior_iou": _plain(_over(own, "prior_iou"))}
+    return result
+
+
+def _plain(interval: Interval) -> dict[str, float]:
+    return {
+        "mean": round(interval.mean, 4),
+        "low": round(interval.low, 4),
+        "high": round(interval.high, 4),
+        "count": interval.count,
+    }
+
+
+def _show(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def markdown(figures: Mapping[str, Any]) -> str:
+    """The figures as Markdown tables; brackets are 95 % bootstrap intervals over groups."""
+    lines = [
+        "| categories | samples | box IoU | prior box IoU | mask Dice | Dice from true prompts |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, own in figures["sets"].items():
+        cells = [_show(own[field]) for field in ("iou", "prior_iou", "dice", "true_prompt_dice")]
+        lines.append(f"| {name} | {own['count']} | " + " | ".join(cells) + " |")
+        macro = [f"{own['macro'][field]:.3f}" for field in ("iou", "prior_iou", "dice", "true_prompt_dice")]
+        lines.append(f"| {name}, macro | | " + " | ".join(macro) + " |")
+    lines += ["", "| question | answered absent |", "|---|---|"]
+    lines += [f"| {kind} ({int(own['count'])}) | {_show(own)} |" for kind, own in figures["absent"].items()]
+    lines += ["", "| check | value |", "|---|---|"]
+    lines += [
+        f"| {name.replace('_', ' ')} ({int(own['count'])}) | {_show(own)} |" for name, own in figures["reads"].items()
+    ]
+    for kind, own in figures["controls"].items():
+        lines.append(f"| {kind}: IoU (prior {own['prior_iou']['mean']:.3f}) | {_show(own['iou'])} |")
+    lines += [
+        "",
+        "| category | samples | box IoU | prior | mask Dice | Dice from true prompts |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, own in figures["categories"].items():
+        cells = [_show(own["iou"]), f"{own['prior_iou']['mean']:.3f}", _show(own["dice"])]
+        lines.append(f"| {key} | {own['count']} | " + " | ".join(cells) + f" | {own['true_prompt_dice']['mean']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def threshold_for(rows: Sequence[Row], *, false_absent: float = 0.08) -> float:
+    """Smallest threshold on P(absent) at which at most `false_absent` of the present targets are called absent."""
+    present = np.array([row.absent_probability for row in rows if row.kind == "present"])
+    return float(np.clip(np.quantile(present, 1 - false_absent), 0.02, 0.98))
