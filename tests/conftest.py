@@ -34,6 +34,7 @@ def make_grounding() -> MakeGrounding:
             "score": 0.73 if found else 0.0,
             "reasoning": None,
             "answer": "<answer>...</answer>",
+            "absent_probability": None,
             "timings_ms": {"total": 12.5},
             "tokens": {"answer": 10},
             "pixel_spacing_mm": spacing,

@@ -23,8 +23,8 @@ JsonOption = typer.Option("--json", help="Print JSON.")
 
 @app.command()
 def ground(
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help=_IMAGES)],
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="The question, in quotes.")],
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE", help=_IMAGES)] = None,
+    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="The question, in quotes.")] = None,
     bundle: Annotated[str, BundleOption] = "nano",
     device: Annotated[Device, DeviceOption] = "auto",
     output: Annotated[list[str] | None, typer.Option("--output", "-o", help=_OUTPUT)] = None,
@@ -50,6 +50,8 @@ def ground(
     from medreasoner_cli.inputs import find_inputs
     from medreasoner_cli.targets import plan_targets
 
+    if not images or query is None:
+        raise typer.BadParameter("give one image or more, and then the question in quotes")
     show_warnings()
     inputs = find_inputs(images)
     asked = Question(query=query, bundle=bundle, device=device, think=think, frame=frame, unconstrained=unconstrained)

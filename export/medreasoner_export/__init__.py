@@ -2,10 +2,14 @@
 
 from medreasoner_export.package import Licence, build_bundle
 from medreasoner_export.reasoner import ReasonerExport, ReasonerOptions, export_reasoner
+from medreasoner_export.report import ParityReport, ParityStage
 from medreasoner_export.segmenter import SegmenterExport, SegmenterOptions, export_segmenter
+from medreasoner_export.verify import verify_bundle
 
 __all__ = [
     "Licence",
+    "ParityReport",
+    "ParityStage",
     "ReasonerExport",
     "ReasonerOptions",
     "SegmenterExport",
@@ -13,4 +17,5 @@ __all__ = [
     "build_bundle",
     "export_reasoner",
     "export_segmenter",
+    "verify_bundle",
 ]

@@ -143,7 +143,9 @@ def store(array: npt.NDArray[Any], storage: Storage, name: str) -> npt.NDArray[A
         stored = np.ascontiguousarray(array.astype(dtype, copy=False))
     if not np.isfinite(stored).all():
         largest = float(np.abs(array.astype(np.float64)).max())
-        raise BundleError(f"weight {name}: {largest:.4g} does not fit {storage}; export with bfloat16 or float32 weights")
+        raise BundleError(
+            f"weight {name}: {largest:.4g} does not fit {storage}; export with bfloat16 or float32 weights"
+        )
     return stored
 
 

@@ -98,9 +98,13 @@ def _vision(data: ConfigSection) -> QwenVisionConfig:
         full_attention_layers=data.integers("fullatt_block_indexes", (7, 15, 23, 31)),
     )
     if config.hidden_dim % config.n_heads or config.head_dim % 4:
-        raise BundleError(f"config.json: {data.name}: {config.n_heads} heads of a multiple of 4 do not fit {config.hidden_dim}")
+        raise BundleError(
+            f"config.json: {data.name}: {config.n_heads} heads of a multiple of 4 do not fit {config.hidden_dim}"
+        )
     if config.window_size % (config.patch_size * config.merge_size):
-        raise BundleError(f"config.json: {data.name}.window_size: {config.window_size} is no whole number of merged patches")
+        raise BundleError(
+            f"config.json: {data.name}.window_size: {config.window_size} is no whole number of merged patches"
+        )
     return config
 
 
@@ -108,7 +112,9 @@ def _text(data: ConfigSection, *, tied: bool) -> QwenTextConfig:
     data.expect("hidden_act", "silu")
     if data.data.get("use_sliding_window") or "sliding_attention" in (data.data.get("layer_types") or ()):
         raise BundleError(f"config.json: {data.name}: sliding-window attention is not supported")
-    rope = ConfigSection(data.data.get("rope_parameters") or data.data.get("rope_scaling") or {}, f"{data.name}.rope_parameters")
+    rope = ConfigSection(
+        data.data.get("rope_parameters") or data.data.get("rope_scaling") or {}, f"{data.name}.rope_parameters"
+    )
     kind = rope.data.get("rope_type", rope.data.get("type", "default"))
     if kind not in ("default", "mrope"):
         raise BundleError(f"config.json: {rope.name}.rope_type: only default is supported, got {kind!r}")
@@ -128,7 +134,11 @@ def _text(data: ConfigSection, *, tied: bool) -> QwenTextConfig:
         tied=tied or bool(data.data.get("tie_word_embeddings", False)),
     )
     if config.hidden_dim % config.n_heads or config.n_heads % config.n_kv_heads:
-        raise BundleError(f"config.json: {data.name}: {config.n_kv_heads} and {heads} heads do not fit {config.hidden_dim}")
+        raise BundleError(
+            f"config.json: {data.name}: {config.n_kv_heads} and {heads} heads do not fit {config.hidden_dim}"
+        )
     if sum(config.mrope_section) * 2 != config.head_dim:
-        raise BundleError(f"config.json: {rope.name}.mrope_section: {section} does not sum to half of {config.head_dim}")
+        raise BundleError(
+            f"config.json: {rope.name}.mrope_section: {section} does not sum to half of {config.head_dim}"
+        )
     return config

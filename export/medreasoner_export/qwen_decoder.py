@@ -56,9 +56,7 @@ class _Decoder:
         self.ids = g.input("rotary_ids", INT64, ("batch", "seq"))
         self.lengths = g.input("seqlens_k", INT32, ("batch",))
         self.total = g.input("total_sequence_length", INT32, ())
-        h = g.op(
-            "SimplifiedLayerNormalization", x, self._norm("layers.0.input_layernorm"), epsilon=c.rms_norm_eps
-        )
+        h = g.op("SimplifiedLayerNormalization", x, self._norm("layers.0.input_layernorm"), epsilon=c.rms_norm_eps)
         for index in range(c.n_layers):
             layer = f"layers.{index}."
             x, h = self._add(x, self._attention(h, layer, index), layer + "post_attention_layernorm")
@@ -107,10 +105,10 @@ class _Decoder:
 
     def _mlp(self, h: str, name: str) -> str:
         g, c = self.g, self.config
-        weight = np.concatenate(
-            [self.tensor(f"{name}{part}_proj.weight", c.mlp_dim, c.hidden_dim) for part in ("gate", "up")]
+        gate, up = (
+            g.linear(h, name + part, self.tensor(f"{name}{part}_proj.weight", c.mlp_dim, c.hidden_dim))
+            for part in ("gate", "up")
         )
-        gate, up = g.ops("Split", g.linear(h, name + "gate_up", weight), outputs=2, axis=-1, num_outputs=2)
         # QuickGelu with alpha 1 is x * sigmoid(x), in one pass.
         gated = g.op("Mul", g.op("com.microsoft.QuickGelu", gate, alpha=1.0), up)
         return g.linear(gated, name + "down_proj", self.tensor(name + "down_proj.weight", c.hidden_dim, c.mlp_dim))

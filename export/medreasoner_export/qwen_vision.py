@@ -56,9 +56,7 @@ class _VisionTower:
         patches = g.input("patches", FLOAT, ("batch", "n_patches", patch_dim))
         tables = [g.input(name, FLOAT, ("n_patches", c.head_dim)) for name in ("rotary_cos", "rotary_sin")]
         # Both halves of a table are equal, and RotaryEmbedding wants one.
-        self.cos, self.sin = (
-            g.op("Slice", table, g.ints(0), g.ints(c.head_dim // 2), g.ints(1)) for table in tables
-        )
+        self.cos, self.sin = (g.op("Slice", table, g.ints(0), g.ints(c.head_dim // 2), g.ints(1)) for table in tables)
         self._windows(patches)
         x = g.op("MatMul", patches, g.weight("patch_embed.weight", self._patch_embedding().T, exact=True))
         h = g.op("SimplifiedLayerNormalization", x, self._norm("blocks.0.norm1"), epsilon=EPSILON)
@@ -87,7 +85,9 @@ class _VisionTower:
         shape = g.op("Shape", self.gather)
         # Images of one run share the grid: their windows follow each other in the batch of one attention.
         repeats = g.op("Concat", g.op("Shape", patches, start=0, end=1), g.ints(1), axis=0)
-        valid = g.op("Cast", g.op("Greater", bias, g.constant("padding_bias", np.array(-1.0, dtype=np.float32))), to=INT32)
+        valid = g.op(
+            "Cast", g.op("Greater", bias, g.constant("padding_bias", np.array(-1.0, dtype=np.float32))), to=INT32
+        )
         self.mask = g.op("Tile", g.op("Reshape", valid, shape), repeats)
         self.positions = g.op("Tile", self.gather, repeats)
         self.window_tokens = g.op("Shape", self.gather, start=1, end=2)
@@ -98,7 +98,7 @@ class _VisionTower:
         g, c = self.g, self.config
         qkv = g.linear(
             h,
-            self.prefix + name + "qkv",
+            name + "qkv",
             self.tensor(name + "qkv.weight", 3 * c.hidden_dim, c.hidden_dim),
             self.tensor(name + "qkv.bias", 3 * c.hidden_dim),
         )
@@ -110,7 +110,7 @@ class _VisionTower:
             attended = self._attend(windows, self.positions, self.mask)
             rows = g.op("Concat", g.op("Shape", h, start=0, end=1), g.ints(-1, c.hidden_dim), axis=0)
             attended = g.op("Gather", g.op("Reshape", attended, rows), self.scatter, axis=1)
-        return g.linear(attended, self.prefix + name + "proj", self.tensor(name + "proj.weight", c.hidden_dim, c.hidden_dim))
+        return g.linear(attended, name + "proj", self.tensor(name + "proj.weight", c.hidden_dim, c.hidden_dim))
 
     def _windowed(self, width: int) -> str:
         """(batch * n_windows, window_tokens, width) as a target of Reshape."""
@@ -127,14 +127,18 @@ class _VisionTower:
     def _mlp(self, h: str, name: str) -> str:
         """Gated linear unit, without the last bias."""
         g, c = self.g, self.config
-        weight, bias = (
-            np.concatenate([self.tensor(f"{name}{part}_proj.{kind}", *shape) for part in ("gate", "up")])
-            for kind, shape in (("weight", (c.mlp_dim, c.hidden_dim)), ("bias", (c.mlp_dim,)))
+        gate, up = (
+            g.linear(
+                h,
+                name + part,
+                self.tensor(f"{name}{part}_proj.weight", c.mlp_dim, c.hidden_dim),
+                self.tensor(f"{name}{part}_proj.bias", c.mlp_dim),
+            )
+            for part in ("gate", "up")
         )
-        gate, up = g.ops("Split", g.linear(h, self.prefix + name + "gate_up", weight, bias), outputs=2, axis=-1, num_outputs=2)
         # QuickGelu with alpha 1 is x * sigmoid(x), in one pass.
         gated = g.op("Mul", g.op("com.microsoft.QuickGelu", gate, alpha=1.0), up)
-        return g.linear(gated, self.prefix + name + "down", self.tensor(name + "down_proj.weight", c.hidden_dim, c.mlp_dim))
+        return g.linear(gated, name + "down", self.tensor(name + "down_proj.weight", c.hidden_dim, c.mlp_dim))
 
     def _norm(self, name: str) -> str:
         return self.g.weight(name + ".weight", self.tensor(name + ".weight", self.config.hidden_dim))
@@ -160,7 +164,9 @@ class _VisionTower:
         first, last = "merger.mlp.0.", "merger.mlp.2."
         blocks = g.op("Reshape", h, g.ints(0, -1, wide))
         weight, bias = self.tensor(first + "weight", wide, wide), self.tensor(first + "bias", wide)
-        hidden = g.op("Gelu", g.linear(blocks, self.prefix + first[:-1], weight, bias))
-        projected = g.op("MatMul", hidden, g.weight(last + "weight", self.tensor(last + "weight", self.out_dim, wide).T))
+        hidden = g.op("Gelu", g.linear(blocks, first[:-1], weight, bias))
+        projected = g.op(
+            "MatMul", hidden, g.weight(last + "weight", self.tensor(last + "weight", self.out_dim, wide).T)
+        )
         bias = self.tensor(last + "bias", self.out_dim)
         g.op("Add", projected, g.weight(last + "bias", bias), out="image_embeds")

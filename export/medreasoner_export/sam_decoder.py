@@ -160,9 +160,7 @@ class _Decoder:
         return self._linear(attended, name + "out_proj", c.n_channels, inner)
 
     def _linear(self, x: str, name: str, n_out: int, n_in: int) -> str:
-        return self.g.linear(
-            x, name, self.tensor(name + ".weight", n_out, n_in), self.tensor(name + ".bias", n_out)
-        )
+        return self.g.linear(x, name, self.tensor(name + ".weight", n_out, n_in), self.tensor(name + ".bias", n_out))
 
     def _mlp(self, x: str, layers: tuple[str, ...], sizes: tuple[int, ...]) -> str:
         for index, name in enumerate(layers):

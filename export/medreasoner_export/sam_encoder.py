@@ -149,7 +149,10 @@ class _Encoder:
 
     def _mlp(self, h: str, name: str) -> str:
         g, c = self.g, self.config
-        weight, bias = self.tensor(name + "lin1.weight", c.mlp_dim, c.hidden_dim), self.tensor(name + "lin1.bias", c.mlp_dim)
+        weight, bias = (
+            self.tensor(name + "lin1.weight", c.mlp_dim, c.hidden_dim),
+            self.tensor(name + "lin1.bias", c.mlp_dim),
+        )
         hidden = g.op("Gelu", g.linear(h, name + "lin1", weight, bias))
         return g.linear(hidden, name + "lin2", self.tensor(name + "lin2.weight", c.hidden_dim, c.mlp_dim))
 
@@ -170,7 +173,9 @@ class _Encoder:
     def _neck(self, x: str) -> None:
         g, c = self.g, self.config
         channels = c.n_channels
-        y = g.linear(x, "neck.conv1", self.tensor("neck.conv1.weight", channels, c.hidden_dim, 1, 1).reshape(channels, -1))
+        y = g.linear(
+            x, "neck.conv1", self.tensor("neck.conv1.weight", channels, c.hidden_dim, 1, 1).reshape(channels, -1)
+        )
         y = self._planes(self._neck_norm(y, "neck.layer_norm1"))
         kernel = g.weight("neck.conv2.weight", self.tensor("neck.conv2.weight", channels, channels, 3, 3))
         y = g.op("Conv", y, kernel, pads=[1, 1, 1, 1])

@@ -86,7 +86,9 @@ def reasoner_settings(folder: Path, config: QwenConfig, overrides: Mapping[str, 
     }
     settings = _merge(folder, defaults, overrides)
     if settings["max_length"] > config.text.max_length:
-        raise BundleError(f"max_length: {settings['max_length']} exceeds the model's positions {config.text.max_length}")
+        raise BundleError(
+            f"max_length: {settings['max_length']} exceeds the model's positions {config.text.max_length}"
+        )
     return settings
 
 

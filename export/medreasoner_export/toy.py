@@ -32,13 +32,9 @@ SPECIAL_TOKENS = (
     "<answer>",
     "</answer>",
 )
-ANSWER = (
-    '<answer>{"bbox": [{x1}, {y1}, {x2}, {y2}], "points_1": [{p1x}, {p1y}], "points_2": [{p2x}, {p2y}]}</answer>'
-)
+ANSWER = '<answer>{"bbox": [{x1}, {y1}, {x2}, {y2}], "points_1": [{p1x}, {p1y}], "points_2": [{p2x}, {p2y}]}</answer>'
 ABSENT = '<answer>{"bbox": null, "points_1": null, "points_2": null}</answer>'
-TEMPLATE = (
-    "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{query}<|im_end|>\n<|im_start|>assistant\n"
-)
+TEMPLATE = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{query}<|im_end|>\n<|im_start|>assistant\n"
 TEXTS = (ANSWER, ABSENT, TEMPLATE, "Which organ lies behind the stomach?", "Where is the heart in this image?")
 
 SETTINGS: Mapping[str, Any] = {

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medreasoner.errors import ImageReadError
-from medreasoner.spec import Coordinates, Resize, SmartResize, StretchResize
+from medreasoner.spec import Coordinates, Resize, SmartResize, StretchResize, coordinate_scale
 
 __all__ = ["Box", "Placement", "Point", "place", "smart_size"]
 
@@ -50,24 +50,27 @@ class Placement:
 
     def answer_limits(self, coordinates: Coordinates) -> tuple[int, int]:
         """Largest x and y that an answer may name, so that it stays on the image."""
-        if coordinates == "absolute":
+        scale = coordinate_scale(coordinates)
+        if scale is None:
             return self.content_width, self.content_height
-        # Thousandths are of the whole grid, of which padding takes its part.
-        x, y = 1000 * self.content_width // self.grid_width, 1000 * self.content_height // self.grid_height
+        # The parts are of the whole grid, of which padding takes its share.
+        x, y = scale * self.content_width // self.grid_width, scale * self.content_height // self.grid_height
         return max(1, x), max(1, y)
 
     def from_answer(self, numbers: ArrayLike, coordinates: Coordinates) -> NDArray[np.float64]:
         """(..., 2) points of an answer as points of the image, clipped to it."""
         points = np.asarray(numbers, np.float64)
-        if coordinates == "relative_1000":
-            points = points * (self.grid_width, self.grid_height) / 1000.0
+        scale = coordinate_scale(coordinates)
+        if scale is not None:
+            points = points * (self.grid_width, self.grid_height) / scale
         return self.to_image(points)
 
     def to_answer(self, points: ArrayLike, coordinates: Coordinates) -> NDArray[np.float64]:
         """(..., 2) points of the image as an answer names them, not rounded."""
         moved = self.to_grid(points)
-        if coordinates == "relative_1000":
-            moved = moved * 1000.0 / (self.grid_width, self.grid_height)
+        scale = coordinate_scale(coordinates)
+        if scale is not None:
+            moved = moved * scale / (self.grid_width, self.grid_height)
         return moved
 
     def mask_crop(self, mask_size: int) -> tuple[float, float]:

@@ -73,12 +73,7 @@ def resize_u8(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.
     pixels
         (H, W) or (H, W, 3) uint8.
     height, width
-        Size of the result, pixels.
-
-    Returns
-    -------
-    NDArray[np.uint8]
-        (height, width) or (height, width, 3) uint8.
+        Size of the result, pixels; its other dimensions and dtype are those of `pixels`.
 
     Notes
     -----
@@ -158,15 +153,8 @@ def preprocess_planes(
 
     Parameters
     ----------
-    pixels
-        (H, W) or (H, W, 3) uint8; grey is repeated to three channels.
-    height, width
-        Size of the padded image, pixels.
-    content
-        Height and width of the resized image, at the top left of the padded one; None for all of it. The padding is 0
-        after normalising.
-    mean, std
-        Of the three channels, on the scale 0 to 1.
+    pixels, height, width, content, mean, std
+        As in `preprocess_patches`, but for the padding: 0 after normalising.
 
     Returns
     -------
@@ -275,12 +263,8 @@ def project_rows(
 
     Parameters
     ----------
-    hidden
-        (D,) float32 last hidden state, after the final norm.
-    weight
-        (V, D) matrix of the language head.
-    dtype
-        Element type of `weight`; 16-bit elements are widened on the fly, sums are float32.
+    hidden, weight, dtype
+        As in `select_token`; 16-bit elements are widened on the fly, sums are float32.
     rows
         (K,) int32 token ids; None for all V.
 
@@ -304,10 +288,8 @@ def gather_rows(weight: NDArray[Any], dtype: WeightDtype, ids: NDArray[np.int64]
 
     Parameters
     ----------
-    weight
-        (V, D) embedding matrix.
-    dtype
-        Element type of `weight`.
+    weight, dtype
+        (V, D) embedding matrix and its element type.
     ids
         (...) int64 token ids, of any shape.
 
@@ -363,12 +345,7 @@ def mask_from_logits(
 
 
 def mask_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
-    """Return the smallest box [x1, y1, x2, y2), half-open, around the set pixels; None for an empty mask.
-
-    Parameters
-    ----------
-    mask
-        (H, W) bool.
+    """Return the smallest box [x1, y1, x2, y2), half-open, around the set pixels of a mask (H, W); None without any.
 
     Examples
     --------
@@ -381,12 +358,7 @@ def mask_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:
 
 
 def rle_encode(mask: NDArray[np.bool_]) -> Rle:
-    """Return a mask as COCO's compressed run lengths, equal to pycocotools'.
-
-    Parameters
-    ----------
-    mask
-        (H, W) bool.
+    """Return a mask (H, W) as COCO's compressed run lengths, equal to pycocotools'.
 
     Examples
     --------

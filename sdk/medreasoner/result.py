@@ -54,6 +54,9 @@ class Grounding:
         Thought before the answer; None without `think`.
     answer
         The reasoner's answer as it wrote it, in its own grid.
+    absent_probability
+        What the reasoner gives to "not in this image", in [0, 1]; None if it cannot say so. Absent is answered above
+        the bundle's threshold.
     timings_ms
         Milliseconds by stage; stages overlap, so that they may sum to more than ``total``.
     tokens
@@ -77,6 +80,7 @@ class Grounding:
     score: float
     reasoning: str | None = field(repr=False)
     answer: str
+    absent_probability: float | None
     timings_ms: Mapping[str, float] = field(repr=False)
     tokens: Mapping[str, int] = field(repr=False)
     pixel_spacing_mm: tuple[float, float] | None
@@ -106,6 +110,7 @@ class Grounding:
             "score": self.score,
             "reasoning": self.reasoning,
             "answer": self.answer,
+            "absent_probability": self.absent_probability,
             "pixel_spacing_mm": None if self.pixel_spacing_mm is None else list(self.pixel_spacing_mm),
             "area_mm2": self.area_mm2,
             "warnings": list(self.warnings),

@@ -33,6 +33,7 @@ __all__ = [
     "VisionSpec",
     "WeightDtype",
     "WeightSpec",
+    "coordinate_scale",
 ]
 
 SCHEMA_VERSION = 1
@@ -40,14 +41,36 @@ SCHEMA_VERSION = 1
 ANSWER_FIELDS = ("x1", "y1", "x2", "y2", "p1x", "p1y", "p2x", "p2y")
 """The numbers of an answer, in their order: a half-open box, then two points."""
 
-Coordinates = Literal["absolute", "relative_1000"]
-"""Numbers in an answer: pixels of the image that the vision tower sees, or thousandths of it."""
+Coordinates: TypeAlias = str
+"""Numbers in an answer: ``"absolute"``, pixels of the image that the vision tower sees, or ``"relative_N"``, N-ths of it
+(``"relative_1000"`` in Qwen3-VL and InternVL)."""
 
 PromptMode = Literal["joint", "box", "points"]
 """What the segmenter is given of a reasoner's answer."""
 
 WeightDtype = Literal["float32", "float16", "bfloat16"]
 Triple: TypeAlias = tuple[float, float, float]
+
+
+def coordinate_scale(coordinates: Coordinates) -> int | None:
+    """N of ``"relative_N"``, or None for ``"absolute"``.
+
+    Raises
+    ------
+    BundleError
+        If it is neither.
+
+    Examples
+    --------
+    >>> coordinate_scale("relative_1000")
+    1000
+    """
+    if coordinates == "absolute":
+        return None
+    name, _, number = coordinates.partition("_")
+    if name == "relative" and number.isascii() and number.isdigit() and 1 <= int(number) <= 1_000_000:
+        return int(number)
+    raise BundleError(f"reasoner.coordinates: expected absolute or relative_N, got {coordinates!r:.80}")
 
 
 def _need(condition: bool, key: str, expected: str, found: object) -> None:
@@ -228,6 +251,7 @@ class ReasonerSpec:
         for key in ("embedding", "lm_head"):
             shape, expected = getattr(self, key).shape, (self.vocab_size, self.hidden_dim)
             _need(shape == expected, f"{key}.shape", str(expected), shape)
+        coordinate_scale(self.coordinates)
         threshold = self.absent_threshold
         _need(threshold is None or 0 <= threshold <= 1, "absent_threshold", "a probability or null", threshold)
 

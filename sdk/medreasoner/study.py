@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from medreasoner.engine import Engine
 from medreasoner.errors import MedReasonerError
+from medreasoner.geometry import Box, Point
 from medreasoner.image.record import Image
 from medreasoner.reasoner import Decoded, Prefix
 from medreasoner.result import Answer, Grounding, Thought
@@ -110,6 +111,37 @@ class Study:
         timings["total"] = timings.get("total", 0.0) + watch.lap()
         yield self._result(query, decoded, mask, score, timings)
 
+    def segment(self, *, box: Box, points: tuple[Point, Point]) -> tuple[NDArray[np.bool_], float]:
+        """Mask for a box and two points of your own: the segmenter without the reasoner.
+
+        Parameters
+        ----------
+        box
+            Half-open (x1, y1, x2, y2), pixels of the image.
+        points
+            Two (x, y) inside the target.
+
+        Returns
+        -------
+        mask : (H, W) bool
+            In the image's own grid.
+        score : float
+            Predicted intersection over union, in [0, 1].
+
+        Raises
+        ------
+        MedReasonerError
+            If the study or its Grounder is closed.
+        """
+        self._engine.check()
+        if self._closed:
+            raise MedReasonerError("this Study is closed")
+        segmenter = self._engine.segmenter
+        embedded, _ = self._embedded.result()
+        corners, inside = np.array(box, np.float64).reshape(2, 2), np.array(points, np.float64).reshape(2, 2)
+        logits, score = segmenter.decode(embedded, corners=corners, points=inside)
+        return segmenter.mask(logits, embedded), score
+
     def _segment(self, decoded: Decoded, timings: dict[str, float]) -> tuple[NDArray[np.bool_], float]:
         if decoded.corners is None or decoded.points is None:
             return np.zeros((self.image.height, self.image.width), np.bool_), 0.0
@@ -138,6 +170,7 @@ class Study:
             score=score,
             reasoning=decoded.thought,
             answer=decoded.text,
+            absent_probability=decoded.absent_probability,
             timings_ms=timings,
             tokens=decoded.tokens,
             pixel_spacing_mm=spacing,

@@ -150,7 +150,7 @@ def frequent_pairs(samples: Sequence[Sample], at_least: int = 20) -> frozenset[s
 
 
 def informative_pairs(prior_iou: dict[str, float], below: float = 0.75) -> frozenset[str]:
-    """Keys whose prior box (see :mod:`medreasoner_train.prior`) overlaps less than `below`: the rest fill their image."""
+    """Keys whose prior box (:mod:`medreasoner_train.prior`) overlaps less than `below`: the rest fill their image."""
     return frozenset(key for key, iou in prior_iou.items() if iou < below)
 
 

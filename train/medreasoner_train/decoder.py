@@ -19,8 +19,8 @@ __all__ = ["Packed", "block_mask", "language_pass", "pack", "prefix_positions"]
 class Packed:
     """Rows of prefix and branches, padded on the right.
 
-    ids : (B, T) int64; positions : (3, B, T) int64 (time, row, column); branch : (B, T) int64, 0 for the prefix, 1..K for
-    the branches, -1 for padding; image : (B, T) bool.
+    ids : (B, T) int64; positions : (3, B, T) int64 (time, row, column); branch : (B, T) int64, 0 for the prefix, 1..K
+    for the branches, -1 for padding; image : (B, T) bool.
     """
 
     ids: Tensor
@@ -30,7 +30,7 @@ class Packed:
 
 
 def prefix_positions(before: int, side: int, after: int) -> Tensor:
-    """(3, n) positions of `before` text tokens, a side x side image and `after` text tokens, as Qwen2.5-VL counts them."""
+    """(3, n) positions of `before` text tokens, a side x side image and `after` text tokens, counted as by Qwen2.5-VL."""
     text = torch.arange(before).expand(3, -1)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     image = torch.stack([torch.zeros(side * side, dtype=torch.int64), rows.flatten(), columns.flatten()]) + before

@@ -19,8 +19,8 @@ __all__ = ["DenseHeads", "DenseTargets", "dense_loss"]
 class DenseTargets:
     """What is labelled in a batch.
 
-    coverage : (B, C, g, g) float32 in [0, 1] on the patch grid; geometry : (B, C, 8) float32, box then points, relative;
-    present : (B, C) bool; known : (B, C) bool, where the label or its absence can be trusted.
+    coverage : (B, C, g, g) float32 in [0, 1] on the patch grid; geometry : (B, C, 8) float32, box then points,
+    relative; present : (B, C) bool; known : (B, C) bool, where the label or its absence can be trusted.
     """
 
     coverage: Tensor

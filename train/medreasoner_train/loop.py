@@ -51,7 +51,8 @@ class Optimiser:
     """Muon for the matrices inside the layers, AdamW for the rest (embeddings, norms, biases, heads)."""
 
     def __init__(self, modules: Mapping[str, nn.Module], options: LoopOptions) -> None:
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         seen: set[int] = set()
         for module in modules.values():
             for name, parameter in module.named_parameters():

@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
@@ -96,7 +96,7 @@ def build_reasoner(config: NanoConfig, *, vocab_size: int, tokens: dict[str, int
 
 
 def merge_order(side: int, merge: int) -> Tensor:
-    """(side * side, 2) row and column of each patch, in the order in which `merge` x `merge` blocks follow each other."""
+    """(side * side, 2) row and column of each patch; the patches of a `merge` x `merge` block follow each other."""
     places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1)
     blocks = places.view(side // merge, merge, side // merge, merge, 2).permute(0, 2, 1, 3, 4)
     return blocks.reshape(-1, 2)
@@ -125,14 +125,15 @@ def _rotary(places: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def _attend(attention: nn.Module, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _attend(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Full attention within each row of x (B, T, D); cos and sin are (T, head_dim) or (B, T, head_dim)."""
     batch, length, dim = x.shape
     qkv = attention.qkv(x).view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     cos, sin = (t.unsqueeze(-3) for t in (cos, sin))
     q, k = (t * cos + _rotate_half(t) * sin for t in (qkv[0], qkv[1]))
     out = functional.scaled_dot_product_attention(q, k, qkv[2])  # (B, heads, T, head_dim)
-    return attention.proj(out.transpose(1, 2).reshape(batch, length, dim))  # type: ignore[no-any-return]
+    projected: Tensor = attention.proj(out.transpose(1, 2).reshape(batch, length, dim))
+    return projected
 
 
 def tower(visual: Any, images: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     """Bring the singular values of each matrix (N, rows, columns) near 1 by a quintic Newton-Schulz iteration."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
-    x = matrices.transpose(-1, -2) if tall else matrices
+    x: Tensor = matrices.transpose(-1, -2) if tall else matrices
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.transpose(-1, -2)

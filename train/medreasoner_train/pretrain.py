@@ -13,12 +13,12 @@ from medreasoner_train.anatomy import AbsentRule
 from medreasoner_train.augment import NO_CHANGE, Options, augment
 from medreasoner_train.data import Sample, by_image, load_index, split
 from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou, pooled_geometry
-from medreasoner_train.loop import LoopOptions, train
+from medreasoner_train.loop import LoopOptions, load_checkpoint, train
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.store import Stored, load_store
 from medreasoner_train.targets import box_of
 
-__all__ = ["DenseData", "run"]
+__all__ = ["DenseData", "DenseOptions", "ImageTargets", "evaluate", "run", "stack"]
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +120,8 @@ def evaluate(visual: torch.nn.Module, heads: DenseHeads, data: DenseData, *, siz
         targets = stack([row[1] for row in rows])
         _, iou = giou(pooled_geometry(coverage, geometry)[..., :4], targets.geometry[..., :4])
         for b, c in targets.present.nonzero().tolist():
-            ious.setdefault(f"{data.stored[start + b].record.modality}/{data.categories[c]}", []).append(
-                float(iou[b, c])
-            )
+            key = f"{data.stored[start + b].record.modality}/{data.categories[c]}"
+            ious.setdefault(key, []).append(float(iou[b, c]))
     for key, own in sorted(ious.items()):
         logger.info("  %-38s %4d  %.3f", key, len(own), np.mean(own))
     return {"val_iou": float(np.mean([v for own in ious.values() for v in own]))}
@@ -151,7 +150,7 @@ def run(options: DenseOptions) -> None:
     model = build_reasoner(NANO, vocab_size=64, tokens={n: i for i, n in enumerate(QWEN_TOKENS)})
     visual, heads = model.model.visual, DenseHeads(NANO.hidden_dim, len(train_data.categories))
     if options.start is not None:
-        state = torch.load(options.start, weights_only=True)["modules"]
+        state = load_checkpoint(options.start)["modules"]
         visual.load_state_dict(state["visual"])
         heads.load_state_dict(state["heads"])
     forward = torch.compile(lambda x: tower(visual, x)) if options.compiled else (lambda x: tower(visual, x))

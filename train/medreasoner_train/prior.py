@@ -21,7 +21,8 @@ def box_iou(a: Boxes, b: Boxes) -> npt.NDArray[np.float64]:
     shared = np.clip(high - low, 0, None).prod(axis=1)
     sizes = [np.clip(box[:, 2:] - box[:, :2], 0, None).prod(axis=1) for box in (a, b)]
     union = sizes[0] + sizes[1] - shared
-    return np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    iou: Boxes = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0)
+    return iou
 
 
 def fit_prior(keys: Sequence[str], boxes: Boxes) -> Mapping[str, Boxes]:

@@ -12,17 +12,18 @@ from medreasoner_train.metrics import Interval, group_mean
 __all__ = ["as_dict", "markdown", "threshold_for"]
 
 
+_FIELDS = ("iou", "prior_iou", "dice", "true_prompt_dice")
+_RULE = "|---|---|---|---|---|---|"
+
+
 def _over(rows: Sequence[Row], name: str) -> Interval:
     return group_mean([getattr(row, name) for row in rows], [row.group for row in rows])
 
 
 def _macro(rows: Sequence[Row], name: str) -> float:
     keys = sorted({row.key for row in rows})
-    return (
-        float(np.mean([np.mean([getattr(r, name) for r in rows if r.key == key]) for key in keys]))
-        if keys
-        else math.nan
-    )
+    means = [np.mean([getattr(row, name) for row in rows if row.key == key]) for key in keys]
+    return float(np.mean(means)) if means else math.nan
 
 
 def as_dict(rows: Sequence[Row], sets: Mapping[str, frozenset[str]]) -> dict[str, Any]:
@@ -33,15 +34,15 @@ def as_dict(rows: Sequence[Row], sets: Mapping[str, frozenset[str]]) -> dict[str
         own = [row for row in present if row.key in keys]
         result["sets"][name] = {
             "count": len(own),
-            **{field: _plain(_over(own, field)) for field in ("iou", "prior_iou", "dice", "true_prompt_dice")},
+            **{field: _plain(_over(own, field)) for field in _FIELDS},
             "iou_over_prior": _plain(group_mean([row.iou - row.prior_iou for row in own], [row.group for row in own])),
-            "macro": {field: _macro(own, field) for field in ("iou", "prior_iou", "dice", "true_prompt_dice")},
+            "macro": {field: _macro(own, field) for field in _FIELDS},
         }
     for key in sorted({row.key for row in present}):
         own = [row for row in present if row.key == key]
         result["categories"][key] = {
             "count": len(own),
-            **{field: _plain(_over(own, field)) for field in ("iou", "prior_iou", "dice", "true_prompt_dice")},
+            **{field: _plain(_over(own, field)) for field in _FIELDS},
         }
     for kind in ("present", "absent (same region)", "absent (elsewhere)"):
         own = [row for row in rows if row.kind == kind]
@@ -77,12 +78,12 @@ def markdown(figures: Mapping[str, Any]) -> str:
     """The figures as Markdown tables; brackets are 95 % bootstrap intervals over groups."""
     lines = [
         "| categories | samples | box IoU | prior box IoU | mask Dice | Dice from true prompts |",
-        "|---|---|---|---|---|---|",
+        _RULE,
     ]
     for name, own in figures["sets"].items():
-        cells = [_show(own[field]) for field in ("iou", "prior_iou", "dice", "true_prompt_dice")]
+        cells = [_show(own[field]) for field in _FIELDS]
         lines.append(f"| {name} | {own['count']} | " + " | ".join(cells) + " |")
-        macro = [f"{own['macro'][field]:.3f}" for field in ("iou", "prior_iou", "dice", "true_prompt_dice")]
+        macro = [f"{own['macro'][field]:.3f}" for field in _FIELDS]
         lines.append(f"| {name}, macro | | " + " | ".join(macro) + " |")
     lines += ["", "| question | answered absent |", "|---|---|"]
     lines += [f"| {kind} ({int(own['count'])}) | {_show(own)} |" for kind, own in figures["absent"].items()]
@@ -95,7 +96,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
     lines += [
         "",
         "| category | samples | box IoU | prior | mask Dice | Dice from true prompts |",
-        "|---|---|---|---|---|---|",
+        _RULE,
     ]
     for key, own in figures["categories"].items():
         cells = [_show(own["iou"]), f"{own['prior_iou']['mean']:.3f}", _show(own["dice"])]

@@ -34,7 +34,8 @@ def build_segmenter() -> Any:
     config = SamConfig(
         vision_config={
             "image_size": SIZE, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3,
-            "mlp_dim": 768, "output_channels": 128, "window_size": 8, "global_attn_indexes": [2, 5], "num_pos_feats": 64,
+            "mlp_dim": 768, "output_channels": 128, "window_size": 8, "global_attn_indexes": [2, 5],
+            "num_pos_feats": 64,
         },
         prompt_encoder_config={"hidden_size": 128, "image_size": SIZE, "patch_size": 16, "mask_input_channels": 16},
         mask_decoder_config={
@@ -69,8 +70,8 @@ def _start(module: nn.Module) -> None:
 class Prompts:
     """P prompts over B images.
 
-    image : (P,) int64, whose image; boxes : (P, 4), points : (P, 2, 2) float32 in segmenter pixels; form : (P,) int64, 0
-    box and points, 1 box only, 2 points only; masks : (P, S, S) bool.
+    image : (P,) int64, whose image; boxes : (P, 4), points : (P, 2, 2) float32 in segmenter pixels; form : (P,) int64,
+    0 box and points, 1 box only, 2 points only; masks : (P, S, S) bool.
     """
 
     image: Tensor

@@ -27,10 +27,23 @@ from medreasoner_train.loop import LoopOptions, load_checkpoint, train
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
 from medreasoner_train.store import Stored, load_store
-from medreasoner_train.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id, train_tokenizer
 from medreasoner_train.validation import validate
 
-__all__ = ["SftData", "SftHeads", "SftOptions", "sft_loss", "start_embeddings"]
+__all__ = [
+    "Mark",
+    "SftBatch",
+    "SftData",
+    "SftHeads",
+    "SftOptions",
+    "SftRun",
+    "Vocabulary",
+    "make_tokenizer",
+    "run",
+    "save_reasoner",
+    "sft_loss",
+    "start_embeddings",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +94,12 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, largest: int) -> None:
         self.tokenizer = tokenizer
-        self.image, self.pad = (tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|endoftext|>"))
-        self.null, self.bracket = tokenizer.token_to_id("null"), tokenizer.token_to_id("[")
+        self.image, self.pad = token_id(tokenizer, "<|image_pad|>"), token_id(tokenizer, "<|endoftext|>")
+        self.null, self.bracket = token_id(tokenizer, "null"), token_id(tokenizer, "[")
         self.before_number = torch.tensor([self.bracket, tokenizer.encode(", ").ids[0]])
-        self.think_close = tokenizer.token_to_id("</think>")
-        self.answer_open = tokenizer.token_to_id("<answer>")
         self.largest = largest
         # The ten digits belong to the byte alphabet, so the integers' ids are not one run.
-        self.numbers = torch.tensor([tokenizer.token_to_id(str(value)) for value in range(largest + 1)])
+        self.numbers = torch.tensor([token_id(tokenizer, str(value)) for value in range(largest + 1)])
         self.value = torch.full((tokenizer.get_vocab_size(),), -1)
         self.value[self.numbers] = torch.arange(largest + 1)
 
@@ -100,7 +111,7 @@ class Vocabulary:
 
     def prompt(self, query: str) -> list[int]:
         """Token ids of the query and what follows it up to the answer."""
-        return self.tokenizer.encode(query + TEMPLATE.split("{query}")[1]).ids  # type: ignore[no-any-return]
+        return self.tokenizer.encode(query + TEMPLATE.split("{query}")[1]).ids
 
 
 class SftData(DenseData):
@@ -264,7 +275,7 @@ def start_embeddings(model: Any, vocabulary: Vocabulary) -> None:
 
 
 def sft_loss(
-    model: Any, heads: nn.Module, dense_heads: DenseHeads, batch: SftBatch, options: SftOptions, vocabulary: Vocabulary,
+    model: Any, heads: SftHeads, dense_heads: DenseHeads, batch: SftBatch, options: SftOptions, vocabulary: Vocabulary,
     forward: Any = tower,
 ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
     """Weighted sum of the stage's losses, and its parts as numbers."""
@@ -356,7 +367,7 @@ def run(settings: SftRun) -> None:
     model = build_reasoner(
         NANO,
         vocab_size=tokenizer.get_vocab_size(),
-        tokens={name: tokenizer.token_to_id(name) for name in SPECIAL_TOKENS},
+        tokens={name: token_id(tokenizer, name) for name in SPECIAL_TOKENS},
     )
     start_embeddings(model, vocabulary)
     heads = SftHeads(NANO.hidden_dim, len(data.categories))

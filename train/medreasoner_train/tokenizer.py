@@ -4,7 +4,9 @@ from collections.abc import Iterable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-__all__ = ["SPECIAL_TOKENS", "train_tokenizer"]
+from medreasoner.errors import BundleError
+
+__all__ = ["SPECIAL_TOKENS", "token_id", "train_tokenizer"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -51,3 +53,17 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, largest: int) -> T
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(str(value), normalized=False) for value in range(largest + 1)])
     return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, name: str) -> int:
+    """Id of a token by its name.
+
+    Raises
+    ------
+    BundleError
+        If there is none, as when the vocabulary is too small for a word of the answer.
+    """
+    found = tokenizer.token_to_id(name)
+    if found is None:
+        raise BundleError(f"the tokenizer has no token {name!r}; make its vocabulary larger")
+    return int(found)

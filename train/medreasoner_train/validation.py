@@ -28,11 +28,10 @@ def validate(model: Any, vocabulary: "Vocabulary", data: "SftData", *, size: int
     for index, item in enumerate(data.stored):
         image, targets, masks = data.image(index, size, rng, NO_CHANGE)
         for category in masks:
-            queries = phrasings[f"{item.record.modality}/{category}"].queries
+            key = f"{item.record.modality}/{category}"
+            queries = phrasings[key].queries
             geometry = targets.geometry[data.column(category)]
-            rows.append(
-                (image, queries[int(rng.integers(len(queries)))], f"{item.record.modality}/{category}", geometry)
-            )
+            rows.append((image, queries[int(rng.integers(len(queries)))], key, geometry))
         absent, near = data.absent_query(item, phrasings, rng)
         rows.append((image, absent, "absent (same region)" if near else "absent (elsewhere)", None))
     ious: dict[str, list[float]] = {}

@@ -31,6 +31,7 @@ class Written:
     text: str
     n_thought: int
     n_answer: int
+    absent_probability: float | None = None
     warnings: tuple[str, ...] = ()
 
 
@@ -77,11 +78,13 @@ class AnswerWriter:
         state = self._grammars.grammar(max(limits), written=thought.rest).start(*limits)
         ids = state.forced()
         pending = [*thought.pending, *ids]
+        absent_probability: float | None = None
         while not state.done:
             hidden = sequencer.feed(pending)
             if sequencer.n_runs == 1:
                 sequencer.lap("prefill")
-            token = choose(state, hidden, self._lm_head, self._spec.absent_threshold)
+            token, probability = choose(state, hidden, self._lm_head, self._spec.absent_threshold)
+            absent_probability = probability if absent_probability is None else absent_probability
             state.accept(token)
             pending = [token, *state.forced()]  # a forced span rides along, in one run
             ids += pending
@@ -94,6 +97,7 @@ class AnswerWriter:
             text=text,
             n_thought=thought.n_tokens,
             n_answer=len(ids),
+            absent_probability=absent_probability,
             warnings=thought.warnings,
         )
 

@@ -54,7 +54,7 @@ class Sequencer:
 
 def choose(
     state: AnswerState, hidden: NDArray[np.float32], lm_head: WeightMatrix, absent_threshold: float | None
-) -> int:
+) -> tuple[int, float | None]:
     """Token to go on with at a choice of the grammar.
 
     Parameters
@@ -69,6 +69,12 @@ def choose(
         Probability of the absent answer, among the tokens allowed, above which it is given; None: if it is the
         likeliest.
 
+    Returns
+    -------
+    token : int
+    absent_probability : float or None
+        Where absent is among the choices, its probability.
+
     Raises
     ------
     GenerationError
@@ -78,12 +84,14 @@ def choose(
     logits = lm_head.logits(hidden, rows)
     if not np.isfinite(logits).all():
         raise GenerationError(_NOT_FINITE)
-    if state.at_absent_choice and absent_threshold is not None:
+    probability = None
+    if state.at_absent_choice:
         is_absent = np.array([_leads_to_absent(state, int(token)) for token in rows])
         weights = np.exp(logits - logits.max())
-        absent = float(weights[is_absent].sum() / weights.sum()) > absent_threshold
-        logits = np.where(is_absent == absent, logits, -np.inf)
-    return int(rows[int(np.argmax(logits))])
+        probability = float(weights[is_absent].sum() / weights.sum())
+        if absent_threshold is not None:
+            logits = np.where(is_absent == (probability > absent_threshold), logits, -np.inf)
+    return int(rows[int(np.argmax(logits))]), probability
 
 
 def _leads_to_absent(state: AnswerState, token: int) -> bool:

@@ -46,6 +46,7 @@ class Decoded:
     points: NDArray[np.float64] | None
     thought: str | None
     text: str
+    absent_probability: float | None
     tokens: dict[str, int]
     timings_ms: dict[str, float]
     warnings: tuple[str, ...]
@@ -206,6 +207,7 @@ class Reasoner:
             points=points,
             thought=written.thought,
             text=written.text,
+            absent_probability=written.absent_probability,
             tokens=tokens,
             timings_ms=timings_ms,
             warnings=written.warnings,

@@ -1,0 +1,214 @@
+"""Comparisons of a bundle's reasoner with transformers, stage by stage.
+
+The graphs are fed as the runtime feeds them: its NumPy code works out rotary tables, windows and positions. Their
+equality with transformers' own is thus part of what is compared.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medreasoner._extras import require
+from medreasoner.bundle import Bundle
+from medreasoner.reasoner.prompt import Prompt, load_tokenizer
+from medreasoner.reasoner.rotary import prompt_positions, rotary_tables, text_positions
+from medreasoner.reasoner.vision import VisionGrid, vision_grid
+from medreasoner.reasoner.weights import load_weight
+from medreasoner.spec import ReasonerSpec, StretchResize
+from medreasoner_export.report import ParityStage, compare
+
+__all__ = ["DecoderRun", "reasoner_stages"]
+
+QUERY = "Which structure is shown here, and where does it lie?"
+N_STEPS = 8
+
+Array = npt.NDArray[Any]
+
+
+def reasoner_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, seed: int) -> Iterator[ParityStage]:
+    """Compare vision embeddings on two grids, hidden states of three ways to read a prompt, and greedy tokens.
+
+    Parameters
+    ----------
+    checkpoint_dir
+        The checkpoint that the bundle was made of.
+    tolerance
+        Largest accepted error, relative to the reference's largest value.
+    """
+    torch = require("torch", extra="export", feature="The parity check")
+    transformers = require("transformers", extra="export", feature="The parity check")
+    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint_dir, dtype=torch.float32)
+    check = _Check(bundle, model.eval(), np.random.default_rng(seed))
+    with torch.inference_mode():
+        for rows, columns in check.grids():
+            yield check.vision(rows, columns, tolerance)
+        yield from check.decoder(tolerance)
+
+
+class DecoderRun:
+    """One run of a decoder graph with caches shared between past and present, for `batch` sequences.
+
+    Parameters
+    ----------
+    session
+        An ``onnxruntime.InferenceSession``.
+    """
+
+    def __init__(self, session: Any, spec: ReasonerSpec, *, batch: int = 1) -> None:
+        ort = require("onnxruntime", extra="cpu", feature="The parity check")
+        self._session, self._spec = session, spec
+        self.lengths = np.zeros(batch, np.int32)
+        shape = (batch, spec.n_kv_heads, spec.max_length, spec.head_dim)
+        names = [f"{kind}.{layer}" for kind in ("key", "value") for layer in range(spec.n_layers)]
+        self._caches = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
+
+    def step(self, embeds: Array, positions: Array) -> Array:
+        """Hidden states (batch, seq, hidden_dim) of new tokens.
+
+        Parameters
+        ----------
+        embeds : (batch, seq, hidden_dim) float32
+        positions : (3, batch, seq) int64
+        """
+        batch, seq, _ = embeds.shape
+        spec = self._spec
+        cos, sin = rotary_tables(
+            positions.reshape(3, -1), head_dim=spec.head_dim, theta=spec.rope_theta, sections=spec.mrope_section
+        )
+        self.lengths += seq
+        inputs = {
+            "inputs_embeds": embeds,
+            "rotary_cos": cos,
+            "rotary_sin": sin,
+            "rotary_ids": np.arange(batch * seq).reshape(batch, seq),
+            "seqlens_k": self.lengths - 1,
+            "total_sequence_length": np.array(self.lengths.max(), np.int32),
+        }
+        binding = self._session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        binding.bind_output("hidden_states")
+        for name, cache in self._caches.items():
+            binding.bind_ortvalue_input(f"past_{name}", cache)
+            binding.bind_ortvalue_output(f"present_{name}", cache)
+        self._session.run_with_iobinding(binding)
+        hidden: Array = binding.get_outputs()[0].numpy()  # in the order of binding
+        return hidden
+
+
+class _Check:
+    def __init__(self, bundle: Bundle, model: Any, generator: np.random.Generator) -> None:
+        ort = require("onnxruntime", extra="cpu", feature="The parity check")
+        spec = bundle.spec.reasoner
+        self.spec, self.model, self.generator = spec, model, generator
+        self.vision_session, self.decoder_session = (
+            ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
+            for name in (spec.graphs.vision, spec.graphs.decoder)
+        )
+        self.tokenizer = load_tokenizer(str(bundle.path(spec.tokenizer)))
+        self.embedding = load_weight(bundle.path(spec.embedding.file), spec.embedding)
+        self.lm_head = load_weight(bundle.path(spec.lm_head.file), spec.lm_head)
+
+    def grids(self) -> list[tuple[int, int]]:
+        """Rows and columns, in merged tokens: the model's own grid or a wide one, then one with partial windows."""
+        vision = self.spec.vision
+        unit = vision.patch_size * vision.merge_size
+        window = vision.window_size // unit
+        own = (window + 1, 2 * window + 1)
+        if isinstance(vision.resize, StretchResize):
+            own = (vision.resize.height // unit, vision.resize.width // unit)
+        return [own, (window + 2, window + 1)]
+
+    def grid(self, rows: int, columns: int) -> VisionGrid:
+        vision = self.spec.vision
+        unit = vision.patch_size * vision.merge_size
+        return vision_grid(
+            height=rows * unit,
+            width=columns * unit,
+            patch=vision.patch_size,
+            merge=vision.merge_size,
+            window=vision.window_size,
+            head_dim=vision.head_dim,
+        )
+
+    def images(self, rows: int, columns: int, count: int) -> tuple[Array, Array, Array]:
+        """Random patches, and what the graph (count, n_tokens, D) and transformers make of them."""
+        torch = require("torch", extra="export", feature="The parity check")
+        vision = self.spec.vision
+        merge = vision.merge_size
+        shape = (count, rows * columns * merge**2, 3 * vision.patch_size**2)
+        patches = self.generator.standard_normal(shape, dtype=np.float32)
+        found = self.vision_session.run(None, {"patches": patches, **self.grid(rows, columns).inputs()})[0]
+        grid_thw = torch.tensor([[1, rows * merge, columns * merge]] * count)
+        features = self.model.get_image_features(self._two_frames(patches), grid_thw, return_dict=True).pooler_output
+        return patches, found, torch.stack(list(features)).numpy()
+
+    def _two_frames(self, patches: Array) -> Any:
+        """Patches as transformers takes them: (n, 3 * 2 * patch * patch), an image being its own second frame."""
+        torch = require("torch", extra="export", feature="The parity check")
+        frames = self.model.config.vision_config.temporal_patch_size
+        planes = patches.reshape(-1, 3, 1, self.spec.vision.patch_size**2)
+        return torch.from_numpy(np.repeat(planes, frames, axis=2).reshape(len(planes), -1))
+
+    def vision(self, rows: int, columns: int, tolerance: float) -> ParityStage:
+        _, found, expected = self.images(rows, columns, 2)
+        return compare(f"vision embeddings, {rows} x {columns} tokens, batch of 2", found, expected, tolerance)
+
+    def decoder(self, tolerance: float) -> Iterator[ParityStage]:
+        """Hidden states of a prompt read whole, in chunks and token by token, and the tokens that follow."""
+        torch = require("torch", extra="export", feature="The parity check")
+        rows, columns = self.grids()[0]
+        patches, embeds, _ = self.images(rows, columns, 1)
+        prompt = Prompt(self.tokenizer, self.spec)
+        text = self.spec.prompt.template.replace("{query}", QUERY)
+        text = text.replace("{image}", self.spec.prompt.image_token * (rows * columns))
+        ids = self.tokenizer.encode(text, add_special_tokens=False).ids
+        positions, after = prompt_positions(ids, prompt.image_token, rows, columns)
+        merge = self.spec.vision.merge_size
+        is_image = np.array(ids) == prompt.image_token
+        reference = self.model(
+            input_ids=torch.tensor([ids]),
+            pixel_values=self._two_frames(patches),
+            image_grid_thw=torch.tensor([[1, rows * merge, columns * merge]]),
+            mm_token_type_ids=torch.from_numpy(is_image.astype(np.int32))[None],
+            use_cache=True,
+            output_hidden_states=True,
+        )
+        expected = reference.hidden_states[-1][0].numpy()
+        inputs = self.embedding.embed(np.array(ids, np.int64))
+        inputs[is_image] = embeds[0]
+        n, half = len(ids), len(ids) // 2
+        ways = {"prefill": [n], "chunked prefill": [half, n - half - 3, 3], "decode steps": [half, *[1] * (n - half)]}
+        for name, sizes in ways.items():
+            run = DecoderRun(self.decoder_session, self.spec)
+            found = _in_parts(run, inputs, positions, sizes)
+            yield compare(f"hidden states, {name} of {n} tokens", found, expected, tolerance)
+        yield self._greedy(run, found[-1], after, reference)
+
+    def _greedy(self, run: DecoderRun, hidden: Array, position: int, reference: Any) -> ParityStage:
+        """Count of greedy tokens that differ, each side going on from its own."""
+        torch = require("torch", extra="export", feature="The parity check")
+        found, expected = [], []
+        for step in range(N_STEPS):
+            found.append(int(self.lm_head.logits(np.ascontiguousarray(hidden)).argmax()))
+            expected.append(int(reference.logits[0, -1].argmax()))
+            embeds = self.embedding.embed(np.array(found[-1:], np.int64))
+            hidden = run.step(embeds[None], text_positions(position + step, 1)[:, None])[0, -1]
+            reference = self.model(
+                input_ids=torch.tensor([expected[-1:]]), past_key_values=reference.past_key_values, use_cache=True
+            )
+        wrong = sum(a != b for a, b in zip(found, expected, strict=True))
+        return ParityStage(name=f"{N_STEPS} greedy tokens", error=wrong, scale=1.0, tolerance=0.0, unit="differing")
+
+
+def _in_parts(run: DecoderRun, inputs: Array, positions: Array, sizes: list[int]) -> Array:
+    """Hidden states (n, hidden_dim) of tokens given in runs of `sizes`."""
+    parts, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        parts.append(run.step(inputs[None, part], positions[:, None, part])[0])
+        start += size
+    return np.concatenate(parts)

@@ -1,0 +1,83 @@
+"""Comparisons of a bundle's segmenter with transformers, stage by stage."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from medreasoner._extras import require
+from medreasoner.bundle import Bundle
+from medreasoner_export.report import ParityStage, compare
+
+__all__ = ["segmenter_stages"]
+
+N_IMAGES = 2
+
+Array = npt.NDArray[Any]
+
+
+def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, seed: int) -> Iterator[ParityStage]:
+    """Compare image embeddings, mask logits and predicted IoU for a box with two points, and the final masks.
+
+    Parameters
+    ----------
+    checkpoint_dir
+        The checkpoint that the bundle was made of.
+    tolerance
+        Largest accepted error, relative to the reference's largest value; for masks, of the lost IoU.
+    """
+    torch = require("torch", extra="export", feature="The parity check")
+    transformers = require("transformers", extra="export", feature="The parity check")
+    ort = require("onnxruntime", extra="cpu", feature="The parity check")
+    spec = bundle.spec.segmenter
+    sam = transformers.SamModel.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
+    size = sam.config.vision_config.image_size
+    generator = np.random.default_rng(seed)
+    pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)
+    encoder, decoder = (
+        ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
+        for name in (spec.graphs.encoder, spec.graphs.decoder)
+    )
+    box, points = _prompts(generator, size)
+    with torch.inference_mode():
+        expected = sam.get_image_embeddings(torch.from_numpy(pixels))
+        result = sam(
+            image_embeddings=expected,
+            input_points=torch.from_numpy(points)[:, None],
+            input_labels=torch.ones((N_IMAGES, 1, points.shape[1]), dtype=torch.int64),
+            input_boxes=torch.from_numpy(box.reshape(N_IMAGES, 1, 4)),
+            multimask_output=spec.n_masks > 1,
+        )
+    embedding = encoder.run(None, {"pixel_values": pixels})[0]
+    yield compare("image embedding", embedding, expected.numpy(), tolerance)
+    labels = np.tile(np.array([1] * points.shape[1] + [2, 3]), (N_IMAGES, 1))
+    prompts = {"points": np.concatenate([points, box], axis=1), "labels": labels}
+    masks, iou = decoder.run(["mask_logits", "predicted_iou"], {"image_embedding": embedding, **prompts})
+    yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
+    yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
+    yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
+
+
+def _prompts(generator: np.random.Generator, size: int) -> tuple[Array, Array]:
+    """A box (N, 2, 2) with two points (N, 2, 2) in it for each image, in pixels."""
+    corners = generator.uniform(0.1, 0.4, (N_IMAGES, 1, 2))
+    sides = generator.uniform(0.3, 0.5, (N_IMAGES, 1, 2))
+    box = np.concatenate([corners, corners + sides], axis=1)
+    points = corners + sides * generator.uniform(0.2, 0.8, (N_IMAGES, 2, 2))
+    return (box * size).astype(np.float32), (points * size).astype(np.float32)
+
+
+def _mask_stage(found: Array, expected: Array, size: int, tolerance: float) -> ParityStage:
+    """Lost IoU of the masks at the size of the image, the worst of all."""
+    torch = require("torch", extra="export", feature="The parity check")
+    full = [
+        torch.nn.functional.interpolate(torch.from_numpy(logits), (size, size), mode="bilinear").numpy() > 0.0
+        for logits in (found, expected)
+    ]
+    both, either = (full[0] & full[1]).sum(axis=(2, 3)), (full[0] | full[1]).sum(axis=(2, 3))
+    lost = 1.0 - np.where(either == 0, 1.0, both / np.maximum(either, 1))
+    # A pixel whose logit is within the accepted error of zero may fall on either side.
+    allowed = max(tolerance, 1e-3)
+    return ParityStage(name="final mask", error=float(lost.max()), scale=1.0, tolerance=allowed, unit="1 - IoU")

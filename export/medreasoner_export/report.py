@@ -1,0 +1,89 @@
+"""The result of a parity check, as a record, as JSON and as a table."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ParityReport", "ParityStage", "compare"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityStage:
+    """One comparison.
+
+    Attributes
+    ----------
+    error
+        Largest absolute difference, or what `unit` says.
+    scale
+        Largest absolute value of the reference; 1 where the error is a share or a count.
+    tolerance
+        Largest accepted ``error / scale``.
+    """
+
+    name: str
+    error: float
+    scale: float
+    tolerance: float
+    unit: str = "max abs"
+
+    @property
+    def relative(self) -> float:
+        """Error in units of the scale."""
+        return self.error / self.scale
+
+    @property
+    def passed(self) -> bool:
+        """Within the tolerance; never if the error is not a number."""
+        return self.relative <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityReport:
+    """All comparisons of a bundle with its reference."""
+
+    bundle: str
+    stages: tuple[ParityStage, ...]
+    versions: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        """Every stage is within its tolerance."""
+        return all(stage.passed for stage in self.stages)
+
+    def to_json(self) -> dict[str, object]:
+        """A mapping that ``json.dumps`` takes."""
+        stages = [asdict(stage) | {"relative": stage.relative, "passed": stage.passed} for stage in self.stages]
+        return {"bundle": self.bundle, "passed": self.passed, "versions": self.versions, "stages": stages}
+
+    def to_markdown(self) -> str:
+        """A heading, a table with one row a stage, and the versions."""
+        lines = [
+            f"# Parity of {self.bundle}: {'passed' if self.passed else 'FAILED'}",
+            "",
+            "| stage | measure | error | scale | error / scale | tolerance | |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {s.name} | {s.unit} | {s.error:.3g} | {s.scale:.3g} | {s.relative:.2g} | {s.tolerance:.2g} "
+            f"| {'pass' if s.passed else 'FAIL'} |"
+            for s in self.stages
+        ]
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return "\n".join([*lines, "", f"Reference in float32. {versions}.", ""])
+
+
+def compare(name: str, found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: float) -> ParityStage:
+    """The stage that compares two arrays by their largest absolute difference.
+
+    Arrays of different shape differ without bound.
+
+    Examples
+    --------
+    >>> compare("hidden", [1.0, 2.5], [1.0, 2.0], 0.2).relative
+    0.25
+    """
+    found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
+    error = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
+    return ParityStage(name=name, error=error, scale=float(np.abs(expected).max()) or 1.0, tolerance=tolerance)
