@@ -68,6 +68,8 @@ class GraphBuilder:
             Names; ``""`` leaves an optional input out.
         out
             Name of the output, made up if None.
+        **attributes
+            Of the node.
         """
         return self.ops(kind, *inputs, outputs=(out or self.fresh(kind),), **attributes)[0]
 

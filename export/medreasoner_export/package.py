@@ -53,6 +53,12 @@ def build_bundle(
     ----------
     reasoner_dir, segmenter_dir
         Folders that :func:`export_reasoner` and :func:`export_segmenter` wrote.
+    out_dir
+        The bundle's folder; its parents are made.
+    name, version, description
+        Of the bundle, for people.
+    licence
+        Terms of the weights.
     training, quality
         What the model was trained on and what it reaches: free, for people.
     force
@@ -105,7 +111,7 @@ def _copy_export(source: Path, target: Path) -> dict[str, Any]:
     description = read_json(source / DESCRIPTION)
     try:
         names = sorted(set(_paths(description["section"])))
-        description["sha256"], description["storage"]  # noqa: B018  # must be there
+        _ = description["sha256"], description["storage"]  # must be there
     except (KeyError, TypeError) as err:
         raise BundleError(f"{source / DESCRIPTION} is malformed: {err!r}") from err
     target.mkdir()

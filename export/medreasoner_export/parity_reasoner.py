@@ -33,10 +33,14 @@ def reasoner_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, s
 
     Parameters
     ----------
+    bundle
+        A loaded bundle.
     checkpoint_dir
         The checkpoint that the bundle was made of.
     tolerance
         Largest accepted error, relative to the reference's largest value.
+    seed
+        Of the images.
     """
     torch = require("torch", extra="export", feature="The parity check")
     transformers = require("transformers", extra="export", feature="The parity check")
@@ -70,8 +74,10 @@ class DecoderRun:
 
         Parameters
         ----------
-        embeds : (batch, seq, hidden_dim) float32
-        positions : (3, batch, seq) int64
+        embeds
+            (batch, seq, hidden_dim) float32.
+        positions
+            (3, batch, seq) int64.
         """
         batch, seq, _ = embeds.shape
         spec = self._spec

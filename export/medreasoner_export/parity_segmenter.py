@@ -10,6 +10,7 @@ import numpy.typing as npt
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
 from medreasoner_export.report import ParityStage, compare
+from medreasoner_export.settings import segmenter_settings
 
 __all__ = ["segmenter_stages"]
 
@@ -23,10 +24,14 @@ def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, 
 
     Parameters
     ----------
+    bundle
+        A loaded bundle.
     checkpoint_dir
         The checkpoint that the bundle was made of.
     tolerance
         Largest accepted error, relative to the reference's largest value; for masks, of the lost IoU.
+    seed
+        Of the images and prompts.
     """
     torch = require("torch", extra="export", feature="The parity check")
     transformers = require("transformers", extra="export", feature="The parity check")
@@ -34,6 +39,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, 
     spec = bundle.spec.segmenter
     sam = transformers.SamModel.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
     size = sam.config.vision_config.image_size
+    box_mask = segmenter_settings(checkpoint_dir, size, {})["box_mask"]
     generator = np.random.default_rng(seed)
     pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)
     encoder, decoder = (
@@ -48,6 +54,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, 
             input_points=torch.from_numpy(points)[:, None],
             input_labels=torch.ones((N_IMAGES, 1, points.shape[1]), dtype=torch.int64),
             input_boxes=torch.from_numpy(box.reshape(N_IMAGES, 1, 4)),
+            input_masks=torch.from_numpy(_drawn(box, size, spec.mask_size)) if box_mask else None,
             multimask_output=spec.n_masks > 1,
         )
     embedding = encoder.run(None, {"pixel_values": pixels})[0]
@@ -67,6 +74,17 @@ def _prompts(generator: np.random.Generator, size: int) -> tuple[Array, Array]:
     box = np.concatenate([corners, corners + sides], axis=1)
     points = corners + sides * generator.uniform(0.2, 0.8, (N_IMAGES, 2, 2))
     return (box * size).astype(np.float32), (points * size).astype(np.float32)
+
+
+def _drawn(box: Array, size: int, side: int) -> Array:
+    """(N, 1, side, side) mask prompts of boxes (N, 2, 2): see ``box_mask`` in :func:`sam_decoder_graph`."""
+    inside = np.empty((len(box), 1, side, side), np.float32)
+    for n, (low, high) in enumerate(box * (side / size)):
+        for row in range(side):
+            for column in range(side):
+                x, y = column + 0.5, row + 0.5
+                inside[n, 0, row, column] = min(x - low[0], high[0] - x, y - low[1], high[1] - y)
+    return np.clip(inside, -4.0, 4.0) / 2.0
 
 
 def _mask_stage(found: Array, expected: Array, size: int, tolerance: float) -> ParityStage:

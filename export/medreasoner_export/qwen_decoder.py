@@ -5,8 +5,10 @@ positions come in as tables with one row a token, so that the three axes of an i
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Checkpoint
@@ -44,7 +46,7 @@ class _Decoder:
         self.prefix = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight")
         self.g = GraphBuilder("decoder", storage=storage)
 
-    def tensor(self, name: str, *shape: int) -> np.ndarray:  # type: ignore[type-arg]
+    def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
         return self.checkpoint.tensor(self.prefix + name, shape)
 
     def build(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -96,7 +98,7 @@ class _Decoder:
         name = layer + "self_attn.o_proj"
         return g.linear(attended, name, self.tensor(name + ".weight", c.hidden_dim, c.hidden_dim))
 
-    def _packed_projection(self, name: str) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    def _packed_projection(self, name: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Weight (hidden_dim + 2 * kv_dim, hidden_dim) and bias of the query, key and value projections."""
         c = self.config
         rows = {"q": c.hidden_dim, "k": c.n_kv_heads * c.head_dim, "v": c.n_kv_heads * c.head_dim}

@@ -6,8 +6,10 @@ indices are inputs.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Checkpoint
@@ -47,7 +49,7 @@ class _VisionTower:
         self.prefix = checkpoint.prefix(PREFIXES, "patch_embed.proj.weight")
         self.g = GraphBuilder("vision", storage=storage)
 
-    def tensor(self, name: str, *shape: int) -> np.ndarray:  # type: ignore[type-arg]
+    def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
         return self.checkpoint.tensor(self.prefix + name, shape)
 
     def build(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -69,13 +71,14 @@ class _VisionTower:
         g.output("image_embeds", FLOAT, ("batch", "n_tokens", self.out_dim))
         return g.model(metadata)
 
-    def _patch_embedding(self) -> np.ndarray:  # type: ignore[type-arg]
+    def _patch_embedding(self) -> npt.NDArray[Any]:
         """(hidden_dim, 3 * patch * patch): an image is its own second frame, so the frames' kernels add up."""
         c = self.config
         kernel = self.tensor(
             "patch_embed.proj.weight", c.hidden_dim, 3, c.temporal_patch_size, c.patch_size, c.patch_size
         )
-        return kernel.astype(np.float32).sum(axis=2).reshape(c.hidden_dim, -1)
+        frames: npt.NDArray[np.float32] = kernel.astype(np.float32)
+        return np.asarray(frames.sum(axis=2)).reshape(c.hidden_dim, -1)
 
     def _windows(self, patches: str) -> None:
         g = self.g

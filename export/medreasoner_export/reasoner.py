@@ -64,6 +64,8 @@ def export_reasoner(
         Folder with ``config.json``, safetensors weights, ``tokenizer.json`` and optionally ``medreasoner.json``.
     out_dir
         Folder to write into, made if absent.
+    options
+        Element type of the weights, and settings.
 
     Raises
     ------

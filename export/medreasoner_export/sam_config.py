@@ -37,6 +37,8 @@ class SamConfig:
     n_masks: int
     iou_depth: int
     iou_dim: int
+    mask_channels: int
+    prompt_norm_eps: float
 
     @property
     def grid(self) -> int:
@@ -67,7 +69,7 @@ class SamConfig:
             section.expect("hidden_act", act)
         vision.expect("num_channels", 3)
         prompts.expect("num_point_embeddings", 4)
-        spec = _sizes(vision, decoder)
+        spec = _sizes(vision, prompts, decoder)
         for section, key, expected in (
             (prompts, "hidden_size", spec.n_channels),
             (decoder, "hidden_size", spec.n_channels),
@@ -79,7 +81,7 @@ class SamConfig:
         return spec
 
 
-def _sizes(vision: ConfigSection, decoder: ConfigSection) -> SamConfig:
+def _sizes(vision: ConfigSection, prompts: ConfigSection, decoder: ConfigSection) -> SamConfig:
     # Defaults are those of transformers' SamConfig (SAM ViT-B), which published files lean on.
     hidden = vision.integer("hidden_size", 768)
     mlp_dim = vision.data.get("mlp_dim") or int(hidden * vision.number("mlp_ratio", 4.0))
@@ -105,6 +107,8 @@ def _sizes(vision: ConfigSection, decoder: ConfigSection) -> SamConfig:
         n_masks=decoder.integer("num_multimask_outputs", 3),
         iou_depth=decoder.integer("iou_head_depth", 3),
         iou_dim=decoder.integer("iou_head_hidden_dim", 256),
+        mask_channels=prompts.integer("mask_input_channels", 16),
+        prompt_norm_eps=prompts.number("layer_norm_eps", 1e-6),
     )
     if spec.hidden_dim % spec.n_heads or spec.image_size % spec.patch_size or spec.n_channels % 8:
         raise BundleError("config.json: vision_config: heads, patches or channels do not divide their sizes")

@@ -1,7 +1,7 @@
 """SAM's prompt encoder and mask decoder as one ONNX graph, built without tracing.
 
-The two transposed convolutions of stride 2 are products with a matrix: each place of the embedding gives 4 x 4 places of
-the mask. The masks are worked out in that order and put in their rows and columns last, when only they are left.
+The two transposed convolutions of stride 2 are products with a matrix: each place of the embedding gives 4 x 4 places
+of the mask. The masks are worked out in that order and put in their rows and columns last, when only they are left.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,33 @@ UPSCALE_EPSILON = 1e-6
 
 
 def sam_decoder_graph(
-    checkpoint: Checkpoint, config: SamConfig, *, multimask: bool, storage: Storage, metadata: Mapping[str, str]
+    checkpoint: Checkpoint,
+    config: SamConfig,
+    *,
+    multimask: bool,
+    box_mask: bool = False,
+    storage: Storage,
+    metadata: Mapping[str, str],
 ) -> onnx.ModelProto:
     """The graph from an image's embedding and prompts to masks.
 
-    Inputs: ``image_embedding`` (1 or batch, C, grid, grid) float32; ``points`` (batch, n_points, 2) float32, x before y,
-    pixels of the padded image (half a pixel is added here, as in SAM); ``labels`` (batch, n_points) int64: 1 inside,
+    Inputs: ``image_embedding`` (1 or batch, C, grid, grid) float32; ``points`` (batch, n_points, 2) float32, x before
+    y, pixels of the padded image (half a pixel is added here, as in SAM); ``labels`` (batch, n_points) int64: 1 inside,
     0 outside, 2 and 3 corners of a box, -1 padding. Outputs: ``mask_logits`` (batch, n_masks, 4 * grid, 4 * grid),
     ``predicted_iou`` (batch, n_masks), float32.
 
     Parameters
     ----------
+    checkpoint, config
+        The weights and their sizes.
+    storage, metadata
+        Element type of matrices, and ``metadata_props``.
     multimask
         Return the masks for ambiguous prompts (3) instead of the single one.
+
+    box_mask
+        Draw a box into the mask prompt too: of each of its places the distance to the box's nearest side in places,
+        positive inside, clipped to [-4, 4] and halved; without a box, no mask prompt.
 
     Raises
     ------
@@ -46,13 +60,14 @@ def sam_decoder_graph(
     ----------
     segment-anything, ``utils/onnx.py``: the labels.
     """
-    return _Decoder(checkpoint, config, storage).build(multimask, metadata)
+    return _Decoder(checkpoint, config, storage, box_mask=box_mask).build(multimask, metadata)
 
 
 class _Decoder:
-    def __init__(self, checkpoint: Checkpoint, config: SamConfig, storage: Storage) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: SamConfig, storage: Storage, *, box_mask: bool) -> None:
         self.checkpoint = checkpoint
         self.config = config
+        self.box_mask = box_mask
         self.g = GraphBuilder("decoder", storage=storage)
 
     def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
@@ -105,6 +120,7 @@ class _Decoder:
             self.tensor("mask_decoder.mask_tokens.weight", c.n_masks + 1, c.n_channels),
         ]
         self.batch = g.op("Shape", points, start=0, end=1)
+        self.points, self.labels = points, labels
         shape = g.op("Concat", self.batch, g.ints(c.n_masks + 2, c.n_channels), axis=0)
         tokens = g.op("Expand", g.weight("output_tokens", np.concatenate(learned)[None]), shape)
         return g.op("Concat", tokens, prompts, axis=1)
@@ -114,8 +130,60 @@ class _Decoder:
         g, c = self.g, self.config
         no_mask = self.tensor("prompt_encoder.no_mask_embed.weight", 1, c.n_channels)
         flat = g.op("Transpose", g.op("Reshape", self.embedding, g.ints(0, c.n_channels, -1)), perm=[0, 2, 1])
-        flat = g.op("Add", flat, g.weight("no_mask", no_mask[0]))
+        dense = g.weight("no_mask", no_mask[0])
+        if self.box_mask:
+            return g.op("Add", flat, self._box_prompt(dense))
+        flat = g.op("Add", flat, dense)
         return g.op("Expand", flat, g.op("Concat", self.batch, g.ints(1, 1), axis=0))
+
+    def _box_prompt(self, no_mask: str) -> str:
+        """(batch, grid * grid, C): the mask prompt of the box among the points, or `no_mask` where there is none."""
+        g, c = self.g, self.config
+        scale = g.constant("mask_scale", np.array(c.mask_size / c.image_size, dtype=np.float32))
+        corners, present = [], ""
+        for label in (2, 3):  # the corner with this label, (batch, 2): zero where there is none
+            chosen = g.op("Cast", g.op("Equal", self.labels, g.ints(label)), to=FLOAT)
+            placed = g.op("Mul", self.points, g.op("Unsqueeze", chosen, g.ints(-1)))
+            corners.append(g.op("Mul", g.op("ReduceSum", placed, g.ints(1), keepdims=0), scale))
+            present = g.op("ReduceMax", chosen, g.ints(1), keepdims=1)  # (batch, 1)
+        centres = g.constant("mask_centres", np.arange(c.mask_size, dtype=np.float32)[:, None] + 0.5)  # (side, 1)
+        low, high = (g.op("Unsqueeze", corner, g.ints(1)) for corner in corners)  # (batch, 1, 2)
+        inside = g.op("Min", g.op("Sub", centres, low), g.op("Sub", high, centres))  # (batch, side, 2)
+        across, down = (
+            g.op("Slice", inside, g.ints(axis), g.ints(axis + 1), g.ints(2)) for axis in (0, 1)
+        )  # (batch, side, 1)
+        nearest = g.op("Min", g.op("Transpose", across, perm=[0, 2, 1]), down)  # (batch, side, side)
+        limits = [g.constant(name, np.array(value, np.float32)) for name, value in (("near", -4.0), ("far", 4.0))]
+        drawn = g.op("Mul", g.op("Clip", nearest, *limits), g.constant("half", np.array(0.5, dtype=np.float32)))
+        x = self._mask_embed(g.op("Unsqueeze", drawn, g.ints(1)))
+        there = g.op(
+            "Unsqueeze", g.op("Greater", present, g.constant("zero", np.array(0.0, dtype=np.float32))), g.ints(-1)
+        )
+        return g.op("Where", there, x, no_mask)
+
+    def _mask_embed(self, x: str) -> str:
+        """(batch, 1, side, side) mask prompt to (batch, grid * grid, C)."""
+        g, c, name = self.g, self.config, "prompt_encoder.mask_embed."
+        sizes = (1, c.mask_channels // 4, c.mask_channels)
+        for index in (1, 2):
+            kernel = self.tensor(f"{name}conv{index}.weight", sizes[index], sizes[index - 1], 2, 2)
+            weights = [
+                g.weight(f"{name}conv{index}.weight", kernel),
+                g.weight(f"{name}conv{index}.bias", self.tensor(f"{name}conv{index}.bias", sizes[index])),
+            ]
+            x = g.op("Transpose", g.op("Conv", x, *weights, strides=[2, 2]), perm=[0, 2, 3, 1])
+            vectors = [
+                g.weight(
+                    f"{name}layer_norm{index}.{part}", self.tensor(f"{name}layer_norm{index}.{part}", sizes[index])
+                )
+                for part in ("weight", "bias")
+            ]
+            x = g.op("Gelu", g.op("LayerNormalization", x, *vectors, epsilon=c.prompt_norm_eps))
+            if index == 1:
+                x = g.op("Transpose", x, perm=[0, 3, 1, 2])
+        x = g.op("Reshape", x, g.ints(0, -1, c.mask_channels))
+        kernel = self.tensor(f"{name}conv3.weight", c.n_channels, c.mask_channels, 1, 1)[:, :, 0, 0]
+        return g.linear(x, f"{name}conv3", kernel, self.tensor(f"{name}conv3.bias", c.n_channels))
 
     def _image_places(self) -> npt.NDArray[np.float32]:
         """(1, grid * grid, C): codes of the centres of the embedding's places."""

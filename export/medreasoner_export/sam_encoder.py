@@ -25,7 +25,7 @@ NECK_EPSILON = 1e-6
 def encoder_graph(
     checkpoint: Checkpoint, config: SamConfig, *, storage: Storage, metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
-    """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, S / patch, S / patch), float32.
+    """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, grid, grid), float32.
 
     Raises
     ------

@@ -33,7 +33,8 @@ class SegmenterOptions:
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     settings
         Entries that replace those of ``medreasoner.json``: ``resize``, ``image_mean``, ``image_std``, ``prompts``,
-        ``multimask`` (the alternatives for ambiguous prompts instead of the single mask).
+        ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask`` (the decoder also
+        draws a box into SAM's mask prompt, as a segmenter was trained with).
     """
 
     weights: Storage | Literal["source"] = "source"
@@ -61,6 +62,8 @@ def export_segmenter(
         Folder of a transformers ``SamModel``: ``config.json`` and safetensors weights, optionally ``medreasoner.json``.
     out_dir
         Folder to write into, made if absent.
+    options
+        Element type of the weights, and settings.
 
     Raises
     ------
@@ -72,13 +75,20 @@ def export_segmenter(
     config = SamConfig.from_json(checkpoint.config)
     settings = segmenter_settings(checkpoint.folder, config.image_size, options.settings)
     storage = source_storage(checkpoint, "vision_encoder.patch_embed.projection.weight", options.weights)
-    multimask = bool(settings["multimask"])
+    multimask, box_mask = bool(settings["multimask"]), bool(settings["box_mask"])
     sha256 = checkpoint.sha256()
-    metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "multimask": str(multimask).lower()}
+    metadata = {
+        "exporter": f"medreasoner {__version__}",
+        "source_sha256": sha256,
+        "multimask": str(multimask).lower(),
+        "box_mask": str(box_mask).lower(),
+    }
     out = Path(out_dir)
     out.mkdir(parents=True, exist_ok=True)
     encoder = encoder_graph(checkpoint, config, storage=storage, metadata=metadata)
-    decoder = sam_decoder_graph(checkpoint, config, multimask=multimask, storage=storage, metadata=metadata)
+    decoder = sam_decoder_graph(
+        checkpoint, config, multimask=multimask, box_mask=box_mask, storage=storage, metadata=metadata
+    )
     checkpoint.check_all_read(ignore=(*UNUSED, TWICE))
     save_graph(encoder, out / "encoder.onnx")
     save_graph(decoder, out / "decoder.onnx")

@@ -38,7 +38,8 @@ MEDREASONER_7B: Mapping[str, Any] = {
     },
     "answer": {
         "present": (
-            "<answer>{'bbox': [{x1}, {y1}, {x2}, {y2}], 'points_1': [{p1x}, {p1y}], 'points_2': [{p2x}, {p2y}]}</answer>"
+            "<answer>{'bbox': [{x1}, {y1}, {x2}, {y2}], "
+            "'points_1': [{p1x}, {p1y}], 'points_2': [{p2x}, {p2y}]}</answer>"
         ),
         "absent": None,
         "think_open": "<think>",
@@ -93,7 +94,7 @@ def reasoner_settings(folder: Path, config: QwenConfig, overrides: Mapping[str, 
 
 
 def segmenter_settings(folder: Path, image_size: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a SAM checkpoint: ``resize``, ``image_mean``, ``image_std``, ``prompts``, ``multimask``.
+    """The settings of a SAM checkpoint: ``resize``, ``image_mean``, ``image_std``, ``prompts``, ``multimask``, ``box_mask``.
 
     Raises
     ------
@@ -107,6 +108,7 @@ def segmenter_settings(folder: Path, image_size: int, overrides: Mapping[str, An
         "image_std": images.get("image_std", IMAGENET_STD),
         "prompts": "joint",
         "multimask": False,
+        "box_mask": False,
     }
     return _merge(folder, defaults, overrides)
 

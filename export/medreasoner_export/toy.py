@@ -88,6 +88,8 @@ def make_toy_reasoner(folder: str | Path, *, seed: int = 0, tied: bool = True) -
     ----------
     folder
         Made if absent.
+    seed
+        Of the weights.
     tied
         Share the token embedding with the output projection.
     """
@@ -95,7 +97,7 @@ def make_toy_reasoner(folder: str | Path, *, seed: int = 0, tied: bool = True) -
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    tokens = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+    tokens = dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True))  # the trainer gives them first
     vocab = tokenizer.get_vocab_size()
     _write_json(folder / "config.json", _qwen_config(tokens, vocab_size=vocab, tied=tied))
     _write_json(folder / "medreasoner.json", SETTINGS)

@@ -32,6 +32,8 @@ def verify_bundle(
 
     Parameters
     ----------
+    bundle_dir
+        A bundle's folder.
     against_reasoner, against_segmenter
         Checkpoint folders, as given to the exports.
     tolerance

@@ -16,7 +16,7 @@ struct Affine {
 
 }  // namespace medreasoner
 
-#define MR_BODY "../src/preprocess_simd.inc"
+#define MR_BODY "preprocess_simd.h"
 #include "for_each_level.h"
 
 namespace medreasoner {

@@ -30,7 +30,7 @@ static inline uint8_t clip(int32_t value) { return static_cast<uint8_t>(value < 
 
 }  // namespace medreasoner
 
-#define MR_BODY "../src/resize_simd.inc"
+#define MR_BODY "resize_simd.h"
 #include "for_each_level.h"
 
 namespace medreasoner {

@@ -41,7 +41,7 @@ static inline float to_float(Float16 value) {
 
 }  // namespace medreasoner
 
-#define MR_BODY "../src/rows_simd.inc"
+#define MR_BODY "rows_simd.h"
 #include "for_each_level.h"
 
 namespace medreasoner {

@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 WeightDtype = Literal["float32", "float16", "bfloat16"]
-"""Element type of a weight matrix; bfloat16 is held as uint16 bit patterns, since NumPy has no such type."""
+"""Of a weight matrix; bfloat16 is held as uint16 bit patterns, since NumPy has no such type."""
 
 VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 """VOI LUT Function (0028,1056)."""
@@ -73,7 +73,7 @@ def resize_u8(pixels: NDArray[np.uint8], height: int, width: int) -> NDArray[np.
     pixels
         (H, W) or (H, W, 3) uint8.
     height, width
-        Size of the result, pixels; its other dimensions and dtype are those of `pixels`.
+        Size of the result, pixels; all else is as in `pixels`.
 
     Notes
     -----
@@ -119,10 +119,8 @@ def preprocess_patches(
         black before normalising.
     mean, std
         Of the three channels, on the scale 0 to 1.
-    patch
-        Side of a patch, pixels.
-    merge
-        Side of the block of patches that the tower merges into one token, patches.
+    patch, merge
+        Side of a patch, pixels, and of the block that the tower merges into one token, patches.
 
     Returns
     -------

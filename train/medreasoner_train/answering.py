@@ -35,7 +35,14 @@ def answer(
 
     Parameters
     ----------
+    model
+        A reasoner of :func:`medreasoner_train.model.build_reasoner`.
+    vocabulary
+        Its tokens by name.
     images : (B, 3, S, S) float32
+        In [-1, 1].
+    queries
+        B questions.
 
     Returns
     -------

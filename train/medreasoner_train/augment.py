@@ -63,9 +63,19 @@ def augment(
     Parameters
     ----------
     pixels : (H, W) or (H, W, 3) uint8
+        Grey or RGB.
     masks : (K, H, W) bool
+        One for each structure.
     points : (K, 2, 2) float64
         Two (x, y) for each mask, in its pixels.
+    size
+        Side of the new grid, in pixels.
+    modality, source
+        Of the image: they tell whether it may be mirrored or turned.
+    rng
+        Source of all choices.
+    options
+        How far the image may be changed.
     """
     pixels, masks, points = _turn(pixels, masks, points, modality=modality, source=source, rng=rng, options=options)
     height, width = pixels.shape[:2]

@@ -30,7 +30,7 @@ class Packed:
 
 
 def prefix_positions(before: int, side: int, after: int) -> Tensor:
-    """(3, n) positions of `before` text tokens, a side x side image and `after` text tokens, counted as by Qwen2.5-VL."""
+    """(3, n) positions of `before` text tokens, a side x side image and `after` text tokens, as Qwen2.5-VL counts."""
     text = torch.arange(before).expand(3, -1)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     image = torch.stack([torch.zeros(side * side, dtype=torch.int64), rows.flatten(), columns.flatten()]) + before
@@ -100,8 +100,11 @@ def language_pass(
     language
         The ``language_model`` of a Qwen2.5-VL model.
     embeds : (B, S, D) float32
+        Embeddings of the new tokens.
     positions : (3, B, S) int64
+        Their places in time, rows and columns.
     mask : (B, 1, S, past + S) bool
+        Which key each of them sees.
     cache
         Keys and values of the tokens before, extended in place; an empty list starts one.
     """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medreasoner.errors import BundleError
 from medreasoner_train.muon import Muon
 
-__all__ = ["LoopOptions", "Optimiser", "batches", "load_checkpoint", "save_checkpoint", "train"]
+__all__ = ["LoopOptions", "Optimiser", "batches", "load_checkpoint", "save_checkpoint", "train", "write_settings"]
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +113,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as err:  # torch raises many kinds for one cause
         raise BundleError(f"{path}: not a readable checkpoint ({type(err).__name__}); delete it to start anew") from err
     return state
+
+
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write ``medreasoner.json`` into a checkpoint folder."""
+    (folder / "medreasoner.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
 def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3) -> Iterator[Any]:

@@ -41,6 +41,8 @@ def group_mean(values: Sequence[float], groups: Sequence[str], *, draws: int = 1
         One of each a sample.
     draws
         Bootstrap resamples.
+    seed
+        Of the resampling.
     """
     if not len(values):
         return Interval(float("nan"), float("nan"), float("nan"), 0)

@@ -48,6 +48,10 @@ def build_reasoner(config: NanoConfig, *, vocab_size: int, tokens: dict[str, int
 
     Parameters
     ----------
+    config
+        Sizes.
+    vocab_size
+        Rows of the embedding.
     tokens
         Ids of Qwen's special tokens by name (see :mod:`medreasoner_train.tokenizer`).
     """
@@ -143,7 +147,8 @@ def tower(visual: Any, images: Tensor) -> Tensor:
     ----------
     visual
         The ``visual`` module of a Qwen2.5-VL model, whose windows must divide the image.
-    images : (B, 3, S, S) float32, normalised
+    images : (B, 3, S, S) float32
+        In [-1, 1].
 
     Returns
     -------

@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
                     if not state:
                         state["momentum"] = torch.zeros_like(parameter)
                     state["momentum"].lerp_(parameter.grad, 1 - group["momentum"])  # type: ignore[arg-type]
-                    updates.append(torch.lerp(parameter.grad, state["momentum"], group["momentum"]))  # type: ignore[arg-type]
+                    updates.append(torch.lerp(parameter.grad, state["momentum"], group["momentum"]))
                 scale = 0.2 * max(shape) ** 0.5
                 for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])

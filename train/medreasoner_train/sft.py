@@ -22,8 +22,18 @@ from medreasoner_train.augment import Options
 from medreasoner_train.data import Sample, by_image, load_index, split
 from medreasoner_train.decoder import Packed, block_mask, language_pass, pack, prefix_positions
 from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou
-from medreasoner_train.language import TEMPLATE, Phrasings, answer_text, load_phrasings, texts, thought_text, vary
-from medreasoner_train.loop import LoopOptions, load_checkpoint, train
+from medreasoner_train.language import (
+    ABSENT,
+    PRESENT,
+    TEMPLATE,
+    Phrasings,
+    answer_text,
+    load_phrasings,
+    texts,
+    thought_text,
+    vary,
+)
+from medreasoner_train.loop import LoopOptions, load_checkpoint, train, write_settings
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
 from medreasoner_train.store import Stored, load_store
@@ -385,11 +395,42 @@ def run(settings: SftRun) -> None:
         evaluate=lambda _: validate(model, vocabulary, val, size=settings.options.size),
         eval_every=settings.eval_every,
     )
-    save_reasoner(model, tokenizer, settings.loop.out / "checkpoint")
+    save_reasoner(model, tokenizer, settings.loop.out / "checkpoint", size=settings.options.size)
 
 
-def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path) -> None:
-    """Write the Hugging Face form: config.json, model.safetensors in bfloat16, tokenizer.json."""
+def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path, *, size: int, absent_threshold: float = 0.5) -> None:
+    """Write the Hugging Face form in bfloat16, the tokenizer, and ``medreasoner.json``: what export must know beside.
+
+    Parameters
+    ----------
+    model, tokenizer
+        What was trained.
+    out
+        Folder to write.
+    size
+        Side in pixels of the square that images are stretched to.
+    absent_threshold
+        Probability above which the answer is absent; calibrate it with ``medreasoner-cli eval``.
+    """
     state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     model.save_pretrained(out, state_dict=state)
     tokenizer.save(str(out / "tokenizer.json"))
+    settings = {
+        "prompt": {"template": TEMPLATE, "image_token": "<|image_pad|>"},
+        "answer": {
+            "present": PRESENT.replace("{{", "{").replace("}}", "}"),
+            "absent": ABSENT,
+            "think_open": "<think>",
+            "think_close": "</think>",
+            "end": "<|im_end|>",
+        },
+        "coordinates": f"relative_{NANO.image_size}",
+        "absent_threshold": absent_threshold,
+        "max_length": NANO.max_length,
+        "max_query_tokens": 64,
+        "max_think_tokens": 96,
+        "resize": {"rule": "stretch", "width": size, "height": size},
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    }
+    write_settings(out, settings)

@@ -30,7 +30,8 @@ def inscribed_points(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
 
     Parameters
     ----------
-    mask : (H, W) bool, not empty
+    mask : (H, W) bool
+        Not empty.
 
     Returns
     -------

@@ -32,8 +32,12 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, largest: int) -> T
 
     Parameters
     ----------
+    texts
+        What the byte pairs are counted on.
     vocab_size
         At most this many tokens in all, the special ones and the integers included.
+    largest
+        The largest integer that is one token.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -70,7 +70,9 @@ def encode_seg(grounding: "Grounding", *, include_query: bool) -> bytes:
             segmentation.save_as(stream)
     except MedReasonerError:
         raise
-    except Exception as err:  # highdicom and pydicom promise nothing about malformed headers, and may quote their values
+    except (
+        Exception
+    ) as err:  # highdicom and pydicom promise nothing about malformed headers, and may quote their values
         raise OutputError(
             f"DICOM SEG cannot be made: the header of {grounding.image.source} does not allow it ({type(err).__name__})"
         ) from err

@@ -1,0 +1,254 @@
+"""How long answers take, beside the same weights in torch and transformers: ``pytest benchmarks/bench_latency.py``.
+
+Both sides take turns in one run and get the same pixels. nano's weights are used where they are, else random ones.
+MEDREASONER_BENCH_ROUNDS sets the rounds; processes get a third of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from benchmarks.conftest import ROUNDS, Models
+from benchmarks.report import Goal, Report, TakingTurns
+from PIL import Image
+
+from medreasoner import Grounder
+from medreasoner.providers import usable_cores
+
+if TYPE_CHECKING:
+    from benchmarks.peers.transformers_pipeline import Pipeline, PipelineStudy
+
+PROCESS_ROUNDS = max(3, ROUNDS // 3)
+TUNING_ROUNDS = max(3, ROUNDS // 6)
+PEER_SCRIPT = Path(__file__).parent / "peers" / "transformers_pipeline.py"
+QUERIES = (
+    "Which paired organs fill with air on every breath?",
+    "Which muscular organ pumps the blood?",
+    "Where does gas exchange take place?",
+    "Which structure separates the chest from the belly?",
+    "Where is the organ whose shadow lies left of the midline?",
+    "Outline the heart.",
+    "Which bone connects the breastbone to the shoulder blade?",
+    "Where would you look for a pneumothorax?",
+    "Which airway divides into the two main bronchi?",
+    "Where is the right lung?",
+    "Where is the left lung?",
+    "Which region would be dull on percussion if fluid had gathered there?",
+    "Where are the opacities that do not belong here?",
+    "Which organ would be enlarged in heart failure?",
+    "What would a radiologist measure to judge the heart's size?",
+    "Which dark areas on both sides of the midline are filled with air?",
+)
+QUERY = QUERIES[0]
+OURS_IN_A_PROCESS = """
+import json, resource, sys
+import medreasoner
+with medreasoner.Grounder.load(sys.argv[1], device="cpu") as grounder:
+    result = grounder.ground(sys.argv[2], sys.argv[3])
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"text": result.answer, "peak_kib": peak}))
+"""
+
+Pixels = npt.NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module")
+def image_file(pixels: Pixels, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The radiograph in a form that both sides read alike."""
+    path = tmp_path_factory.mktemp("image") / "chest.png"
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def peer_study(peer: "Pipeline | None", pixels: Pixels) -> "PipelineStudy | None":
+    if peer is None:
+        return None
+    study = peer.open(pixels)
+    peer.ask(study, QUERY)
+    return study
+
+
+class Threads:
+    """How many threads torch is fastest with, found out for each benchmark."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def tune(self, name: str, call: Callable[[int], object]) -> int:
+        """Set torch to the number of threads with which the median of some calls is the lowest."""
+        import torch
+
+        cores = usable_cores()
+        tried = range(1, cores + 1) if cores <= 8 else sorted({*(2**k for k in range(cores.bit_length())), cores})
+        times: dict[int, float] = {}
+        for n in tried:
+            torch.set_num_threads(n)
+            call(0)
+            times[n] = median(_seconds(partial(call, i)) for i in range(TUNING_ROUNDS))
+        best = min(times, key=times.__getitem__)
+        torch.set_num_threads(best)
+        measured = ", ".join(f"{n}: {1000 * spent:.1f} ms" for n, spent in times.items())
+        self._report.note(f"peer, {name}: {best} torch threads (tried {measured})")
+        return best
+
+
+@pytest.fixture(scope="module")
+def threads(report: Report) -> Threads:
+    return Threads(report)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = perf_counter()
+    call()
+    return perf_counter() - start
+
+
+def _new_images(pixels: Pixels) -> Callable[[int], Pixels]:
+    """A different image for every round, made before the clock starts, so that nothing can be kept from the last."""
+    images = [np.roll(pixels, 8 * k, axis=0) for k in range(8)]
+    return lambda number: images[number % len(images)]
+
+
+def _process(command: Sequence[str], *, accepted: tuple[int, ...] = (0,)) -> str:
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # the models are folders; no question to a server
+    done = subprocess.run(command, capture_output=True, text=True, env=offline, check=False)
+    assert done.returncode in accepted, done.stderr
+    return done.stdout
+
+
+def test_both_sides_answer_alike(grounder: Grounder, peer: "Pipeline | None", report: Report, pixels: Pixels) -> None:
+    """Plain decoding may give no valid answer, which is what the grammar is for; where it does, ours is the same."""
+    if peer is None:
+        pytest.skip("there is no peer")
+    theirs_study, same, valid = peer.open(pixels), 0, 0
+    with grounder.open(pixels) as study:
+        for query in QUERIES:
+            ours, theirs = study.ground(query), peer.ask(theirs_study, query)
+            if query == QUERY:
+                again = peer.ask(theirs_study, query)  # from what was kept
+                assert again.text == theirs.text
+                if theirs.numbers is None:
+                    report.note(f"the peer's plain text is NOT a valid box: {theirs.text!r:.120}")
+                elif ours.found:
+                    assert theirs.text == ours.answer
+                    assert theirs.mask is not None
+                    assert (theirs.mask == ours.mask).mean() > 0.999
+                else:
+                    report.note("the peer names a box where ours says absent, by the bundle's threshold")
+            valid += theirs.numbers is not None
+            same += theirs.text == ours.answer
+    report.note(f"answers of the two sides: {same} of {len(QUERIES)} the same text, {valid} of the peer's a valid box")
+
+
+def test_first_query_on_an_image(
+    benchmark: Any, grounder: Grounder, peer: "Pipeline | None", report: Report, pixels: Pixels, threads: Threads
+) -> None:
+    image = _new_images(pixels)
+
+    def theirs(number: int) -> None:
+        assert peer is not None
+        peer.ask(peer.open(image(number)), QUERIES[number % len(QUERIES)])
+
+    if peer is not None:
+        threads.tune("first query", theirs)
+    turns = TakingTurns(
+        lambda number: grounder.ground(image(number), QUERIES[number % len(QUERIES)]), theirs if peer else None
+    )
+    goal = Goal(ratio="peer / ours", bound=4)
+    report.rows.append(turns.run(benchmark, name="first query", goal=goal, rounds=ROUNDS, warmup_rounds=2))
+
+
+def test_next_query_on_the_image(
+    benchmark: Any,
+    grounder: Grounder,
+    peer: "Pipeline | None",
+    peer_study: "PipelineStudy | None",
+    report: Report,
+    pixels: Pixels,
+    threads: Threads,
+) -> None:
+    def theirs(number: int) -> None:
+        assert peer is not None and peer_study is not None
+        peer.ask(peer_study, QUERIES[number % len(QUERIES)])
+
+    if peer is not None:
+        threads.tune("next query", theirs)
+    with grounder.open(pixels) as study:
+        study.ground(QUERY)
+        turns = TakingTurns(lambda number: study.ground(QUERIES[number % len(QUERIES)]), theirs if peer else None)
+        goal = Goal(ratio="peer / ours", bound=10)
+        report.rows.append(turns.run(benchmark, name="next query", goal=goal, rounds=ROUNDS, warmup_rounds=2))
+
+
+def test_sixteen_queries_on_an_image(
+    benchmark: Any, grounder: Grounder, peer: "Pipeline | None", report: Report, pixels: Pixels, threads: Threads
+) -> None:
+    image = _new_images(pixels)
+
+    def theirs(number: int) -> None:
+        assert peer is not None
+        study = peer.open(image(number))
+        for query in QUERIES:
+            peer.ask(study, query)
+
+    if peer is not None:
+        threads.tune(f"{len(QUERIES)} queries", theirs)
+    turns = TakingTurns(lambda number: grounder.ground(image(number), QUERIES), theirs if peer else None)
+    name, goal = f"{len(QUERIES)} queries on a new image", Goal(ratio="peer / ours")
+    report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=PROCESS_ROUNDS, warmup_rounds=1))
+
+
+def test_cold_start(
+    benchmark: Any,
+    models: Models,
+    grounder: Grounder,
+    peer: "Pipeline | None",
+    report: Report,
+    image_file: Path,
+    threads: Threads,
+) -> None:
+    """A new process imports, loads, reads a PNG file and answers; the warm-up has filled the page cache."""
+    peaks: dict[str, float] = {}
+
+    def start(side: str, *command: str) -> None:
+        peaks[side] = json.loads(_process([sys.executable, *command]))["peak_kib"] / 1024
+
+    def theirs(number: int, *, n_threads: int) -> None:
+        folders = str(models.reasoner), str(models.segmenter)
+        start("peer", str(PEER_SCRIPT), *folders, str(image_file), QUERY, str(n_threads))
+
+    def ours(number: int) -> None:
+        start("ours", "-c", OURS_IN_A_PROCESS, models.bundle, str(image_file), QUERY)
+
+    their_turn = None
+    if peer is not None:
+        pixels = np.asarray(Image.open(image_file))
+        n_threads = threads.tune("cold start, by its answer", lambda _: peer.ask(peer.open(pixels), QUERY))
+        their_turn = partial(theirs, n_threads=n_threads)
+    turns = TakingTurns(ours, their_turn)
+    goal = Goal(ratio="peer / ours")
+    report.rows.append(turns.run(benchmark, name="cold start", goal=goal, rounds=PROCESS_ROUNDS, warmup_rounds=1))
+    report.note("peak memory, cold start: " + ", ".join(f"{side} {peak:.0f} MiB" for side, peak in peaks.items()))
+
+
+def test_command_line(benchmark: Any, models: Models, report: Report, pixels: Pixels) -> None:
+    """The whole command on a DICOM file, beside a process that only imports what it cannot do without."""
+    program = Path(sys.executable).with_name("medreasoner-cli")
+    if not program.is_file():
+        pytest.skip(f"{program} is not installed")
+    command = [str(program), "ground", "sample:chest", QUERY, "--bundle", models.bundle, "--device", "cpu"]
+    floor = [sys.executable, "-c", "import numpy, onnxruntime, pydicom"]
+    turns = TakingTurns(lambda _: _process(command, accepted=(0, 1)), lambda _: _process(floor))
+    name, goal = "medreasoner-cli ground / imports", Goal(ratio="ours / peer", bound=2.5)
+    report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=PROCESS_ROUNDS, warmup_rounds=1))

@@ -1,0 +1,146 @@
+"""What is asked, thought and answered."""
+
+import json
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medreasoner_train.language import (
+    ABSENT,
+    Phrasings,
+    answer_text,
+    load_phrasings,
+    place_of,
+    texts,
+    thought_text,
+    vary,
+)
+
+
+def table(part: str) -> dict[str, Any]:
+    path = resources.files("medreasoner_train").joinpath("queries", f"{part}.json")
+    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return loaded
+
+
+def plain(query: str) -> str:
+    """A question without what `vary` may change: case and the mark at its end."""
+    return " ".join(query.lower().rstrip("?.").split())
+
+
+FREQUENT = sorted(key for key, own in load_phrasings("train").items() if len(own.queries) >= 20)
+
+
+def test_there_are_34_frequent_pairs() -> None:
+    assert len(FREQUENT) == 34
+
+
+def test_both_parts_hold_the_same_pairs() -> None:
+    assert load_phrasings("train").keys() == load_phrasings("heldout").keys()
+
+
+@pytest.mark.parametrize("key", FREQUENT)
+def test_a_frequent_pair_has_forty_phrasings_and_a_fifth_as_many_held_out_as_trained(key: str) -> None:
+    trained, held = ({plain(q) for q in load_phrasings(part)[key].queries} for part in ("train", "heldout"))
+    assert len(trained | held) >= 40
+    assert len(held) >= 0.2 * len(trained)
+
+
+def test_no_question_is_both_trained_on_and_held_out() -> None:
+    trained, held = (
+        {plain(query) for own in load_phrasings(part).values() for query in own.queries} for part in ("train", "heldout")
+    )
+    assert not trained & held
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_no_question_is_repeated_for_its_pair(part: str) -> None:
+    for key, own in load_phrasings(part).items():
+        assert own.queries, key
+        assert len({plain(query) for query in own.queries}) == len(own.queries), key
+
+
+def test_every_pair_has_the_parts_of_a_thought() -> None:
+    for key, own in load_phrasings("train").items():
+        assert own.identify, key
+        assert own.evidence, key
+
+
+def test_questions_come_from_every_cluster_of_the_file() -> None:
+    for key, entry in table("train").items():
+        assert len(load_phrasings("train")[key].queries) == sum(len(cluster) for cluster in entry["queries"].values())
+
+
+def test_a_varied_question_keeps_all_words_but_one() -> None:
+    rng = np.random.default_rng(0)
+    query = "Which of the organs in this picture pumps blood?"
+    seen = {vary(query, rng) for _ in range(300)}
+    words = plain(query).split()
+    for own in seen:
+        kept = plain(own).split()
+        assert len(kept) >= len(words) - 1
+        position = iter(words)
+        assert all(word in position for word in kept), own  # the words that stay, in their order
+    assert {query, query.lower(), query.rstrip("?")} <= seen
+
+
+def test_short_questions_lose_no_word() -> None:
+    rng = np.random.default_rng(0)
+    assert {plain(vary("Where is the heart?", rng)) for _ in range(100)} == {"where is the heart"}
+
+
+def disc(size: int, x: float, y: float, radius: float) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    rows, columns = np.mgrid[:size, :size] + 0.5
+    inside: np.ndarray[Any, np.dtype[np.bool_]] = np.hypot(columns - x * size, rows - y * size) <= radius * size
+    return inside
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "radius", "words"),
+    [
+        (0.2, 0.2, 0.05, "small, upper left of the picture"),
+        (0.8, 0.2, 0.05, "small, upper right of the picture"),
+        (0.5, 0.8, 0.15, "medium-sized, lower of the picture"),
+        (0.2, 0.5, 0.15, "medium-sized, left of the picture"),
+        (0.5, 0.5, 0.4, "large, in the middle of the picture"),
+    ],
+)
+def test_place_and_size_agree_with_the_mask(x: float, y: float, radius: float, words: str) -> None:
+    assert place_of(disc(100, x, y, radius)) == words
+
+
+def test_a_mirrored_mask_lies_on_the_other_side() -> None:
+    mask = disc(100, 0.2, 0.2, 0.1)
+    assert "upper left" in place_of(mask)
+    assert "upper right" in place_of(mask[:, ::-1])
+    assert "lower left" in place_of(mask[::-1])
+
+
+def test_a_thought_says_what_is_asked_what_shows_it_and_where() -> None:
+    own = Phrasings(queries=("?",), identify=("the heart",), evidence=("a bright pouch",))
+    mask = disc(100, 0.8, 0.8, 0.05)
+    rng = np.random.default_rng(0)
+    assert thought_text(own, mask, rng) == (
+        "<think>This asks for the heart. Seen here as a bright pouch; small, lower right of the picture.</think>"
+    )
+    absent = thought_text(own, None, rng)
+    assert absent == "<think>This asks for the heart. Nothing in this picture shows it.</think>"
+
+
+def test_an_answer_is_json_between_its_tags() -> None:
+    text = answer_text(np.array([1.0, 2, 3, 4, 5, 6, 7, 8]))
+    assert text.startswith("<answer>")
+    assert text.endswith("</answer>")
+    body = json.loads(text.removeprefix("<answer>").removesuffix("</answer>"))
+    assert body == {"bbox": [1, 2, 3, 4], "points_1": [5, 6], "points_2": [7, 8]}
+    assert answer_text(None) == ABSENT
+    assert set(json.loads(ABSENT.removeprefix("<answer>").removesuffix("</answer>")).values()) == {None}
+
+
+def test_the_tokenizer_reads_every_question_and_clause_of_training() -> None:
+    own = Phrasings(queries=("Where Is It?",), identify=("the heart",), evidence=("a bright pouch",))
+    everything = "\n".join(texts([own]))
+    for wanted in ("Where Is It?", "where is it?", "the heart", "a bright pouch", "null", '"points_1": ['):
+        assert wanted in everything
