@@ -179,7 +179,8 @@ def test_next_query_on_the_image(
     threads: Threads,
 ) -> None:
     def theirs(number: int) -> None:
-        assert peer is not None and peer_study is not None
+        assert peer is not None
+        assert peer_study is not None
         peer.ask(peer_study, QUERIES[number % len(QUERIES)])
 
     if peer is not None:

@@ -70,7 +70,7 @@ class Comparison:
         middle, low, high = self.ratios()
         spread = f"{middle:.2f} ({low:.2f} - {high:.2f})"
         verdict = self.goal.verdict(middle)
-        row = text + _columns(self.theirs) + f"{len(self.ours):>8}  {spread:<24}{self.goal.ratio:<13}{verdict}"
+        row = text + _columns(self.theirs) + f"{len(self.ours):>8}  {spread:<26}{self.goal.ratio:<13}{verdict}"
         return row.rstrip()
 
 

@@ -79,7 +79,7 @@ class Pipeline:
         self.model = Qwen2_5_VLForConditionalGeneration.from_pretrained(reasoner, **options).eval()
         self.sam = SamModel.from_pretrained(segmenter, **options).eval()
         size = self.sam.config.vision_config.image_size
-        self.sam_settings = IMAGENET | SEGMENTER | {"resize": {"rule": "longest_pad", "size": size}}
+        self.sam_settings: dict[str, Any] = IMAGENET | SEGMENTER | {"resize": {"rule": "longest_pad", "size": size}}
         self.sam_settings |= _settings(segmenter)
         self.size = int(size)
         self.tokenizer = Tokenizer.from_file(str(reasoner / "tokenizer.json"))
@@ -90,7 +90,7 @@ class Pipeline:
         self.patch, self.merge, self.frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self.rows, self.columns = self.height // self.patch, self.width // self.patch
         self.grid = torch.tensor([[1, self.rows, self.columns]])
-        self.image_token = self.tokenizer.token_to_id(self.settings["prompt"]["image_token"])
+        self.image_token: int = self.tokenizer.token_to_id(self.settings["prompt"]["image_token"])  # type: ignore[assignment]
         # The image's tokens, repeated here once for all: the text of a prompt then only waits for its query.
         tokens = self.settings["prompt"]["image_token"] * (self.rows * self.columns // self.merge**2)
         opening = re.match(r"<[^>]*>", self.settings["answer"]["present"])
@@ -119,7 +119,7 @@ class Pipeline:
         tokens = torch.tensor([ids])
         inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         if study.rope_deltas is None:
-            kinds = (tokens == self.image_token).int()
+            kinds = tokens.eq(self.image_token).int()
             inputs |= {"pixel_values": study.pixel_values, "image_grid_thw": self.grid, "mm_token_type_ids": kinds}
         else:
             self.model.model.rope_deltas = study.rope_deltas  # the model holds those of the last image it saw
@@ -129,7 +129,8 @@ class Pipeline:
         study.cache.crop(shared - study.cache.get_seq_length())
         text = self.opening + self.tokenizer.decode(out[0, len(ids) :].tolist(), skip_special_tokens=False)
         numbers = read_answer(text)
-        return PipelineAnswer(text=text, numbers=numbers, mask=numbers and self._mask(study, numbers))
+        mask = None if numbers is None else self._mask(study, numbers)
+        return PipelineAnswer(text=text, numbers=numbers, mask=mask)
 
     def _patches(self, image: Image.Image) -> torch.Tensor:
         """(n_patches, 3 * frames * patch * patch), blocks of merge x merge together, an image its own second frame."""

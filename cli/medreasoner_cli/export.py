@@ -71,6 +71,7 @@ def bundle(
     licence: Annotated[str, typer.Option(help="Terms of the weights, in short.")] = "unstated",
     notice: Annotated[str | None, typer.Option(help="Line to show at the first load.")] = None,
     licence_file: Annotated[Path | None, typer.Option(help="File with the terms.")] = None,
+    card: Annotated[Path | None, typer.Option(help="JSON file with 'training' and 'quality', for people.")] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Join two exports into one folder with a manifest.
@@ -80,15 +81,16 @@ def bundle(
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
     terms = package.Licence(weights=licence, notice=notice, file=licence_file)
-    text = {"name": name, "version": version, "description": description}
+    text = {"name": name, "version": version, "description": description, **_read_json(card)}
     print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **text))
 
 
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")],
-    reasoner: Annotated[Path | None, typer.Option(help="Reasoner checkpoint that it was made from.")] = None,
-    segmenter: Annotated[Path | None, typer.Option(help="Segmenter checkpoint that it was made from.")] = None,
+    reasoner: Annotated[Path, typer.Option(help="Reasoner checkpoint that it was made from.")],
+    segmenter: Annotated[Path, typer.Option(help="Segmenter checkpoint that it was made from.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Compare a bundle's graphs with the PyTorch models that they were made from, number by number.
 
@@ -96,7 +98,9 @@ def verify(
     medreasoner-cli export verify medreasoner-7b --reasoner MedReasoner-7B/ --segmenter medsam-vit-base/
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
-    print(package.verify_bundle(bundle, reasoner_dir=reasoner, segmenter_dir=segmenter))
+    report = package.verify_bundle(bundle, reasoner, segmenter)
+    print(json.dumps(report.to_json(), indent=1) if as_json else report.to_markdown())
+    raise typer.Exit(0 if report.passed else 4)
 
 
 def _read_json(path: Path | None) -> dict[str, object]:

@@ -17,11 +17,24 @@ app = typer.Typer(
 )
 
 DataOption = Annotated[Path, typer.Option(help="Folder of the data set: index.jsonl, images, masks.")]
-OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder for checkpoints and the log.")]
+OutOption = Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder for checkpoints and the log.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of all random choices.")]
-StartOption = Annotated[Path | None, typer.Option(help="Checkpoint of the stage before.")]
-CacheOption = Annotated[Path | None, typer.Option(help="Folder for decoded images.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
+StartOption = Annotated[Path | None, typer.Option(help="Checkpoint of the dense stage to start from.")]
+CacheOption = Annotated[Path | None, typer.Option(help="File (.npz) that keeps the masks' key points between runs.")]
+CompileOption = Annotated[bool, typer.Option("--compile/--no-compile", help="Whether to compile the vision tower.")]
+
+
+@app.callback()
+def _progress() -> None:
+    import logging
+
+    logger = logging.getLogger("medreasoner_train")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 @app.command()
@@ -29,14 +42,23 @@ def dense(
     data: DataOption,
     output: OutOption,
     steps: StepsOption,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
+    size: Annotated[int, typer.Option(help="Side of the image in pixels: a multiple of 84.")] = 168,
     start: StartOption = None,
     cache: CacheOption = None,
+    compiled: CompileOption = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Teach the vision tower where things are: the first stage."""
+    """Teach the vision tower where things are: the first stage.
+
+    \b
+    medreasoner-cli train dense --data grounding/ -o runs/dense --steps 6000
+    """  # noqa: D301
     stage = load("medreasoner_train.pretrain", extra="train")
     loop = stage.LoopOptions(steps=steps, out=output, seed=seed)
-    stage.run(stage.DenseOptions(data=data, loop=loop, start=start, cache=cache))
+    stage.run(
+        stage.DenseOptions(data=data, loop=loop, size=size, batch=batch, start=start, cache=cache, compiled=compiled)
+    )
 
 
 @app.command()
@@ -44,21 +66,40 @@ def sft(
     data: DataOption,
     output: OutOption,
     steps: StepsOption,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 12,
+    branches: Annotated[int, typer.Option(min=1, help="Questions an image.")] = 4,
+    size: Annotated[int, typer.Option(help="Side of the image in pixels: a multiple of 84.")] = 252,
     start: StartOption = None,
     cache: CacheOption = None,
+    compiled: CompileOption = False,
     seed: SeedOption = 0,
 ) -> None:
-    """Teach the reasoner to answer questions: the second stage."""
+    """Teach the reasoner to answer questions: the second stage; writes a Hugging Face checkpoint at its end.
+
+    \b
+    medreasoner-cli train sft --data grounding/ -o runs/sft --steps 6000 --start runs/dense/last.pt
+    """  # noqa: D301
     stage = load("medreasoner_train.sft", extra="train")
     loop = stage.LoopOptions(steps=steps, out=output, seed=seed)
-    stage.run(stage.SftRun(data=data, loop=loop, start=start, cache=cache))
+    options = stage.SftOptions(images=batch, branches=branches, size=size)
+    stage.run(stage.SftRun(data=data, loop=loop, options=options, start=start, cache=cache, compiled=compiled))
 
 
 @app.command()
 def segmenter(
-    data: DataOption, output: OutOption, steps: StepsOption, cache: CacheOption = None, seed: SeedOption = 0
+    data: DataOption,
+    output: OutOption,
+    steps: StepsOption,
+    batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 12,
+    per_image: Annotated[int, typer.Option(min=1, help="Prompts an image.")] = 3,
+    cache: CacheOption = None,
+    seed: SeedOption = 0,
 ) -> None:
-    """Teach the segmenter to draw what a box and two points mean."""
+    """Teach the segmenter to draw what a box and two points mean; writes a Hugging Face checkpoint at its end.
+
+    \b
+    medreasoner-cli train segmenter --data grounding/ -o runs/segmenter --steps 4000
+    """  # noqa: D301
     stage = load("medreasoner_train.segmenter", extra="train")
     loop = stage.LoopOptions(steps=steps, out=output, seed=seed)
-    stage.run(stage.SegmenterOptions(data=data, loop=loop, cache=cache))
+    stage.run(stage.SegmenterOptions(data=data, loop=loop, images=batch, per_image=per_image, cache=cache))

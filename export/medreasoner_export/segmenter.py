@@ -33,8 +33,8 @@ class SegmenterOptions:
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     settings
         Entries that replace those of ``medreasoner.json``: ``resize``, ``image_mean``, ``image_std``, ``prompts``,
-        ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask`` (the decoder also
-        draws a box into SAM's mask prompt, as a segmenter was trained with).
+        ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask`` (the decoder
+        also draws a box into SAM's mask prompt, as a segmenter was trained with).
     """
 
     weights: Storage | Literal["source"] = "source"

@@ -94,7 +94,12 @@ def reasoner_settings(folder: Path, config: QwenConfig, overrides: Mapping[str, 
 
 
 def segmenter_settings(folder: Path, image_size: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a SAM checkpoint: ``resize``, ``image_mean``, ``image_std``, ``prompts``, ``multimask``, ``box_mask``.
+    """The settings of a SAM checkpoint.
+
+    Returns
+    -------
+    settings
+        Keys ``resize``, ``image_mean``, ``image_std``, ``prompts``, ``multimask``, ``box_mask``.
 
     Raises
     ------

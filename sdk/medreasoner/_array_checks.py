@@ -10,7 +10,11 @@ from medreasoner.errors import ArrayError
 
 _U8, _BOOL = np.dtype(np.uint8), np.dtype(np.bool_)
 _F32 = np.dtype(np.float32)
-_WEIGHT_STORAGE = {"float32": _F32, "float16": np.dtype(np.float16), "bfloat16": np.dtype(np.uint16)}
+_WEIGHT_STORAGE: dict[str, np.dtype[Any]] = {
+    "float32": _F32,
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(np.uint16),
+}
 _MAX_SIDE = 1 << 20
 _MAX_PIXELS = 1 << 28
 

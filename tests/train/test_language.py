@@ -48,9 +48,17 @@ def test_a_frequent_pair_has_forty_phrasings_and_a_fifth_as_many_held_out_as_tra
     assert len(held) >= 0.2 * len(trained)
 
 
+@pytest.mark.xfail(reason="held-out phrasings are 18 to 20 % of all: one or two more a pair are to be written")
+def test_a_fifth_of_all_phrasings_is_held_out() -> None:
+    for key in FREQUENT:
+        trained, held = ({plain(q) for q in load_phrasings(part)[key].queries} for part in ("train", "heldout"))
+        assert len(held) >= 0.2 * len(trained | held), key
+
+
 def test_no_question_is_both_trained_on_and_held_out() -> None:
     trained, held = (
-        {plain(query) for own in load_phrasings(part).values() for query in own.queries} for part in ("train", "heldout")
+        {plain(query) for own in load_phrasings(part).values() for query in own.queries}
+        for part in ("train", "heldout")
     )
     assert not trained & held
 

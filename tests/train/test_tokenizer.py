@@ -28,7 +28,9 @@ def test_every_integer_is_one_token_wherever_it_stands(tokenizer: Tokenizer) -> 
 
 
 @hypothesis.given(values=numbers)
-def test_an_answer_is_eight_coordinates_between_spans_that_never_change(values: list[int], tokenizer: Tokenizer) -> None:
+def test_an_answer_is_eight_coordinates_between_spans_that_never_change(
+    values: list[int], tokenizer: Tokenizer
+) -> None:
     text = PRESENT.format(**dict(zip(NAMES, values, strict=True)))
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids, skip_special_tokens=False) == text
@@ -56,7 +58,9 @@ def test_special_tokens_are_single_and_the_prompt_holds_those_of_qwen(tokenizer:
     for name in SPECIAL_TOKENS:
         assert tokenizer.encode(name).ids == [tokenizer.token_to_id(name)]
     tokens = tokenizer.encode(TEMPLATE.format(image="<|image_pad|>", query="Where?")).tokens
-    assert [t for t in tokens if t.startswith("<|")] == re.findall(r"<\|\w+\|>", TEMPLATE.format(image="<|image_pad|>", query=""))
+    assert [t for t in tokens if t.startswith("<|")] == re.findall(
+        r"<\|\w+\|>", TEMPLATE.format(image="<|image_pad|>", query="")
+    )
 
 
 def test_the_same_text_gives_the_same_tokenizer() -> None:

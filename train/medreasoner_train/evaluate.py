@@ -139,7 +139,7 @@ def evaluate_bundle(
     for record in progress(records):
         rows += _about_image(grounder, record, rule, asker, prior, options)
     if options.controls:
-        rows += _controls(grounder, records, asker, prior, options)
+        rows += _controls(grounder, records, asker, prior, options, progress=progress)
     present = [row for row in rows if row.kind == "present"]
     frequent = frequent_pairs(samples)
     means = {
@@ -235,13 +235,15 @@ def _controls(
     asker: _Asker,
     prior: Mapping[str, npt.NDArray[np.float64]],
     options: EvalOptions,
+    *,
+    progress: Callable[[Sequence[Any]], Iterator[Any]],
 ) -> list[Row]:
     """The same questions with nothing to see, with another image of the modality, and other questions."""
     rows = []
     by_modality: dict[str, list[ImageRecord]] = {}
     for record in records:
         by_modality.setdefault(record.modality, []).append(record)
-    for record in records:
+    for record in progress(records):
         sample = record.samples[0]
         mask = load_mask(sample.mask)
         query = asker.query(sample.category, sample.modality)

@@ -1,7 +1,10 @@
 """Evaluation rows as tables: what a bundle reaches, beside the prior, with intervals over groups."""
 
+import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ import numpy as np
 from medreasoner_train.evaluate import Row
 from medreasoner_train.metrics import Interval, group_mean
 
-__all__ = ["as_dict", "markdown", "threshold_for"]
+__all__ = ["as_dict", "markdown", "save", "threshold_for"]
 
 
 _FIELDS = ("iou", "prior_iou", "dice", "true_prompt_dice")
@@ -36,7 +39,7 @@ def as_dict(rows: Sequence[Row], sets: Mapping[str, frozenset[str]]) -> dict[str
             "count": len(own),
             **{field: _plain(_over(own, field)) for field in _FIELDS},
             "iou_over_prior": _plain(group_mean([row.iou - row.prior_iou for row in own], [row.group for row in own])),
-            "macro": {field: _macro(own, field) for field in _FIELDS},
+            "macro": {field: _number(_macro(own, field)) for field in _FIELDS},
         }
     for key in sorted({row.key for row in present}):
         own = [row for row in present if row.key == key]
@@ -61,17 +64,22 @@ def as_dict(rows: Sequence[Row], sets: Mapping[str, frozenset[str]]) -> dict[str
     return result
 
 
-def _plain(interval: Interval) -> dict[str, float]:
-    return {
-        "mean": round(interval.mean, 4),
-        "low": round(interval.low, 4),
-        "high": round(interval.high, 4),
-        "count": interval.count,
-    }
+def _plain(interval: Interval) -> dict[str, Any]:
+    ends = {name: _number(getattr(interval, name)) for name in ("mean", "low", "high")}
+    return {**ends, "count": interval.count}
 
 
-def _show(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+def _number(value: float) -> float | None:
+    """The value to four places, or None where nothing was measured: JSON has no NaN."""
+    return None if math.isnan(value) else round(value, 4)
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _show(value: Mapping[str, Any]) -> str:
+    return f"{_text(value['mean'])} [{_text(value['low'])}, {_text(value['high'])}]"
 
 
 def markdown(figures: Mapping[str, Any]) -> str:
@@ -83,7 +91,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
     for name, own in figures["sets"].items():
         cells = [_show(own[field]) for field in _FIELDS]
         lines.append(f"| {name} | {own['count']} | " + " | ".join(cells) + " |")
-        macro = [f"{own['macro'][field]:.3f}" for field in _FIELDS]
+        macro = [_text(own["macro"][field]) for field in _FIELDS]
         lines.append(f"| {name}, macro | | " + " | ".join(macro) + " |")
     lines += ["", "| question | answered absent |", "|---|---|"]
     lines += [f"| {kind} ({int(own['count'])}) | {_show(own)} |" for kind, own in figures["absent"].items()]
@@ -92,15 +100,17 @@ def markdown(figures: Mapping[str, Any]) -> str:
         f"| {name.replace('_', ' ')} ({int(own['count'])}) | {_show(own)} |" for name, own in figures["reads"].items()
     ]
     for kind, own in figures["controls"].items():
-        lines.append(f"| {kind}: IoU (prior {own['prior_iou']['mean']:.3f}) | {_show(own['iou'])} |")
+        lines.append(f"| {kind}: IoU (prior {_text(own['prior_iou']['mean'])}) | {_show(own['iou'])} |")
     lines += [
         "",
         "| category | samples | box IoU | prior | mask Dice | Dice from true prompts |",
         _RULE,
     ]
     for key, own in figures["categories"].items():
-        cells = [_show(own["iou"]), f"{own['prior_iou']['mean']:.3f}", _show(own["dice"])]
-        lines.append(f"| {key} | {own['count']} | " + " | ".join(cells) + f" | {own['true_prompt_dice']['mean']:.3f} |")
+        cells = [_show(own["iou"]), _text(own["prior_iou"]["mean"]), _show(own["dice"])]
+        lines.append(
+            f"| {key} | {own['count']} | " + " | ".join(cells) + f" | {_text(own['true_prompt_dice']['mean'])} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -108,3 +118,15 @@ def threshold_for(rows: Sequence[Row], *, false_absent: float = 0.08) -> float:
     """Smallest threshold on P(absent) at which at most `false_absent` of the present targets are called absent."""
     present = np.array([row.absent_probability for row in rows if row.kind == "present"])
     return float(np.clip(np.quantile(present, 1 - false_absent), 0.02, 0.98))
+
+
+def save(out: Path, rows: Sequence[Row], figures: Mapping[str, Any]) -> None:
+    """Write ``rows.jsonl``, ``figures.json`` and ``report.md`` into the folder `out`; NaN becomes null."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for row in rows:
+            values = dataclasses.asdict(row).items()
+            plain = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values}
+            file.write(json.dumps(plain, allow_nan=False) + "\n")
+    (out / "figures.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(markdown(figures), encoding="utf-8")

@@ -1,0 +1,163 @@
+"""The whole road from drawn images to checkpoints that others load, through the command line."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration, SamModel
+
+import medreasoner
+from medreasoner_cli.main import run
+from medreasoner_train import evaluate, pretrain, sft
+from medreasoner_train.data import by_image, load_index, load_mask, load_pixels, split
+from medreasoner_train.model import NanoConfig, tower
+from medreasoner_train.targets import box_of
+
+
+@pytest.fixture(autouse=True)
+def _quiet(toy_config: NanoConfig, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A toy in place of nano, and no logger left behind."""
+    monkeypatch.setattr(pretrain, "NANO", toy_config)
+    monkeypatch.setattr(sft, "NANO", toy_config)
+    monkeypatch.setattr(sft, "make_tokenizer", lambda _: tokenizer)
+    logger = logging.getLogger("medreasoner_train")
+    yield
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+
+
+def command(*arguments: object) -> None:
+    assert run([str(argument) for argument in arguments]) == 0
+
+
+def last_row(folder: Path) -> dict[str, float]:
+    row: dict[str, float] = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return row
+
+
+def test_dense_then_sft_writes_a_checkpoint_that_transformers_and_export_take(
+    grounding_set: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dense, out, cache = tmp_path / "dense", tmp_path / "sft", tmp_path / "points.npz"
+    command("train", "dense", "--data", grounding_set, "--out", dense, "--steps", 2, "--batch", 3, "--size", 84,
+            "--cache", cache)  # fmt: skip
+    assert cache.exists()
+    assert 0 <= last_row(dense)["val_iou"] <= 1
+    command("train", "sft", "--data", grounding_set, "-o", out, "--steps", 2, "--batch", 2, "--branches", 3,
+            "--size", 84, "--start", dense / "last.pt", "--cache", cache)  # fmt: skip
+    final = last_row(out)
+    assert 0 <= final["val_iou"] <= 1
+    assert {"said_absent/present", "said_absent/absent (elsewhere)"} <= final.keys()
+    assert "val_iou=" in capfd.readouterr().err
+
+    checkpoint = out / "checkpoint"
+    model: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    trained = torch.load(out / "last.pt", weights_only=True)["modules"]["model"]
+    loaded = model.state_dict()
+    assert loaded.keys() == trained.keys()
+    for name, value in trained.items():
+        torch.testing.assert_close(loaded[name], value.to(torch.bfloat16).float())
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    with torch.no_grad():
+        assert tower(model.model.visual, torch.zeros(1, 3, 84, 84)).shape == (1, 9, 32)
+    assert (
+        Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab_size() == model.config.text_config.vocab_size
+    )
+
+    export = pytest.importorskip("medreasoner_export")
+    folder = export.export_reasoner(checkpoint, tmp_path / "exported").folder
+    assert {"vision.onnx", "decoder.onnx", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
+def test_sft_goes_on_from_its_last_checkpoint(grounding_set: Path, tmp_path: Path) -> None:
+    arguments = ("--data", grounding_set, "-o", tmp_path, "--batch", 2, "--branches", 3, "--size", 84)
+    command("train", "sft", *arguments, "--steps", 1)
+    before = torch.load(tmp_path / "last.pt", weights_only=True)
+    command("train", "sft", *arguments, "--steps", 1)  # has nothing left to do
+    again = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert before["step"] == again["step"] == 1
+    name = "lm_head.weight"
+    assert torch.equal(before["modules"]["model"][name], again["modules"]["model"][name])
+
+
+def test_segmenter_writes_a_checkpoint_that_transformers_and_export_take(grounding_set: Path, tmp_path: Path) -> None:
+    out = tmp_path / "segmenter"
+    command("train", "segmenter", "--data", grounding_set, "-o", out, "--steps", 1, "--batch", 1, "--per-image", 2)
+    assert 0 <= last_row(out)["val_dice"] <= 1
+    model = SamModel.from_pretrained(out / "checkpoint")
+    assert model.config.vision_config.image_size == 256
+    export = pytest.importorskip("medreasoner_export")
+    folder = export.export_segmenter(out / "checkpoint", tmp_path / "exported").folder
+    assert {"encoder.onnx", "decoder.onnx"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_damaged_start_is_one_line_and_exit_code_four(
+    grounding_set: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.pt").write_bytes(b"no checkpoint")
+    for stage in ("dense", "sft"):
+        code = run(["train", stage, "--data", str(grounding_set), "-o", str(tmp_path / stage), "--steps", "1",
+                    "--size", "84", "--start", str(tmp_path / "bad.pt")])  # fmt: skip
+        assert code == 4
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error:")]
+        assert "bad.pt" in line
+
+
+def test_a_folder_without_an_index_is_unreadable_input(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["train", "segmenter", "--data", str(tmp_path), "-o", str(tmp_path / "out"), "--steps", "1"]) == 3
+    assert "index.jsonl" in capfd.readouterr().err
+
+
+class Everywhere:
+    """A grounder that always answers with the first structure of the first image it is shown."""
+
+    def __init__(self, root: Path) -> None:
+        record = by_image(split(load_index(root))[1])[0]
+        self._mask = load_mask(record.samples[0].mask)
+        self._shape = load_pixels(record.image).shape[:2]
+
+    def load(self, *_: object, **__: object) -> "Everywhere":
+        return self
+
+    def __enter__(self) -> "Everywhere":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def open(self, pixels: Any) -> "Everywhere":
+        self._shape = pixels.shape[:2]
+        return self
+
+    def ground(self, *_: object, think: bool) -> Any:
+        mask = np.zeros(self._shape, bool)
+        mask[:40, :40] = True
+        return SimpleNamespace(
+            found=True, box=box_of(mask), mask=mask, absent_probability=None, timings_ms={"total": 1.0}
+        )
+
+    def segment(self, **_: object) -> tuple[Any, float]:
+        return np.ones(self._shape, bool), 1.0
+
+
+def test_eval_prints_figures_and_writes_rows_figures_and_report(
+    grounding_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(medreasoner, "Grounder", Everywhere(grounding_set))
+    monkeypatch.setattr(evaluate, "frequent_pairs", lambda samples: frozenset(s.key for s in samples))
+    arguments = ("eval", "some-bundle", "--data", grounding_set, "--no-controls")
+    command(*arguments, "--out", tmp_path / "report", "--json")
+    figures = json.loads(capsys.readouterr().out)
+    assert figures == json.loads((tmp_path / "report" / "figures.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "report" / "rows.jsonl").read_text().splitlines()]
+    assert figures["sets"]["all"]["count"] == sum(row["kind"] == "present" for row in rows) > 0
+    assert {row["absent_probability"] for row in rows} == {None}
+    command(*arguments)
+    assert capsys.readouterr().out.strip() == (tmp_path / "report" / "report.md").read_text().strip()

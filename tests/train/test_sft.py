@@ -1,0 +1,224 @@
+"""Rows of the second stage: tokens are decoded back and compared with what they were made from."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from medreasoner_train.anatomy import AbsentRule
+from medreasoner_train.augment import NO_CHANGE
+from medreasoner_train.data import load_index
+from medreasoner_train.dense import DenseHeads
+from medreasoner_train.language import ABSENT, TEMPLATE, load_phrasings, place_of
+from medreasoner_train.loop import LoopOptions, Optimiser
+from medreasoner_train.sft import IGNORED, SftBatch, SftData, SftHeads, SftOptions, Vocabulary, sft_loss
+from medreasoner_train.store import Stored
+from medreasoner_train.targets import box_of
+
+OPTIONS = SftOptions(images=4, branches=3, size=84, absent=0.3, think=0.5)
+AFTER = TEMPLATE.split("{query}")[1]
+NUMBER = re.compile(r"(?<=[\[ ])\d+(?=[,\]])")
+
+
+@pytest.fixture
+def data(grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary) -> SftData:
+    return SftData(
+        load_index(grounding_set),
+        stored,
+        vocabulary=vocabulary,
+        phrasings=load_phrasings("train"),
+        options=OPTIONS,
+    )
+
+
+def branches(batch: SftBatch) -> list[tuple[int, torch.Tensor]]:
+    """Row and places of every branch, in the batch's order."""
+    found = []
+    for b, row in enumerate(batch.packed.branch):
+        found += [(b, (row == k).nonzero()[:, 0]) for k in range(1, int(row.max()) + 1)]
+    return found
+
+
+def text_of(vocabulary: Vocabulary, ids: torch.Tensor) -> str:
+    text: str = vocabulary.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+    return text
+
+
+def test_a_row_is_the_prompt_then_what_is_to_be_written(data: SftData, vocabulary: Vocabulary) -> None:
+    batch = data.make(0, 0)
+    prefix, _ = vocabulary.prefix(3)
+    image = TEMPLATE.split("{query}")[0].replace("{image}", "<|image_pad|>" * 9)
+    assert text_of(vocabulary, torch.tensor(prefix)) == image
+    assert batch.packed.ids[:, : len(prefix)].tolist() == [prefix] * 4
+    assert len(branches(batch)) == 12
+    for b, where in branches(batch):
+        text = text_of(vocabulary, batch.packed.ids[b, where])
+        _, found, written = text.partition(AFTER)
+        assert found
+        answer = r"<answer>\{.*\}</answer>"
+        assert re.fullmatch(rf"(<think>This asks for [^<]*</think>)?{answer}<\|im_end\|>", written)
+
+
+def test_labels_are_the_tokens_that_follow_and_the_prompt_has_none(data: SftData, vocabulary: Vocabulary) -> None:
+    batch = data.make(1, 0)
+    label = batch.label.clone()
+    for (b, where), (row, end) in zip(branches(batch), batch.ends.tolist(), strict=True):
+        assert row == b
+        assert end in where.tolist()
+        prompt = where[where <= end]
+        assert text_of(vocabulary, batch.packed.ids[b, prompt]).endswith(AFTER)
+        assert batch.label[b, prompt[:-1]].eq(IGNORED).all()
+        written = where[where > end]
+        # Positions of a branch are consecutive: the one before predicts the next.
+        assert batch.label[b, written - 1].tolist() == batch.packed.ids[b, written].tolist()
+        assert text_of(vocabulary, batch.packed.ids[b, written[-1:]]) == "<|im_end|>"
+        assert batch.label[b, written[-1]] == IGNORED
+        label[b, written - 1] = IGNORED
+    assert label.eq(IGNORED).all()
+
+
+def test_kinds_tell_thought_choice_coordinate_and_skeleton_apart(data: SftData, vocabulary: Vocabulary) -> None:
+    thoughts = 0
+    for step in range(4):
+        batch = data.make(step, 0)
+        for n, (b, where) in enumerate(branches(batch)):
+            asked = where[batch.label[b, where] != IGNORED]
+            kind, label = batch.kind[b, asked], batch.label[b, asked]
+            thought = text_of(vocabulary, label[kind == 1])
+            assert thought == "" or re.fullmatch(r"<think>.*</think>", thought)
+            thoughts += bool(thought)
+            whole = text_of(vocabulary, label)
+            assert whole.startswith(thought)
+            (choice,) = label[kind == 2].tolist()
+            present = bool(batch.present[n])
+            assert choice == (vocabulary.bracket if present else vocabulary.null)
+            assert (ABSENT in whole) == (not present)
+            numbers = NUMBER.findall(whole.partition("<answer>")[2])
+            assert [text_of(vocabulary, token[None]) for token in label[kind == 3]] == numbers
+            assert len(numbers) == 8 * present
+            skeleton = text_of(vocabulary, label[kind == 0])
+            assert not re.search(r"\d", skeleton.replace("points_1", "").replace("points_2", ""))
+    assert thoughts > 5
+
+
+def test_coordinates_are_the_rounded_box_of_the_mask(data: SftData, vocabulary: Vocabulary) -> None:
+    rng = np.random.default_rng(0)
+    for index, item in enumerate(data.stored):
+        _, targets, masks = data.image(index, OPTIONS.size, rng, NO_CHANGE)
+        for _ in range(4):
+            ids, mark = data.branch(item, targets, masks, rng)
+            text = text_of(vocabulary, torch.tensor(ids))
+            values = [int(v) for v in NUMBER.findall(text.partition("<answer>")[2])]
+            if mark.geometry is None:
+                assert not values
+                continue
+            mask = masks[data.categories[mark.category]]
+            box = np.array(box_of(mask)) * (252 / OPTIONS.size)
+            np.testing.assert_array_equal(values[:4], np.clip(np.round(box), [0, 0, 1, 1], [251, 251, 252, 252]))
+            for x, y in np.reshape(values[4:], (2, 2)) * (OPTIONS.size / 252):
+                top, left = max(int(y) - 1, 0), max(int(x) - 1, 0)
+                assert mask[top : int(y) + 2, left : int(x) + 2].any()
+            thought = text.partition("<think>")[2].partition("</think>")[0]
+            assert not thought or thought.endswith(f"; {place_of(mask)}.")
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [[1.0] * 8, [0.0] * 8, [0.5] * 8, [0.999, 0.999, 1, 1, 1, 1, 0, 0], [0.5, 0.5, 0.501, 0.501, 0, 0, 0, 0]],
+)
+def test_integers_are_always_a_valid_answer(data: SftData, geometry: list[float]) -> None:
+    values = data.integers(np.array(geometry))
+    x1, y1, x2, y2 = values[:4]
+    assert 0 <= x1 < x2 <= 252
+    assert 0 <= y1 < y2 <= 252
+    assert (values == np.round(values)).all()
+    assert ((values >= 0) & (values <= 252)).all()
+
+
+def test_what_is_called_absent_is_absent_by_the_rule(data: SftData, grounding_set: Path) -> None:
+    rule = AbsentRule(load_index(grounding_set))
+    rng = np.random.default_rng(0)
+    counted = {True: 0, False: 0}
+    for index in range(len(data.stored)):
+        item = data.stored[index]
+        _, targets, masks = data.image(index, OPTIONS.size, rng, NO_CHANGE)
+        allowed = {*rule.same_region(item.record), *rule.other_region(item.record)}
+        for _ in range(12):
+            _, mark = data.branch(item, targets, masks, rng)
+            category = data.categories[mark.category]
+            assert category in (masks if mark.geometry is not None else allowed)
+            counted[mark.geometry is None] += 1
+        query, near = data.absent_query(item, load_phrasings("heldout"), rng)
+        assert near == bool(rule.same_region(item.record))
+        homes = {key.partition("/")[2] for key, own in load_phrasings("heldout").items() if query in own.queries}
+        assert homes & (set(rule.same_region(item.record)) if near else allowed)
+    assert counted[True] / sum(counted.values()) == pytest.approx(OPTIONS.absent, abs=0.08)
+
+
+def test_held_out_questions_never_reach_a_training_batch(data: SftData, vocabulary: Vocabulary) -> None:
+    # A varied question may lose a word, so compare as sets of words: none may be a held-out one, whole or short of one.
+    held = {
+        tuple(query.lower().rstrip("?.").split()) for own in load_phrasings("heldout").values() for query in own.queries
+    }
+    short = held | {own[:i] + own[i + 1 :] for own in held for i in range(len(own)) if len(own) > 5}
+    trained = {query.lower().rstrip("?.") for own in load_phrasings("train").values() for query in own.queries}
+    seen = 0
+    for step in range(12):
+        batch = data.make(step, 3)
+        for b, where in branches(batch):
+            query = text_of(vocabulary, batch.packed.ids[b, where]).partition(AFTER)[0]
+            plain = query.lower().rstrip("?.")
+            assert tuple(plain.split()) not in short, query
+            seen += plain in trained
+    assert seen > 80  # of 144: the rest lost a word
+
+
+def test_a_question_is_phrased_for_the_modality_of_its_image(data: SftData, vocabulary: Vocabulary) -> None:
+    rng = np.random.default_rng(0)
+    own = {q.lower().rstrip("?.") for q in load_phrasings("train")["X-ray/left lung"].queries}
+    index = next(i for i, item in enumerate(data.stored) if item.record.source == "shenzhen_cxr")
+    _, targets, masks = data.image(index, OPTIONS.size, rng, NO_CHANGE)
+    found = 0
+    for _ in range(60):
+        ids, mark = data.branch(data.stored[index], targets, masks, rng)
+        if mark.geometry is not None and data.categories[mark.category] == "left lung":
+            query = text_of(vocabulary, torch.tensor(ids)).partition(AFTER)[0].lower().rstrip("?.")
+            words = query.split()
+            found += any(set(words) <= set(q.split()) and len(q.split()) - len(words) <= 1 for q in own)
+            assert any(set(words) <= set(q.split()) for q in own), query
+    assert found > 5
+
+
+def test_a_batch_depends_on_step_and_seed_alone(data: SftData) -> None:
+    a, b, other = data.make(2, 5), data.make(2, 5), data.make(2, 6)
+    assert torch.equal(a.images, b.images)
+    assert torch.equal(a.packed.ids, b.packed.ids)
+    assert torch.equal(a.label, b.label)
+    assert a.packed.ids.shape != other.packed.ids.shape or not torch.equal(a.packed.ids, other.packed.ids)
+
+
+def test_the_loss_falls_on_one_batch(data: SftData, vocabulary: Vocabulary, toy_reasoner: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    heads, dense = SftHeads(32, len(data.categories)), DenseHeads(32, len(data.categories))
+    modules = {"model": toy_reasoner, "heads": heads, "dense": dense}
+    optimiser = Optimiser(modules, LoopOptions(steps=1000, out=tmp_path, warmup=1, lr=3e-3, matrix_lr=5e-3))
+    batch = data.make(0, 0)
+    values, parts = [], {}
+    for step in range(25):
+        loss, parts = sft_loss(toy_reasoner, heads, dense, batch, OPTIONS, vocabulary)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step(step)
+        values.append(loss.item())
+    assert values[-1] < 0.7 * values[0]
+    assert np.isfinite(list(parts.values())).all()
+
+
+def test_neighbouring_integers_start_as_neighbours(toy_reasoner: Any, vocabulary: Vocabulary) -> None:
+    table = toy_reasoner.model.language_model.embed_tokens.weight.detach()[vocabulary.numbers]
+    cosine = torch.nn.functional.cosine_similarity
+    near = cosine(table[:-1], table[1:]).mean()
+    far = cosine(table[:-60], table[60:]).mean()
+    assert near > far + 0.1
