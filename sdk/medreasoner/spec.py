@@ -42,8 +42,8 @@ ANSWER_FIELDS = ("x1", "y1", "x2", "y2", "p1x", "p1y", "p2x", "p2y")
 """The numbers of an answer, in their order: a half-open box, then two points."""
 
 Coordinates: TypeAlias = str
-"""Numbers in an answer: ``"absolute"``, pixels of the image that the vision tower sees, or ``"relative_N"``, N-ths of it
-(``"relative_1000"`` in Qwen3-VL and InternVL)."""
+"""Numbers in an answer: ``"absolute"``, pixels of the image that the vision tower sees, or ``"relative_N"``, N-ths of
+it (``"relative_1000"`` in Qwen3-VL and InternVL)."""
 
 PromptMode = Literal["joint", "box", "points"]
 """What the segmenter is given of a reasoner's answer."""
