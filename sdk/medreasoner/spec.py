@@ -70,7 +70,7 @@ def coordinate_scale(coordinates: Coordinates) -> int | None:
     name, _, number = coordinates.partition("_")
     if name == "relative" and number.isascii() and number.isdigit() and 1 <= int(number) <= 1_000_000:
         return int(number)
-    raise BundleError(f"reasoner.coordinates: expected absolute or relative_N, got {coordinates!r:.80}")
+    raise BundleError(f"coordinates: expected absolute or relative_N, got {coordinates!r:.80}")
 
 
 def _need(condition: bool, key: str, expected: str, found: object) -> None:

@@ -75,7 +75,7 @@ def _file(data: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
         ("reasoner/mrope_section", [1, 2, 2], "reasoner.mrope_section: expected half of head_dim"),
         ("reasoner/n_kv_heads", 3, "reasoner.n_kv_heads: expected a divisor of 2"),
         ("reasoner/n_layers", 0, "reasoner.n_layers: expected a positive number"),
-        ("reasoner/coordinates", "percent", "reasoner.coordinates: expected one of absolute, relative_1000"),
+        ("reasoner/coordinates", "percent", "reasoner.coordinates: expected absolute or relative_N"),
         ("reasoner/absent_threshold", 1.5, "reasoner.absent_threshold: expected a probability or null"),
         ("reasoner/embedding/shape", [1, 24], "reasoner.embedding.shape: expected"),
         ("reasoner/embedding/dtype", "int8", "reasoner.embedding.dtype: expected one of"),

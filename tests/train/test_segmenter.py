@@ -97,11 +97,14 @@ def test_a_third_of_the_prompts_stay_exact_and_all_stay_in_the_image() -> None:
     assert 70 < exact < 130
 
 
-def test_a_box_too_small_to_disturb_stays() -> None:
+def test_a_box_that_would_become_too_small_stays() -> None:
     box = np.array([10.0, 10.0, 13.0, 40.0])
-    for seed in range(20):
+    stayed = 0
+    for seed in range(60):
         moved, _ = disturb(box, np.full((2, 2), 11.0), np.random.default_rng(seed))
-        np.testing.assert_array_equal(moved, box)
+        stayed += bool((moved == box).all())
+        assert (moved == box).all() or (moved[2:] - moved[:2] >= 4).all()
+    assert stayed > 40  # a third stays in any case
 
 
 def test_a_batch_holds_prompts_of_its_images_and_depends_on_its_step_alone(data: SegmenterData) -> None:
@@ -133,7 +136,8 @@ def test_the_loss_falls_on_one_batch(data: SegmenterData) -> None:
     model = build_segmenter()
     images, own = data.batch(0, count=1, per_image=3, seed=0)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    values, parts = [], {}
+    values: list[float] = []
+    parts: dict[str, float] = {}
     for _ in range(10):
         loss, parts = mask_loss(model, images, own)
         optimiser.zero_grad()

@@ -50,7 +50,7 @@ def test_a_full_image_has_its_first_disc_in_the_middle() -> None:
 
 
 def test_the_larger_disc_may_stand_second_since_places_give_the_order() -> None:
-    left, right = disc((80, 160), (30.5, 40.5), 10), disc((80, 160), (120.5, 40.5), 25)
+    left, right = disc((160, 160), (30.5, 40.5), 10), disc((160, 160), (120.5, 40.5), 25)
     swapped = inscribed_points((left | right)[:, ::-1])
     np.testing.assert_allclose(inscribed_points(left | right)[:, 0], [30.5, 120.5], atol=1.5)
     np.testing.assert_allclose(swapped[:, 0], [39.5, 129.5], atol=1.5)
