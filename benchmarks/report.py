@@ -80,6 +80,11 @@ class Report:
 
     notes: list[str] = field(default_factory=list)
     rows: list[Comparison] = field(default_factory=list)
+    judged: bool = True
+
+    def goal(self, ratio: Literal["peer / ours", "ours / peer"], bound: float | None = None) -> Goal:
+        """A goal, without its bound where the weights are random: those answers run on and flatter ours."""
+        return Goal(ratio=ratio, bound=bound if self.judged else None)
 
     def note(self, text: str) -> None:
         """Add a line above the table, once."""
@@ -91,12 +96,8 @@ class Report:
         if not self.rows:
             return self.notes
         head = f"{'milliseconds':<34}{'ours p50':>10}{'p95':>10}{'peer p50':>10}{'p95':>10}{'rounds':>8}"
-        return [
-            *self.notes,
-            "",
-            f"{head}  {'ratio of p50 (quartiles)':<24} ratio is",
-            *(row.line() for row in self.rows),
-        ]
+        head += f"  {'ratio of p50 (quartiles)':<26}{'which is':<13}goal"
+        return [*self.notes, "", head, *(row.line() for row in self.rows)]
 
 
 class TakingTurns:

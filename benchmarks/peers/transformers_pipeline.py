@@ -12,7 +12,6 @@ As a program it answers one query in a new process::
 
 import json
 import re
-import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +61,16 @@ class PipelineAnswer:
     text: str
     numbers: list[float] | None
     mask: npt.NDArray[np.bool_] | None
+
+    @property
+    def absent(self) -> bool:
+        """Whether the text is the well-formed answer that the target is not there."""
+        found = re.search(r"<answer>(.*?)</answer>", self.text, re.DOTALL)
+        try:
+            parts = json.loads(found[1].replace("'", '"')) if found else None
+        except ValueError:
+            return False
+        return isinstance(parts, dict) and bool(parts) and all(value is None for value in parts.values())
 
 
 class Pipeline:
@@ -154,8 +163,10 @@ class Pipeline:
 
     def _mask(self, study: PipelineStudy, numbers: list[float]) -> npt.NDArray[np.bool_]:
         height, width = self._content(study.height, study.width)
-        whole = 1000 if self.settings["coordinates"] == "relative_1000" else None
-        scale = torch.tensor([width / (whole or self.width), height / (whole or self.height)])
+        # Numbers are pixels of the resized image ("absolute"), or parts of it ("relative_1000", of 1000 a side).
+        parts = self.settings["coordinates"].removeprefix("relative_")
+        across, down = (self.width, self.height) if parts == "absolute" else (int(parts), int(parts))
+        scale = torch.tensor([width / across, height / down])
         pairs = torch.tensor(numbers).reshape(4, 2) * scale
         form = self.sam_settings["prompts"]
         box = pairs[:2].reshape(1, 1, 4) if form != "points" else None
@@ -218,7 +229,8 @@ def main(reasoner: str, segmenter: str, path: str, query: str, threads: str) -> 
     torch.set_num_threads(int(threads))
     pipeline = Pipeline(Path(reasoner), Path(segmenter))
     answer = pipeline.ask(pipeline.open(np.asarray(Image.open(path))), query)
-    print(json.dumps({"text": answer.text, "peak_kib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}))
+    peak = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+    print(json.dumps({"text": answer.text, "peak_kib": int(peak[1]) if peak else 0}))
 
 
 if __name__ == "__main__":
