@@ -11,7 +11,7 @@ from torch import Tensor
 from medreasoner_train.answering import answer
 from medreasoner_train.language import PRESENT
 from medreasoner_train.model import NanoConfig
-from medreasoner_train.sft import Vocabulary
+from medreasoner_train.vocabulary import Vocabulary
 
 Reference = Callable[[Any, list[int], Tensor], Tensor]
 QUERIES = ["Where is the air-filled tissue?", "Heart?", "Which of the organs here pumps blood around"]

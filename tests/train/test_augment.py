@@ -48,6 +48,15 @@ def test_without_change_an_image_is_only_resized_as_pillow_does(shape: tuple[int
         np.testing.assert_allclose(box_of(own), np.array(box_of(mask)) * scale, atol=1)
 
 
+def test_at_its_own_size_an_image_stays_as_it_is() -> None:
+    pixels, masks = scene((168, 168))
+    points = np.stack([inscribed_points(mask) for mask in masks])
+    out = augment(pixels, masks, points, size=168, modality="CT", source="any", rng=np.random.default_rng(0))
+    np.testing.assert_array_equal(out.pixels[..., 0], pixels)
+    np.testing.assert_array_equal(out.masks, masks)
+    np.testing.assert_array_equal(out.points, points)
+
+
 @pytest.mark.parametrize("seed", range(25))
 def test_the_box_of_a_cropped_mask_is_the_mapped_and_cut_box(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = []

@@ -1,5 +1,6 @@
 """The whole road from drawn images to checkpoints that others load, through the command line."""
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterator
@@ -15,8 +16,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration, SamModel
 
 import medreasoner
 from medreasoner_cli.main import run
-from medreasoner_train import evaluate, pretrain, sft
+from medreasoner_train import evaluate, pretrain, segmenter, sft
 from medreasoner_train.data import by_image, load_index, load_mask, load_pixels, split
+from medreasoner_train.language import load_phrasings
+from medreasoner_train.loop import LoopOptions
 from medreasoner_train.model import NanoConfig, tower
 from medreasoner_train.targets import box_of
 
@@ -26,7 +29,7 @@ def _quiet(toy_config: NanoConfig, tokenizer: Tokenizer, monkeypatch: pytest.Mon
     """A toy in place of nano, and no logger left behind."""
     monkeypatch.setattr(pretrain, "NANO", toy_config)
     monkeypatch.setattr(sft, "NANO", toy_config)
-    monkeypatch.setattr(sft, "make_tokenizer", lambda _: tokenizer)
+    monkeypatch.setattr(sft, "make_tokenizer", lambda *_: tokenizer)
     logger = logging.getLogger("medreasoner_train")
     yield
     logger.handlers.clear()
@@ -74,6 +77,44 @@ def test_dense_then_sft_writes_a_checkpoint_that_transformers_and_export_take(
     export = pytest.importorskip("medreasoner_export")
     folder = export.export_reasoner(checkpoint, tmp_path / "exported").folder
     assert {"vision.onnx", "decoder.onnx", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [(pretrain, "DenseData"), (sft, "SftData"), (segmenter, "SegmenterData")],
+    ids=["dense", "sft", "segmenter"],
+)
+def test_every_stage_trains_on_training_groups_and_looks_at_the_others(
+    stage: Any, name: str, grounding_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    class Spy(getattr(stage, name)):  # type: ignore[misc]
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            made.append(self)
+
+    calls: dict[str, Any] = {}
+    monkeypatch.setattr(stage, name, Spy)
+    monkeypatch.setattr(stage, "train", lambda **settings: calls.update(settings))
+    monkeypatch.setattr(stage, "save_reasoner", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr(stage, "save_segmenter", lambda *_: None, raising=False)
+    options = {pretrain: pretrain.DenseOptions, sft: sft.SftRun, segmenter: segmenter.SegmenterOptions}[stage]
+    stage.run(options(data=grounding_set, loop=LoopOptions(steps=1, out=tmp_path)))
+    trained, held = split(load_index(grounding_set))
+    assert [{item.record.group for item in data.stored} for data in made] == [
+        {sample.group for sample in part} for part in (trained, held)
+    ]
+    if stage is sft:
+        monkeypatch.setattr(made[0], "_options", dataclasses.replace(made[0]._options, images=4, size=84, think=0.0))
+        words = {query.lower().rstrip("?.") for own in load_phrasings("heldout").values() for query in own.queries}
+        vocabulary = made[0]._vocabulary
+        for step in range(6):
+            ids = calls["make_batch"](step).packed.ids
+            text = vocabulary.tokenizer.decode(ids.flatten().tolist(), skip_special_tokens=False).lower()
+            assert "<answer>" in text
+            assert not [query for query in words if f"<|vision_end|>{query}<|im_end|>" in text.replace("?", "")]
+            assert not [query for query in words if f"<|im_end|>{query}<|im_end|>" in text.replace("?", "")]
 
 
 def test_sft_goes_on_from_its_last_checkpoint(grounding_set: Path, tmp_path: Path) -> None:

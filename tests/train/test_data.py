@@ -151,7 +151,12 @@ def test_the_cache_spares_the_points_and_grows_with_new_images(
     cache = tmp_path / "new" / "points.npz"
     first = store.load_store(records[:4], cache=cache)
     worked_out = []
-    monkeypatch.setattr(store, "inscribed_points", lambda mask: worked_out.append(mask) or np.ones((2, 2)))
+
+    def count(mask: Any) -> Any:
+        worked_out.append(mask)
+        return np.ones((2, 2))
+
+    monkeypatch.setattr(store, "inscribed_points", count)
     again = store.load_store(records[:4], cache=cache)
     assert not worked_out
     for a, b in zip(first, again, strict=True):

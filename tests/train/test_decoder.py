@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medreasoner_train.decoder import block_mask, language_pass, pack
 from medreasoner_train.model import tower
-from medreasoner_train.sft import Vocabulary
+from medreasoner_train.vocabulary import Vocabulary
 
 Reference = Callable[[Any, list[int], Tensor], Tensor]
 
@@ -70,7 +70,7 @@ def test_stepwise_decoding_with_a_cache_equals_one_pass(
             where = packed.positions[:, :, at : at + 1]
             steps.append(language_pass(language, embeds[:, at : at + 1], where, seen, cache))
         logits = torch.cat(steps, 1)[0] @ toy_reasoner.lm_head.weight.T
-    assert cache[0][0].shape == (1, 1, n + len(branch), 16)  # one key head of 16
+    assert cache[0][0].shape == (1, 2, n + len(branch), 8)  # two key heads of 8
     expected = reference_logits(toy_reasoner, [*prefix, *branch], image[0])
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from medreasoner_train import pretrain
-from medreasoner_train.augment import NO_CHANGE
+from medreasoner_train.augment import NO_CHANGE, Options
 from medreasoner_train.data import load_index
 from medreasoner_train.dense import DenseHeads, dense_loss, giou, pooled_geometry
 from medreasoner_train.model import NanoConfig, build_reasoner, tower
@@ -144,7 +144,7 @@ def test_evaluation_of_perfect_read_outs_is_perfect(
         return torch.zeros(len(images), len(data.categories), 6, 6), geometry[:, None].expand(-1, 9, -1, -1), None
 
     monkeypatch.setattr(pretrain, "tower", perfect)
-    assert len(data.stored) == 32  # one batch of the evaluation
+    data.stored = data.stored[:32]  # one batch of the evaluation
     result = pretrain.evaluate(toy_visual(toy_config), heads, data, size=84)  # type: ignore[arg-type]
     assert result["val_iou"] == pytest.approx(1.0, abs=1e-3)
 
@@ -152,6 +152,17 @@ def test_evaluation_of_perfect_read_outs_is_perfect(
 def test_the_box_in_the_targets_is_that_of_the_changed_mask(data: DenseData) -> None:
     rng = np.random.default_rng(5)
     for index in range(0, len(data.stored), 5):
-        _, targets, masks = data.image(index, 84, rng, pretrain.Options())
+        _, targets, masks = data.image(index, 84, rng, Options())
         for name, mask in masks.items():
             np.testing.assert_allclose(targets.geometry[data.column(name), :4] * 84, box_of(mask), atol=1e-4)
+
+
+def test_a_batch_without_any_structure_has_a_finite_loss(data: DenseData) -> None:
+    empty = pretrain.stack([ImageTargets(len(data.categories), 6)])
+    heads = DenseHeads(32, len(data.categories))
+    embeds = torch.randn(1, 9, 32, requires_grad=True)
+    loss, parts = dense_loss(heads, embeds, empty)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert np.isfinite([loss.item(), *parts.values()]).all()
+    assert embeds.grad is not None
+    assert embeds.grad.isfinite().all()

@@ -187,7 +187,7 @@ def test_the_preparing_thread_ends_when_its_user_stops() -> None:
     before = threading.active_count()
     stream = batches(lambda step: step, 0, 10_000)
     next(stream)
-    stream.close()
+    del stream  # closes the generator
     deadline = time.monotonic() + 10
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)

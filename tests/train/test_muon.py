@@ -40,7 +40,7 @@ def test_the_direction_agrees_with_torch_over_several_steps() -> None:
         before = ours.detach().clone(), theirs.detach().clone()
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         own.step()
-        other.step()
+        other.step()  # type: ignore[no-untyped-call]
         mine, real = ours.detach() - before[0], theirs.detach() - before[1]
         assert float(nn.functional.cosine_similarity(mine.flatten(), real.flatten(), dim=0)) > 0.99
         assert float(mine.norm() / real.norm()) == pytest.approx(1.0, rel=0.05)

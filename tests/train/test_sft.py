@@ -14,9 +14,10 @@ from medreasoner_train.data import load_index
 from medreasoner_train.dense import DenseHeads
 from medreasoner_train.language import ABSENT, TEMPLATE, load_phrasings, place_of
 from medreasoner_train.loop import LoopOptions, Optimiser
-from medreasoner_train.sft import IGNORED, SftBatch, SftData, SftHeads, SftOptions, Vocabulary, sft_loss
+from medreasoner_train.sft import IGNORED, SftBatch, SftData, SftHeads, SftOptions, sft_loss
 from medreasoner_train.store import Stored
 from medreasoner_train.targets import box_of
+from medreasoner_train.vocabulary import Vocabulary
 
 OPTIONS = SftOptions(images=4, branches=3, size=84, absent=0.3, think=0.5)
 AFTER = TEMPLATE.split("{query}")[1]
@@ -151,7 +152,9 @@ def test_what_is_called_absent_is_absent_by_the_rule(data: SftData, grounding_se
             category = data.categories[mark.category]
             assert category in (masks if mark.geometry is not None else allowed)
             counted[mark.geometry is None] += 1
-        query, near = data.absent_query(item, load_phrasings("heldout"), rng)
+        question = data.absent_query(item, load_phrasings("heldout"), rng)
+        assert question is not None
+        query, near = question
         assert near == bool(rule.same_region(item.record))
         homes = {key.partition("/")[2] for key, own in load_phrasings("heldout").items() if query in own.queries}
         assert homes & (set(rule.same_region(item.record)) if near else allowed)
@@ -206,7 +209,8 @@ def test_the_loss_falls_on_one_batch(data: SftData, vocabulary: Vocabulary, toy_
     modules = {"model": toy_reasoner, "heads": heads, "dense": dense}
     optimiser = Optimiser(modules, LoopOptions(steps=1000, out=tmp_path, warmup=1, lr=3e-3, matrix_lr=5e-3))
     batch = data.make(0, 0)
-    values, parts = [], {}
+    values: list[float] = []
+    parts: dict[str, float] = {}
     for step in range(25):
         loss, parts = sft_loss(toy_reasoner, heads, dense, batch, OPTIONS, vocabulary)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -222,3 +226,38 @@ def test_neighbouring_integers_start_as_neighbours(toy_reasoner: Any, vocabulary
     near = cosine(table[:-1], table[1:]).mean()
     far = cosine(table[:-60], table[60:]).mean()
     assert near > far + 0.1
+
+
+def test_a_batch_without_any_structure_has_a_finite_loss(
+    grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary, toy_reasoner: Any
+) -> None:
+    options = SftOptions(images=1, branches=2, size=84, absent=1.0)
+    data = SftData(
+        load_index(grounding_set),
+        stored,
+        vocabulary=vocabulary,
+        phrasings=load_phrasings("train"),
+        options=options,
+    )
+    batch = data.make(0, 0)
+    assert not batch.present.any()
+    heads, dense = SftHeads(32, len(data.categories)), DenseHeads(32, len(data.categories))
+    loss, _ = sft_loss(toy_reasoner, heads, dense, batch, options, vocabulary)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(loss)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in toy_reasoner.parameters())
+
+
+def test_a_data_set_of_one_part_of_the_body_asks_for_what_is_there(
+    grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary
+) -> None:
+    own = [sample for sample in load_index(grounding_set) if sample.source == "shenzhen_cxr"]
+    data = SftData(
+        own,
+        [item for item in stored if item.record.source == "shenzhen_cxr"],
+        vocabulary=vocabulary,
+        phrasings=load_phrasings("train"),
+        options=OPTIONS,
+    )
+    assert data.make(0, 0).present.all()
+    assert data.absent_query(data.stored[0], load_phrasings("heldout"), np.random.default_rng(0)) is None

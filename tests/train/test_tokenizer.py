@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 
 from medreasoner.errors import BundleError
 from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
-from medreasoner_train.sft import Vocabulary
 from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id, train_tokenizer
+from medreasoner_train.vocabulary import Vocabulary
 
 TEXTS = ["Where is the heart? null [ ], ", ABSENT, PRESENT.replace("{{", "{")] * 3
 NAMES = ("x1", "y1", "x2", "y2", "p1x", "p1y", "p2x", "p2y")
@@ -20,7 +20,7 @@ numbers = strategies.lists(strategies.integers(0, 252), min_size=8, max_size=8)
 
 def test_every_integer_is_one_token_wherever_it_stands(tokenizer: Tokenizer) -> None:
     for value in range(253):
-        own = tokenizer.token_to_id(str(value))
+        own = token_id(tokenizer, str(value))
         assert tokenizer.encode(str(value)).ids == [own]
         for context in (f"[{value}]", f", {value}, ", f'"bbox": [{value}, '):
             assert tokenizer.encode(context).ids.count(own) == 1, context
@@ -37,7 +37,7 @@ def test_an_answer_is_eight_coordinates_between_spans_that_never_change(
     spans = [tokenizer.encode(part).ids for part in PRESENT.format(**dict.fromkeys(NAMES, "#")).split("#")]
     joined = list(spans[0])
     for value, span in zip(values, spans[1:], strict=True):
-        joined += [tokenizer.token_to_id(str(value)), *span]
+        joined += [token_id(tokenizer, str(value)), *span]
     assert ids == joined
 
 

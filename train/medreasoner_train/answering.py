@@ -15,7 +15,7 @@ from torch import Tensor
 from medreasoner_train.decoder import block_mask, language_pass, pack
 from medreasoner_train.language import PRESENT
 from medreasoner_train.model import tower
-from medreasoner_train.sft import Vocabulary
+from medreasoner_train.vocabulary import Vocabulary
 
 __all__ = ["answer"]
 

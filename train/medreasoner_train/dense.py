@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["DenseHeads", "DenseTargets", "dense_loss"]
+__all__ = ["DenseHeads", "DenseTargets", "dense_loss", "giou", "mean_or_zero", "pooled_geometry"]
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -68,6 +68,11 @@ def pooled_geometry(coverage: Tensor, geometry: Tensor, merge: int = 2) -> Tenso
     return torch.einsum("bct,btcg->bcg", weight, geometry)
 
 
+def mean_or_zero(values: Tensor) -> Tensor:
+    """Mean of all elements, 0 if there are none: a small batch may show nothing, and NaN would ruin the weights."""
+    return values.mean() if values.numel() else values.sum()
+
+
 def dense_loss(heads: DenseHeads, embeds: Tensor, targets: DenseTargets) -> tuple[Tensor, dict[str, float]]:
     """Sum of the stage's losses and its parts as numbers, with the box IoU of the pooled read-out."""
     coverage, geometry, place = heads(embeds)
@@ -87,10 +92,11 @@ def dense_loss(heads: DenseHeads, embeds: Tensor, targets: DenseTargets) -> tupl
     truth = targets.geometry[pairs]  # (P, 8)
     own = geometry.transpose(1, 2)[pairs]  # (P, T, 8)
     l1 = (own - truth[:, None]).abs()
-    loss_token = ((l1[..., :4].mean(-1) + 0.3 * l1[..., 4:].mean(-1)) * share[pairs]).sum(-1).mean()
+    loss_token = mean_or_zero(((l1[..., :4].mean(-1) + 0.3 * l1[..., 4:].mean(-1)) * share[pairs]).sum(-1))
     pooled = pooled_geometry(coverage, geometry, heads.merge)[pairs]
     g, iou = giou(pooled[:, :4], truth[:, :4])
-    loss_pooled = (1 - g).mean() + 2 * (pooled - truth).abs()[:, :4].mean() + 0.5 * (pooled - truth).abs()[:, 4:].mean()
+    off = (pooled - truth).abs()
+    loss_pooled = mean_or_zero(1 - g) + 2 * mean_or_zero(off[:, :4]) + 0.5 * mean_or_zero(off[:, 4:])
 
     steps = (torch.arange(side) + 0.5) / side
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).view(1, -1, 2).flip(-1)
@@ -101,5 +107,5 @@ def dense_loss(heads: DenseHeads, embeds: Tensor, targets: DenseTargets) -> tupl
         "token": loss_token.item(),
         "pooled": loss_pooled.item(),
         "place": loss_place.item(),
-        "iou": iou.mean().item(),
+        "iou": mean_or_zero(iou).item(),
     }

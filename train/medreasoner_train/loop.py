@@ -151,6 +151,17 @@ def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3
             queue.get_nowait()
 
 
+def _resume(last: Path, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> int:
+    """Restore everything from a checkpoint; returns the steps that were done."""
+    state = load_checkpoint(last)
+    start = int(state["step"])
+    for name, module in modules.items():
+        module.load_state_dict(state["modules"][name])
+    optimiser.load_state_dict(state["optimiser"])
+    logger.info("resumed from %s at step %d", last, start)
+    return start
+
+
 def train(
     *,
     modules: Mapping[str, nn.Module],
@@ -164,14 +175,7 @@ def train(
     torch.set_flush_denormal(True)  # moments of weights that rarely move decay into denormals, which are slow
     optimiser = Optimiser(modules, options)
     last = options.out / "last.pt"
-    start = 0
-    if last.exists():
-        state = load_checkpoint(last)
-        start = int(state["step"])
-        for name, module in modules.items():
-            module.load_state_dict(state["modules"][name])
-        optimiser.load_state_dict(state["optimiser"])
-        logger.info("resumed from %s at step %d", last, start)
+    start = _resume(last, modules, optimiser) if last.exists() else 0
     options.out.mkdir(parents=True, exist_ok=True)
     sums: dict[str, float] = {}
     began = time.monotonic()

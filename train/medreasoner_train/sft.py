@@ -14,31 +14,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
 from medreasoner_train.augment import Options
+from medreasoner_train.checkpoint import save_reasoner
 from medreasoner_train.data import Sample, by_image, load_index, split
-from medreasoner_train.decoder import Packed, block_mask, language_pass, pack, prefix_positions
-from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou
-from medreasoner_train.language import (
-    ABSENT,
-    PRESENT,
-    TEMPLATE,
-    Phrasings,
-    answer_text,
-    load_phrasings,
-    texts,
-    thought_text,
-    vary,
-)
-from medreasoner_train.loop import LoopOptions, load_checkpoint, train, write_settings
+from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
+from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou, mean_or_zero
+from medreasoner_train.language import Phrasings, answer_text, load_phrasings, thought_text, vary
+from medreasoner_train.loop import LoopOptions, load_checkpoint, train
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
 from medreasoner_train.store import Stored, load_store
-from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id, train_tokenizer
+from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id
 from medreasoner_train.validation import validate
+from medreasoner_train.vocabulary import Vocabulary, make_tokenizer
 
 __all__ = [
     "Mark",
@@ -97,31 +88,6 @@ class SftBatch:
     geometry: Tensor
     present: Tensor
     dense: DenseTargets
-
-
-class Vocabulary:
-    """The token ids that training needs by name."""
-
-    def __init__(self, tokenizer: Tokenizer, largest: int) -> None:
-        self.tokenizer = tokenizer
-        self.image, self.pad = token_id(tokenizer, "<|image_pad|>"), token_id(tokenizer, "<|endoftext|>")
-        self.null, self.bracket = token_id(tokenizer, "null"), token_id(tokenizer, "[")
-        self.before_number = torch.tensor([self.bracket, tokenizer.encode(", ").ids[0]])
-        self.largest = largest
-        # The ten digits belong to the byte alphabet, so the integers' ids are not one run.
-        self.numbers = torch.tensor([token_id(tokenizer, str(value)) for value in range(largest + 1)])
-        self.value = torch.full((tokenizer.get_vocab_size(),), -1)
-        self.value[self.numbers] = torch.arange(largest + 1)
-
-    def prefix(self, side: int) -> tuple[list[int], Tensor]:
-        """Token ids and positions (3, n) of everything before the query, for a side x side image."""
-        before, after = TEMPLATE.split("{query}")[0].split("{image}")
-        head, tail = self.tokenizer.encode(before).ids, self.tokenizer.encode(after).ids
-        return [*head, *[self.image] * side**2, *tail], prefix_positions(len(head), side, len(tail))
-
-    def prompt(self, query: str) -> list[int]:
-        """Token ids of the query and what follows it up to the answer."""
-        return self.tokenizer.encode(query + TEMPLATE.split("{query}")[1]).ids
 
 
 class SftData(DenseData):
@@ -189,10 +155,17 @@ class SftData(DenseData):
         values[2:4] = np.maximum(values[2:4], values[:2] + 1)
         return values
 
-    def absent_query(self, item: Stored, phrasings: dict[str, Phrasings], rng: np.random.Generator) -> tuple[str, bool]:
-        """A question for something that is not in the image, and whether it belongs to the same part of the body."""
+    def absent_query(
+        self, item: Stored, phrasings: dict[str, Phrasings], rng: np.random.Generator
+    ) -> tuple[str, bool] | None:
+        """A question for something that is not in the image, and whether it belongs to the same part of the body.
+
+        None if the data set knows of nothing that is absent from the image.
+        """
         near, far = self._rule.same_region(item.record), self._rule.other_region(item.record)
         pool = near or far
+        if not pool:
+            return None
         keys = self._keys[pool[int(rng.integers(len(pool)))]]
         queries = phrasings[keys[int(rng.integers(len(keys)))]].queries
         return queries[int(rng.integers(len(queries)))], bool(near)
@@ -200,8 +173,9 @@ class SftData(DenseData):
     def _choose(self, item: Stored, masks: dict[str, Any], rng: np.random.Generator) -> str:
         if rng.random() < self._options.absent or not masks:
             near, far = self._rule.same_region(item.record), self._rule.other_region(item.record)
-            pool = near if near and rng.random() < 0.7 else far
-            return pool[int(rng.integers(len(pool)))]
+            pool = near if near and rng.random() < 0.7 else far or near
+            if pool:  # a data set of one part of the body knows of nothing that is absent
+                return pool[int(rng.integers(len(pool)))]
         names = sorted(masks)
         return names[int(rng.integers(len(names)))]
 
@@ -284,6 +258,19 @@ def start_embeddings(model: Any, vocabulary: Vocabulary) -> None:
         weight[vocabulary.numbers, : waves.shape[1]] = waves * 0.02
 
 
+def _number_losses(logits: Tensor, logprobs: Tensor, truth: Tensor, spread: float) -> tuple[Tensor, Tensor]:
+    """Of N coordinates: cross-entropy with a target smoothed over neighbours, and the error of the expectation.
+
+    logits, logprobs : (N, largest + 1), over the integers and out of all tokens; truth : (N,). The error is relative.
+    """
+    largest = logits.shape[1] - 1
+    values = torch.arange(largest + 1)
+    soft = torch.softmax(-((values - truth[:, None]) ** 2) / (2 * spread**2), dim=-1)
+    loss_number = mean_or_zero(-(soft * logprobs).sum(-1))
+    expected = (logits.softmax(-1) * values).sum(-1)
+    return loss_number, mean_or_zero((expected - truth).abs()) / largest
+
+
 def sft_loss(
     model: Any, heads: SftHeads, dense_heads: DenseHeads, batch: SftBatch, options: SftOptions, vocabulary: Vocabulary,
     forward: Any = tower,
@@ -304,20 +291,16 @@ def sft_loss(
     plain = -logprobs.gather(1, label[:, None])[:, 0]
     weights = torch.tensor([options.weight_skeleton, options.weight_thought, options.weight_absent, 0.0])[kind]
     loss_text = (plain * weights).sum() / batch.present.numel()
-
-    values = torch.arange(vocabulary.largest + 1)
+    of_numbers, log_of_numbers = (table[number][:, vocabulary.numbers] for table in (logits, logprobs))
     truth = vocabulary.value[label[number]]
-    soft = torch.softmax(-((values - truth[:, None]) ** 2) / (2 * options.spread**2), dim=-1)
-    loss_number = -(soft * logprobs[number][:, vocabulary.numbers]).sum(-1).mean()
-    expected = (logits[number][:, vocabulary.numbers].softmax(-1) * values).sum(-1)
-    loss_l1 = (expected - truth).abs().mean() / vocabulary.largest
+    loss_number, loss_l1 = _number_losses(of_numbers, log_of_numbers, truth, options.spread)
 
     last = hidden[batch.ends[:, 0], batch.ends[:, 1]]
     loss_category = functional.cross_entropy(heads.category(last), batch.category)
     read = torch.sigmoid(heads.readout(last[batch.present]))
     geometry = batch.geometry[batch.present]
     overlap, iou = giou(read[:, :4], geometry[:, :4])
-    loss_readout = (1 - overlap).mean() + 2 * (read - geometry).abs().mean()
+    loss_readout = mean_or_zero(1 - overlap) + 2 * mean_or_zero((read - geometry).abs())
 
     loss = (
         loss_text + loss_number + options.weight_l1 * loss_l1 + options.weight_dense * loss_dense
@@ -329,7 +312,7 @@ def sft_loss(
         "number": loss_number.item(),
         "l1_px": loss_l1.item() * vocabulary.largest,
         "category": loss_category.item(),
-        "read_iou": iou.mean().item(),
+        "read_iou": mean_or_zero(iou).item(),
         "absent_acc": absent.item(),
         "dense_iou": dense_parts["iou"],
     }
@@ -349,18 +332,10 @@ class SftRun:
     eval_every: int = 300
 
 
-def make_tokenizer(vocab_size: int) -> Tokenizer:
-    """Nano's tokenizer, from the training phrasings; the same text gives the same tokenizer."""
-    phrasings = load_phrasings("train")
-    return train_tokenizer(
-        texts([phrasings[key] for key in sorted(phrasings)]), vocab_size=vocab_size, largest=NANO.image_size
-    )
-
-
 def run(settings: SftRun) -> None:
     """Train from the last checkpoint (or the dense stage's) to the end, then write ``out/checkpoint``."""
     torch.manual_seed(settings.loop.seed)
-    tokenizer = make_tokenizer(settings.vocab_size)
+    tokenizer = make_tokenizer(settings.vocab_size, NANO.image_size)
     vocabulary = Vocabulary(tokenizer, NANO.image_size)
     samples = load_index(settings.data)
     train_samples, val_samples = split(samples)
@@ -396,41 +371,3 @@ def run(settings: SftRun) -> None:
         eval_every=settings.eval_every,
     )
     save_reasoner(model, tokenizer, settings.loop.out / "checkpoint", size=settings.options.size)
-
-
-def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path, *, size: int, absent_threshold: float = 0.5) -> None:
-    """Write the Hugging Face form in bfloat16, the tokenizer, and ``medreasoner.json``: what export must know beside.
-
-    Parameters
-    ----------
-    model, tokenizer
-        What was trained.
-    out
-        Folder to write.
-    size
-        Side in pixels of the square that images are stretched to.
-    absent_threshold
-        Probability above which the answer is absent; calibrate it with ``medreasoner-cli eval``.
-    """
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    model.save_pretrained(out, state_dict=state)
-    tokenizer.save(str(out / "tokenizer.json"))
-    settings = {
-        "prompt": {"template": TEMPLATE, "image_token": "<|image_pad|>"},
-        "answer": {
-            "present": PRESENT.replace("{{", "{").replace("}}", "}"),
-            "absent": ABSENT,
-            "think_open": "<think>",
-            "think_close": "</think>",
-            "end": "<|im_end|>",
-        },
-        "coordinates": f"relative_{NANO.image_size}",
-        "absent_threshold": absent_threshold,
-        "max_length": NANO.max_length,
-        "max_query_tokens": 64,
-        "max_think_tokens": 96,
-        "resize": {"rule": "stretch", "width": size, "height": size},
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-    }
-    write_settings(out, settings)

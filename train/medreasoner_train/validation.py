@@ -11,7 +11,8 @@ from medreasoner_train.language import load_phrasings
 from medreasoner_train.prior import box_iou
 
 if TYPE_CHECKING:
-    from medreasoner_train.sft import SftData, Vocabulary
+    from medreasoner_train.sft import SftData
+    from medreasoner_train.vocabulary import Vocabulary
 
 __all__ = ["validate"]
 
@@ -32,8 +33,10 @@ def validate(model: Any, vocabulary: "Vocabulary", data: "SftData", *, size: int
             queries = phrasings[key].queries
             geometry = targets.geometry[data.column(category)]
             rows.append((image, queries[int(rng.integers(len(queries)))], key, geometry))
-        absent, near = data.absent_query(item, phrasings, rng)
-        rows.append((image, absent, "absent (same region)" if near else "absent (elsewhere)", None))
+        absent = data.absent_query(item, phrasings, rng)
+        if absent is not None:
+            query, near = absent
+            rows.append((image, query, "absent (same region)" if near else "absent (elsewhere)", None))
     ious: dict[str, list[float]] = {}
     absents: dict[str, list[float]] = {}
     for start in range(0, len(rows), batch):

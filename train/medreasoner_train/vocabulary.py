@@ -1,0 +1,43 @@
+"""The token ids that training and its validation need by name."""
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from medreasoner_train.decoder import prefix_positions
+from medreasoner_train.language import TEMPLATE, load_phrasings, texts
+from medreasoner_train.model import NANO
+from medreasoner_train.tokenizer import token_id, train_tokenizer
+
+__all__ = ["Vocabulary", "make_tokenizer"]
+
+
+class Vocabulary:
+    """The token ids that training needs by name."""
+
+    def __init__(self, tokenizer: Tokenizer, largest: int) -> None:
+        self.tokenizer = tokenizer
+        self.image, self.pad = token_id(tokenizer, "<|image_pad|>"), token_id(tokenizer, "<|endoftext|>")
+        self.null, self.bracket = token_id(tokenizer, "null"), token_id(tokenizer, "[")
+        self.before_number = torch.tensor([self.bracket, tokenizer.encode(", ").ids[0]])
+        self.largest = largest
+        # The ten digits belong to the byte alphabet, so the integers' ids are not one run.
+        self.numbers = torch.tensor([token_id(tokenizer, str(value)) for value in range(largest + 1)])
+        self.value = torch.full((tokenizer.get_vocab_size(),), -1)
+        self.value[self.numbers] = torch.arange(largest + 1)
+
+    def prefix(self, side: int) -> tuple[list[int], Tensor]:
+        """Token ids and positions (3, n) of everything before the query, for a side x side image."""
+        before, after = TEMPLATE.split("{query}")[0].split("{image}")
+        head, tail = self.tokenizer.encode(before).ids, self.tokenizer.encode(after).ids
+        return [*head, *[self.image] * side**2, *tail], prefix_positions(len(head), side, len(tail))
+
+    def prompt(self, query: str) -> list[int]:
+        """Token ids of the query and what follows it up to the answer."""
+        return self.tokenizer.encode(query + TEMPLATE.split("{query}")[1]).ids
+
+
+def make_tokenizer(vocab_size: int, largest: int = NANO.image_size) -> Tokenizer:
+    """Nano's tokenizer, from the training phrasings; the same text gives the same tokenizer."""
+    phrasings = load_phrasings("train")
+    return train_tokenizer(texts([phrasings[key] for key in sorted(phrasings)]), vocab_size=vocab_size, largest=largest)
