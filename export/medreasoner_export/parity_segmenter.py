@@ -10,7 +10,6 @@ import numpy.typing as npt
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
 from medreasoner_export.report import ParityStage, compare
-from medreasoner_export.settings import segmenter_settings
 
 __all__ = ["segmenter_stages"]
 
@@ -39,13 +38,14 @@ def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, 
     spec = bundle.spec.segmenter
     sam = transformers.SamModel.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
     size = sam.config.vision_config.image_size
-    box_mask = segmenter_settings(checkpoint_dir, size, {})["box_mask"]
     generator = np.random.default_rng(seed)
     pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)
     encoder, decoder = (
         ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
         for name in (spec.graphs.encoder, spec.graphs.decoder)
     )
+    # As the graph was made: a setting given at the export may differ from the checkpoint's own.
+    box_mask = decoder.get_modelmeta().custom_metadata_map.get("box_mask") == "true"
     box, points = _prompts(generator, size)
     with torch.inference_mode():
         expected = sam.get_image_embeddings(torch.from_numpy(pixels))

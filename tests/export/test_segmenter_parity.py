@@ -8,8 +8,8 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from medreasoner.bundle import Bundle
-from medreasoner_export import SegmenterOptions, export_segmenter
+from medreasoner.bundle import Bundle, load_bundle
+from medreasoner_export import SegmenterOptions, build_bundle, export_reasoner, export_segmenter
 from medreasoner_export.parity_segmenter import segmenter_stages
 
 TOLERANCE = 1e-5
@@ -93,3 +93,26 @@ def test_multimask_returns_the_alternatives(sam: Any, toy: Path, tmp_path: Path,
 def test_all_stages_of_the_segmenter_pass(bundle: Bundle, toy: Path) -> None:
     stages = list(segmenter_stages(bundle, toy / "segmenter", tolerance=TOLERANCE, seed=6))
     assert [stage.name for stage in stages if not stage.passed] == []
+
+
+def test_a_box_drawn_into_the_mask_prompt_is_verified_as_it_was_exported(toy: Path, tmp_path: Path) -> None:
+    # The checkpoint's own medreasoner.json does not ask for it: only the export did.
+    options = SegmenterOptions(settings={"box_mask": True})
+    export_segmenter(toy / "segmenter", tmp_path / "segmenter", options=options)
+    export_reasoner(toy / "reasoner", tmp_path / "reasoner")
+    folder = build_bundle(tmp_path / "reasoner", tmp_path / "segmenter", tmp_path / "bundle", name="drawn")
+    stages = list(segmenter_stages(load_bundle(folder), toy / "segmenter", tolerance=1e-4, seed=0))
+    assert [stage.name for stage in stages if not stage.passed] == []
+
+
+def test_a_drawn_box_changes_masks_and_points_alone_stay_as_they_were(
+    sessions: Any, toy: Path, tmp_path: Path, embedding: np.ndarray
+) -> None:
+    export_segmenter(toy / "segmenter", tmp_path, options=SegmenterOptions(settings={"box_mask": True}))
+    drawn = ort.InferenceSession(tmp_path / "decoder.onnx", providers=["CPUExecutionProvider"])
+    for box, same in ((False, True), (True, False)):
+        inputs = {"image_embedding": embedding, **prompt(box=box, labels=[1, 1])}
+        difference = (
+            drawn.run(["mask_logits"], inputs)[0] - sessions["segmenter/decoder"].run(["mask_logits"], inputs)[0]
+        )
+        assert bool(np.abs(difference).max() <= TOLERANCE) is same
