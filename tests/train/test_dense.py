@@ -25,7 +25,9 @@ def data(grounding_set: Path, stored: list[Stored]) -> DenseData:
 
 def toy_visual(config: NanoConfig) -> Any:
     torch.manual_seed(0)
-    return build_reasoner(config, vocab_size=16, tokens={n: i for i, n in enumerate(pretrain.QWEN_TOKENS)}).model.visual
+    return build_reasoner(
+        config, vocab_size=16, tokens={n: i for i, n in enumerate(pretrain.SPECIAL_TOKENS)}
+    ).model.visual
 
 
 def test_coverage_is_the_share_of_each_patch() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from medreasoner_train.model import to_tensor
 from medreasoner_train.segmenter import (
     BOTH,
     BOX,
@@ -19,7 +20,6 @@ from medreasoner_train.segmenter import (
     mask_loss,
     prompts,
     segment,
-    to_tensor,
 )
 from medreasoner_train.store import Stored
 from medreasoner_train.targets import box_of

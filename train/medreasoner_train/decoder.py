@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from medreasoner_train.model import rotate_half
+
 __all__ = ["Packed", "block_mask", "language_pass", "pack", "prefix_positions"]
 
 
@@ -81,11 +83,6 @@ def rotary(positions: Tensor, head_dim: int, theta: float, sections: Sequence[in
     return angles.cos(), angles.sin()
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
 def language_pass(
     language: Any,
     embeds: Tensor,
@@ -123,7 +120,7 @@ def language_pass(
             project(y).view(batch, count, -1, head_dim).transpose(1, 2)
             for project in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)
         )
-        q, k = (t * cos + _rotate_half(t) * sin for t in (q, k))
+        q, k = (t * cos + rotate_half(t) * sin for t in (q, k))
         if before is not None:
             k, v = torch.cat((before[0], k), dim=2), torch.cat((before[1], v), dim=2)
         if cache is not None:

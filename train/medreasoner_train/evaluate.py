@@ -5,7 +5,6 @@ with another question, the overlap must fall to the prior.
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,12 @@ from medreasoner_train.data import (
     load_pixels,
     split,
 )
-from medreasoner_train.language import Phrasings, load_phrasings
+from medreasoner_train.language import Phrasings, keys_by_category, load_phrasings
 from medreasoner_train.metrics import dice
 from medreasoner_train.prior import box_iou, fit_prior
 from medreasoner_train.targets import box_of, inscribed_points
 
 __all__ = ["EvalOptions", "Row", "evaluate_bundle"]
-
-logger = logging.getLogger(__name__)
 
 U8 = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -102,9 +99,7 @@ class _Asker:
     def __init__(self, phrasings: Mapping[str, Phrasings], seed: int) -> None:
         self._phrasings = phrasings
         self._rng = np.random.default_rng(seed)
-        self._keys: dict[str, list[str]] = {}
-        for key in phrasings:
-            self._keys.setdefault(key.partition("/")[2], []).append(key)
+        self._keys = keys_by_category(phrasings)
 
     def pick(self, names: Sequence[str]) -> str:
         return names[int(self._rng.integers(len(names)))]

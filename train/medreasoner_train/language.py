@@ -2,14 +2,24 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ABSENT", "PRESENT", "TEMPLATE", "Phrasings", "answer_text", "load_phrasings", "place_of", "thought_text"]
+__all__ = [
+    "ABSENT",
+    "PRESENT",
+    "TEMPLATE",
+    "Phrasings",
+    "answer_text",
+    "keys_by_category",
+    "load_phrasings",
+    "place_of",
+    "thought_text",
+]
 
 TEMPLATE = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{query}<|im_end|>\n<|im_start|>assistant\n"
 PRESENT = (
@@ -39,6 +49,14 @@ def load_phrasings(part: str) -> dict[str, Phrasings]:
         )
         for key, entry in table.items()
     }
+
+
+def keys_by_category(phrasings: Mapping[str, Phrasings]) -> dict[str, list[str]]:
+    """The keys of each category, over all modalities that have phrasings for it."""
+    keys: dict[str, list[str]] = {}
+    for key in phrasings:
+        keys.setdefault(key.partition("/")[2], []).append(key)
+    return keys
 
 
 def vary(query: str, rng: np.random.Generator) -> str:

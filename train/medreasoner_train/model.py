@@ -9,12 +9,14 @@ once). Tests hold both equal to transformers.
 import dataclasses
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-__all__ = ["NANO", "NanoConfig", "build_reasoner", "tower"]
+__all__ = ["NANO", "NanoConfig", "build_reasoner", "rotate_half", "to_tensor", "tower"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +101,11 @@ def build_reasoner(config: NanoConfig, *, vocab_size: int, tokens: dict[str, int
     return Qwen2_5_VLForConditionalGeneration(qwen)
 
 
+def to_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """(S, S, 3) uint8 -> (3, S, S) float32 in [-1, 1]."""
+    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
+
+
 def merge_order(side: int, merge: int) -> Tensor:
     """(side * side, 2) row and column of each patch; the patches of a `merge` x `merge` block follow each other."""
     places = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), dim=-1)
@@ -115,7 +122,8 @@ def patchify(images: Tensor, *, patch: int, merge: int) -> Tensor:
     return cut.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, side * side, channels * patch * patch)
 
 
-def _rotate_half(x: Tensor) -> Tensor:
+def rotate_half(x: Tensor) -> Tensor:
+    """The second half of the last axis, negated, before the first: what rotary embeddings turn towards."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
@@ -134,7 +142,7 @@ def _attend(attention: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     batch, length, dim = x.shape
     qkv = attention.qkv(x).view(batch, length, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     cos, sin = (t.unsqueeze(-3) for t in (cos, sin))
-    q, k = (t * cos + _rotate_half(t) * sin for t in (qkv[0], qkv[1]))
+    q, k = (t * cos + rotate_half(t) * sin for t in (qkv[0], qkv[1]))
     out = functional.scaled_dot_product_attention(q, k, qkv[2])  # (B, heads, T, head_dim)
     projected: Tensor = attention.proj(out.transpose(1, 2).reshape(batch, length, dim))
     return projected

@@ -14,9 +14,10 @@ from medreasoner_train.augment import NO_CHANGE, Options, augment
 from medreasoner_train.data import Sample, by_image, load_index, split
 from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou, pooled_geometry
 from medreasoner_train.loop import LoopOptions, load_checkpoint, train
-from medreasoner_train.model import NANO, build_reasoner, tower
-from medreasoner_train.store import Stored, load_store
+from medreasoner_train.model import NANO, build_reasoner, to_tensor, tower
+from medreasoner_train.store import Stored, load_store, sampling_weights
 from medreasoner_train.targets import box_of
+from medreasoner_train.tokenizer import SPECIAL_TOKENS
 
 __all__ = ["DenseData", "DenseOptions", "ImageTargets", "evaluate", "run", "stack"]
 
@@ -32,13 +33,7 @@ class DenseData:
         self._column = {name: index for index, name in enumerate(self.categories)}
         self._rule = AbsentRule(samples)
         self._patch = patch
-        counts: dict[str, int] = {}
-        for item in self.stored:
-            for sample in item.record.samples:
-                counts[sample.key] = counts.get(sample.key, 0) + 1
-        # Rare categories are seen more often, but not so often that a handful of images is learnt by heart.
-        weights = [max(max(counts[s.key], 15) ** -0.5 for s in item.record.samples) for item in self.stored]
-        self.weights = np.array(weights) / np.sum(weights)
+        self.weights = sampling_weights(self.stored)
 
     def column(self, category: str) -> int:
         """Index of a category in the dense targets."""
@@ -69,8 +64,7 @@ class DenseData:
         targets.known[:] = targets.present
         for category in (*self._rule.same_region(record), *self._rule.other_region(record)):
             targets.known[self._column[category]] = True
-        image = torch.from_numpy(changed.pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
-        return image, targets, masks
+        return to_tensor(changed.pixels), targets, masks
 
     def batch(self, step: int, *, count: int, size: int, seed: int) -> tuple[torch.Tensor, DenseTargets]:
         """The batch of a step: images (B, 3, size, size) and their targets."""
@@ -147,7 +141,7 @@ def run(options: DenseOptions) -> None:
     train_samples, val_samples = split(samples)
     train_data = DenseData(samples, load_store(by_image(train_samples), cache=options.cache), patch=NANO.patch_size)
     val_data = DenseData(samples, load_store(by_image(val_samples), cache=options.cache), patch=NANO.patch_size)
-    model = build_reasoner(NANO, vocab_size=64, tokens={n: i for i, n in enumerate(QWEN_TOKENS)})
+    model = build_reasoner(NANO, vocab_size=64, tokens={n: i for i, n in enumerate(SPECIAL_TOKENS)})
     visual, heads = model.model.visual, DenseHeads(NANO.hidden_dim, len(train_data.categories))
     if options.start is not None:
         state = load_checkpoint(options.start)["modules"]
@@ -162,14 +156,3 @@ def run(options: DenseOptions) -> None:
         evaluate=lambda _: evaluate(visual, heads, val_data, size=options.size),
         eval_every=200,
     )
-
-
-QWEN_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)

@@ -18,7 +18,8 @@ from transformers import SamConfig, SamModel
 from medreasoner_train.augment import NO_CHANGE, Options, augment
 from medreasoner_train.data import by_image, load_index, split
 from medreasoner_train.loop import LoopOptions, train, write_settings
-from medreasoner_train.store import Stored, load_store
+from medreasoner_train.model import to_tensor
+from medreasoner_train.store import Stored, load_store, sampling_weights
 from medreasoner_train.targets import box_of
 
 __all__ = ["SegmenterOptions", "build_segmenter", "run"]
@@ -86,12 +87,7 @@ class SegmenterData:
 
     def __init__(self, stored: Sequence[Stored]) -> None:
         self.stored = list(stored)
-        counts: dict[str, int] = {}
-        for item in self.stored:
-            for sample in item.record.samples:
-                counts[sample.key] = counts.get(sample.key, 0) + 1
-        weights = [max(max(counts[s.key], 15) ** -0.5 for s in item.record.samples) for item in self.stored]
-        self.weights = np.array(weights) / np.sum(weights)
+        self.weights = sampling_weights(self.stored)
 
     def batch(self, step: int, *, count: int, per_image: int, seed: int) -> tuple[Tensor, Prompts]:
         """Images (B, 3, S, S) in [-1, 1] and B * per_image prompts, with errors of every size."""
@@ -109,11 +105,6 @@ class SegmenterData:
                 box, points = disturb(np.array(box_of(changed.masks[k])), changed.points[k], rng)
                 rows.append((b, box, points, int(rng.choice(3, p=[0.7, 0.15, 0.15])), changed.masks[k]))
         return torch.stack(images), prompts(rows)
-
-
-def to_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """(S, S, 3) uint8 -> (3, S, S) float32 in [-1, 1]."""
-    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
 
 
 def disturb(

@@ -6,7 +6,6 @@ learns early what is asked and where it lies.
 """
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from medreasoner_train.checkpoint import save_reasoner
 from medreasoner_train.data import Sample, by_image, load_index, split
 from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
 from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou, mean_or_zero
-from medreasoner_train.language import Phrasings, answer_text, load_phrasings, thought_text, vary
+from medreasoner_train.language import Phrasings, answer_text, keys_by_category, load_phrasings, thought_text, vary
 from medreasoner_train.loop import LoopOptions, load_checkpoint, train
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
@@ -45,8 +44,6 @@ __all__ = [
     "sft_loss",
     "start_embeddings",
 ]
-
-logger = logging.getLogger(__name__)
 
 IGNORED = -100
 
@@ -107,9 +104,7 @@ class SftData(DenseData):
         self._phrasings = phrasings
         self._options = options
         self._end = vocabulary.tokenizer.encode("<|im_end|>").ids
-        self._keys: dict[str, list[str]] = {}
-        for key in phrasings:
-            self._keys.setdefault(key.partition("/")[2], []).append(key)
+        self._keys = keys_by_category(phrasings)
 
     def make(self, step: int, seed: int) -> SftBatch:
         """The batch of a step; depends on step and seed alone."""

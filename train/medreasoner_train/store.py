@@ -1,6 +1,7 @@
 """The whole grounding set in memory: decoded once, so that an epoch costs resizing only."""
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from medreasoner_train.data import ImageRecord, load_mask, load_pixels
 from medreasoner_train.targets import box_of, inscribed_points
 
-__all__ = ["Stored", "load_store"]
+__all__ = ["Stored", "load_store", "sampling_weights"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,3 +63,14 @@ def load_store(records: Sequence[ImageRecord], *, cache: Path | None = None) -> 
         np.savez(beside, ids=np.array(list(known)), points=np.stack(list(known.values())))
         beside.replace(cache)
     return stored
+
+
+def sampling_weights(stored: Sequence[Stored]) -> npt.NDArray[np.float64]:
+    """Probability (N,) of drawing each image: that of its rarest structure, by one over the root of its count.
+
+    Rare categories are seen more often, but not so often that a handful of images is learnt by heart.
+    """
+    counts = Counter(sample.key for item in stored for sample in item.record.samples)
+    weights = np.array([max(max(counts[s.key], 15) ** -0.5 for s in item.record.samples) for item in stored])
+    shares: npt.NDArray[np.float64] = weights / weights.sum()
+    return shares
