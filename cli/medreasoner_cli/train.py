@@ -70,6 +70,9 @@ def sft(
     branches: Annotated[int, typer.Option(min=1, help="Questions an image.")] = 4,
     size: Annotated[int, typer.Option(help="Side of the image in pixels: a multiple of 84.")] = 252,
     start: StartOption = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of a sentence encoder, such as all-MiniLM-L6-v2: it helps to understand.")
+    ] = None,
     cache: CacheOption = None,
     compiled: CompileOption = False,
     seed: SeedOption = 0,
@@ -82,7 +85,11 @@ def sft(
     stage = load("medreasoner_train.sft", extra="train")
     loop = stage.LoopOptions(steps=steps, out=output, seed=seed)
     options = stage.SftOptions(images=batch, branches=branches, size=size)
-    stage.run(stage.SftRun(data=data, loop=loop, options=options, start=start, cache=cache, compiled=compiled))
+    stage.run(
+        stage.SftRun(
+            data=data, loop=loop, options=options, start=start, teacher=teacher, cache=cache, compiled=compiled
+        )
+    )
 
 
 @app.command()

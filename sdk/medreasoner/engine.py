@@ -2,7 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
@@ -12,7 +12,12 @@ from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
 
-__all__ = ["Engine", "load_engine"]
+__all__ = ["Engine", "load_engine", "step_options"]
+
+# Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
+# times a matrix, and a small mask decoder has few tokens: below these sizes one thread was measured twice as fast as two.
+_SPLIT_FROM_HIDDEN_DIM = 1024
+_SPLIT_FROM_MASK_SIZE = 128
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,13 +53,27 @@ class Engine:
             raise MedReasonerError("this Grounder is closed")
 
 
+def step_options(options: RuntimeOptions, *, splits: bool) -> RuntimeOptions:
+    """Options of a graph that answers queries: one thread, unless its operators are worth splitting or a number is set.
+
+    >>> step_options(RuntimeOptions(), splits=False).n_threads
+    1
+    """
+    return options if splits or options.n_threads is not None else replace(options, n_threads=1)
+
+
 def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
     """Engine of a verified bundle; its sessions are made in threads, the longest first."""
     spec = bundle.spec
     reasoner, segmenter = spec.reasoner, spec.segmenter
-    graphs = (reasoner.graphs.vision, segmenter.graphs.encoder, reasoner.graphs.decoder, segmenter.graphs.decoder)
+    graphs = {
+        reasoner.graphs.vision: options,
+        segmenter.graphs.encoder: options,
+        reasoner.graphs.decoder: step_options(options, splits=reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM),
+        segmenter.graphs.decoder: step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE),
+    }
     with ThreadPoolExecutor(len(graphs) + 1) as pool:
-        sessions = [pool.submit(OrtSession, bundle.path(name), options) for name in graphs]
+        sessions = [pool.submit(OrtSession, bundle.path(name), chosen) for name, chosen in graphs.items()]
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
         lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)

@@ -55,7 +55,8 @@ class Grounder:
             ``"auto"`` takes the first of TensorRT, CUDA and CPU that works; results say in their warnings what was
             passed over. A device asked for by name must work.
         n_threads
-            Threads of a session on the CPU; None: the cores that this process may use.
+            Threads of a session on the CPU; None: the cores that this process may use, and one for small graphs that
+            answer queries, where waking the others costs more than it gains.
         verify
             ``"full"`` hashes every file, ``"auto"`` skips those above 64 MB that were hashed before.
         cache_dir

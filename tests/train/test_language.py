@@ -81,14 +81,14 @@ def test_questions_come_from_every_cluster_of_the_file() -> None:
         assert len(load_phrasings("train")[key].queries) == sum(len(cluster) for cluster in entry["queries"].values())
 
 
-def test_a_varied_question_keeps_all_words_but_one() -> None:
+def test_a_varied_question_keeps_its_words_in_order_and_at_least_four() -> None:
     rng = np.random.default_rng(0)
     query = "Which of the organs in this picture pumps blood?"
     seen = {vary(query, rng) for _ in range(300)}
     words = plain(query).split()
     for own in seen:
         kept = plain(own).split()
-        assert len(kept) >= len(words) - 1
+        assert len(kept) >= 4
         position = iter(words)
         assert all(word in position for word in kept), own  # the words that stay, in their order
     assert {query, query.lower(), query.rstrip("?")} <= seen

@@ -1,12 +1,12 @@
 """Second stage: supervised tuning on implicit questions, short thoughts and answers: ``medreasoner-cli train sft``.
 
-Beside the tokens' cross-entropy, three helps that are dropped afterwards: the dense read-outs of the first stage go on,
-and from the last token of the prompt the category and the eight numbers are read out directly, so that the decoder
-learns early what is asked and where it lies.
+Beside the tokens' cross-entropy, helps that are dropped afterwards: the dense read-outs of the first stage go on, and
+from the last token of the prompt the category and the eight numbers are read out directly, so that the decoder learns
+early what is asked and where it lies; if a sentence encoder is given, its embedding of the question is read out too.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from medreasoner_train.loop import LoopOptions, load_checkpoint, train
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
 from medreasoner_train.store import Stored, load_store
+from medreasoner_train.teacher import embed_sentences
 from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id
 from medreasoner_train.validation import validate
 from medreasoner_train.vocabulary import Vocabulary, make_tokenizer
@@ -65,6 +66,7 @@ class SftOptions:
     weight_dense: float = 0.3
     weight_category: float = 0.3
     weight_readout: float = 1.0
+    weight_meaning: float = 2.0
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -73,7 +75,8 @@ class SftBatch:
 
     label : (B, T) int64, the token that follows each position, or -100; kind : (B, T) int64, 0 skeleton, 1 thought,
     2 absent or present, 3 coordinate; ends : (N, 2) row and place of the last prompt token of each branch; category :
-    (N,) int64; geometry : (N, 8) float32 relative; present : (N,) bool.
+    (N,) int64; geometry : (N, 8) float32 relative; present : (N,) bool; meaning : (N, D) float32, the teacher's
+    embedding of each question, None without a teacher.
     """
 
     images: Tensor
@@ -85,6 +88,7 @@ class SftBatch:
     geometry: Tensor
     present: Tensor
     dense: DenseTargets
+    meaning: Tensor | None
 
 
 class SftData(DenseData):
@@ -98,8 +102,10 @@ class SftData(DenseData):
         vocabulary: Vocabulary,
         phrasings: dict[str, Phrasings],
         options: SftOptions,
+        meanings: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(samples, stored, patch=NANO.patch_size)
+        self._meanings = meanings
         self._vocabulary = vocabulary
         self._phrasings = phrasings
         self._options = options
@@ -131,15 +137,17 @@ class SftData(DenseData):
         own_key = f"{item.record.modality}/{category}"
         keys = self._keys[category]
         own = self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
-        query = vary(own.queries[int(rng.integers(len(own.queries)))], rng)
+        query = own.queries[int(rng.integers(len(own.queries)))]
         mask = masks.get(category)
         geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
         encode = self._vocabulary.tokenizer.encode
-        prompt = self._vocabulary.prompt(query)
+        prompt = self._vocabulary.prompt(vary(query, rng))
         thought = encode(thought_text(own, mask, rng)).ids if rng.random() < self._options.think else []
         numbers = None if geometry is None else self.integers(geometry)
         answer = encode(answer_text(numbers)).ids
-        mark = Mark(prompt=len(prompt), thought=len(thought), category=self.column(category), geometry=geometry)
+        mark = Mark(
+            prompt=len(prompt), thought=len(thought), category=self.column(category), geometry=geometry, query=query
+        )
         return [*prompt, *thought, *answer, *self._end], mark
 
     def integers(self, geometry: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -219,25 +227,31 @@ class SftData(DenseData):
             ),
             present=torch.tensor([mark.geometry is not None for mark in flat]),
             dense=dense,
+            # Of the whole question, though words may be missing from what the model reads.
+            meaning=None if self._meanings is None else torch.stack([self._meanings[m.query] for m in flat]),
         )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """Of one branch: number of prompt and thought tokens, the category's column, relative geometry (8,) or None."""
+    """Of one branch: number of prompt and thought tokens, the category's column, relative geometry (8,) or None, and
+    the question as it was written.
+    """
 
     prompt: int
     thought: int
     category: int
     geometry: npt.NDArray[np.float64] | None
+    query: str
 
 
 class SftHeads(nn.Module):
     """The read-outs at the end of the prompt; dropped after training."""
 
-    def __init__(self, hidden_dim: int, n_categories: int) -> None:
+    def __init__(self, hidden_dim: int, n_categories: int, meaning_dim: int = 0) -> None:
         super().__init__()
         self.category = nn.Linear(hidden_dim, n_categories)
+        self.meaning = nn.Linear(hidden_dim, meaning_dim) if meaning_dim else None
         self.readout = nn.Sequential(nn.Linear(hidden_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, 8))
 
 
@@ -266,6 +280,13 @@ def _number_losses(logits: Tensor, logprobs: Tensor, truth: Tensor, spread: floa
     return loss_number, mean_or_zero((expected - truth).abs()) / largest
 
 
+def _meaning_loss(heads: SftHeads, last: Tensor, meaning: Tensor | None) -> Tensor:
+    """One minus the cosine between what the prompt's last token says of the question and what the teacher says."""
+    if heads.meaning is None or meaning is None:
+        return last.new_zeros(())
+    return 1 - functional.cosine_similarity(heads.meaning(last), meaning, dim=-1).mean()
+
+
 def sft_loss(
     model: Any, heads: SftHeads, dense_heads: DenseHeads, batch: SftBatch, options: SftOptions, vocabulary: Vocabulary,
     forward: Any = tower,
@@ -292,6 +313,7 @@ def sft_loss(
 
     last = hidden[batch.ends[:, 0], batch.ends[:, 1]]
     loss_category = functional.cross_entropy(heads.category(last), batch.category)
+    loss_meaning = _meaning_loss(heads, last, batch.meaning)
     read = torch.sigmoid(heads.readout(last[batch.present]))
     geometry = batch.geometry[batch.present]
     overlap, iou = giou(read[:, :4], geometry[:, :4])
@@ -300,6 +322,7 @@ def sft_loss(
     loss = (
         loss_text + loss_number + options.weight_l1 * loss_l1 + options.weight_dense * loss_dense
         + options.weight_category * loss_category + options.weight_readout * loss_readout
+        + options.weight_meaning * loss_meaning
     )  # fmt: skip
     absent = (plain[kind == 2] < 0.6931).float().mean()
     return loss, {
@@ -307,6 +330,7 @@ def sft_loss(
         "number": loss_number.item(),
         "l1_px": loss_l1.item() * vocabulary.largest,
         "category": loss_category.item(),
+        "meaning": loss_meaning.item(),
         "read_iou": mean_or_zero(iou).item(),
         "absent_acc": absent.item(),
         "dense_iou": dense_parts["iou"],
@@ -315,16 +339,22 @@ def sft_loss(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SftRun:
-    """One run: where the data are, the dense stage's checkpoint, the loop and the mixture."""
+    """One run: where the data are, the dense stage's checkpoint, a sentence encoder, the loop and the mixture."""
 
     data: Path
     loop: LoopOptions
     options: SftOptions = dataclasses.field(default_factory=SftOptions)
     start: Path | None = None
+    teacher: Path | None = None
     cache: Path | None = None
     compiled: bool = False
-    vocab_size: int = 4096
+    vocab_size: int = 6144
     eval_every: int = 300
+
+
+def _meanings(teacher: Path, phrasings: Mapping[str, Phrasings]) -> dict[str, Tensor]:
+    queries = sorted({query for own in phrasings.values() for query in own.queries})
+    return dict(zip(queries, embed_sentences(teacher, queries), strict=True))
 
 
 def run(settings: SftRun) -> None:
@@ -334,13 +364,16 @@ def run(settings: SftRun) -> None:
     vocabulary = Vocabulary(tokenizer, NANO.image_size)
     samples = load_index(settings.data)
     train_samples, val_samples = split(samples)
+    phrasings = load_phrasings("train")
+    meanings = None if settings.teacher is None else _meanings(settings.teacher, phrasings)
     data, val = (
         SftData(
             samples,
             load_store(by_image(part), cache=settings.cache),
             vocabulary=vocabulary,
-            phrasings=load_phrasings("train"),
+            phrasings=phrasings,
             options=settings.options,
+            meanings=meanings,
         )
         for part in (train_samples, val_samples)
     )
@@ -350,7 +383,8 @@ def run(settings: SftRun) -> None:
         tokens={name: token_id(tokenizer, name) for name in SPECIAL_TOKENS},
     )
     start_embeddings(model, vocabulary)
-    heads = SftHeads(NANO.hidden_dim, len(data.categories))
+    meaning_dim = 0 if meanings is None else len(next(iter(meanings.values())))
+    heads = SftHeads(NANO.hidden_dim, len(data.categories), meaning_dim)
     dense_heads = DenseHeads(NANO.hidden_dim, len(data.categories))
     if settings.start is not None:
         modules = load_checkpoint(settings.start)["modules"]
