@@ -71,7 +71,7 @@ def sft(
     size: Annotated[int, typer.Option(help="Side of the image in pixels: a multiple of 84.")] = 252,
     start: StartOption = None,
     teacher: Annotated[
-        Path | None, typer.Option(help="Folder of a sentence encoder, such as all-MiniLM-L6-v2: it helps to understand.")
+        Path | None, typer.Option(help="Folder of a sentence encoder, such as all-MiniLM-L6-v2: teaches it meaning.")
     ] = None,
     cache: CacheOption = None,
     compiled: CompileOption = False,

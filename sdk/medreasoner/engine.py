@@ -15,7 +15,7 @@ from medreasoner.segmenter import Segmenter
 __all__ = ["Engine", "load_engine", "step_options"]
 
 # Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
-# times a matrix, and a small mask decoder has few tokens: below these sizes one thread was measured twice as fast as two.
+# times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
 _SPLIT_FROM_HIDDEN_DIM = 1024
 _SPLIT_FROM_MASK_SIZE = 128
 
