@@ -22,6 +22,15 @@ StepsOption = Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 StartOption = Annotated[Path | None, typer.Option(help="Checkpoint of the dense stage to start from.")]
 CacheOption = Annotated[Path | None, typer.Option(help="File (.npz) that keeps the masks' key points between runs.")]
+
+
+def _whole_windows(size: int) -> int:
+    if size <= 0 or size % 84:
+        raise typer.BadParameter(f"{size} is not a multiple of 84, the side of the vision tower's windows")
+    return size
+
+
+SizeOption = Annotated[int, typer.Option(callback=_whole_windows, help="Side of the image in pixels, in steps of 84.")]
 CompileOption = Annotated[bool, typer.Option("--compile/--no-compile", help="Whether to compile the vision tower.")]
 
 
@@ -43,7 +52,7 @@ def dense(
     output: OutOption,
     steps: StepsOption,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 32,
-    size: Annotated[int, typer.Option(help="Side of the image in pixels: a multiple of 84.")] = 168,
+    size: SizeOption = 168,
     start: StartOption = None,
     cache: CacheOption = None,
     compiled: CompileOption = False,
@@ -68,7 +77,7 @@ def sft(
     steps: StepsOption,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 12,
     branches: Annotated[int, typer.Option(min=1, help="Questions an image.")] = 4,
-    size: Annotated[int, typer.Option(help="Side of the image in pixels: a multiple of 84.")] = 252,
+    size: SizeOption = 252,
     start: StartOption = None,
     teacher: Annotated[
         Path | None, typer.Option(help="Folder of a sentence encoder, such as all-MiniLM-L6-v2: teaches it meaning.")

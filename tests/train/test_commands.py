@@ -202,3 +202,11 @@ def test_eval_prints_figures_and_writes_rows_figures_and_report(
     assert {row["absent_probability"] for row in rows} == {None}
     command(*arguments)
     assert capsys.readouterr().out.strip() == (tmp_path / "report" / "report.md").read_text().strip()
+
+
+@pytest.mark.parametrize("stage", ["dense", "sft"])
+def test_a_size_that_cuts_windows_is_refused(stage: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["train", stage, "--data", str(tmp_path), "-o", str(tmp_path / "out"), "--steps", "1", "--size", "100"]
+    assert run(arguments) == 2
+    assert "multiple of 84" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()

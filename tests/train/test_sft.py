@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from medreasoner.errors import QueryError
 from medreasoner_train.anatomy import AbsentRule
 from medreasoner_train.augment import NO_CHANGE
 from medreasoner_train.data import load_index
@@ -33,6 +34,16 @@ def data(grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary) -> S
         phrasings=load_phrasings("train"),
         options=OPTIONS,
     )
+
+
+def test_a_category_without_questions_is_named(
+    grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary
+) -> None:
+    samples = load_index(grounding_set)
+    gone = samples[0].category
+    phrasings = {key: own for key, own in load_phrasings("train").items() if key.partition("/")[2] != gone}
+    with pytest.raises(QueryError, match=gone):
+        SftData(samples, stored, vocabulary=vocabulary, phrasings=phrasings, options=OPTIONS)
 
 
 def branches(batch: SftBatch) -> list[tuple[int, torch.Tensor]]:

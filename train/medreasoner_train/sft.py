@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medreasoner.errors import QueryError
 from medreasoner_train.augment import Options
 from medreasoner_train.checkpoint import save_reasoner
 from medreasoner_train.data import Sample, by_image, load_index, split
@@ -105,12 +106,14 @@ class SftData(DenseData):
         meanings: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__(samples, stored, patch=NANO.patch_size)
+        self._keys = keys_by_category(phrasings)
+        if missing := sorted(set(self.categories) - self._keys.keys()):
+            raise QueryError(f"no questions are written for {', '.join(missing)}: add them to queries/train.json")
         self._meanings = meanings
         self._vocabulary = vocabulary
         self._phrasings = phrasings
         self._options = options
         self._end = vocabulary.tokenizer.encode("<|im_end|>").ids
-        self._keys = keys_by_category(phrasings)
 
     def make(self, step: int, seed: int) -> SftBatch:
         """The batch of a step; depends on step and seed alone."""
