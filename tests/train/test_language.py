@@ -30,7 +30,7 @@ def plain(query: str) -> str:
     return " ".join(query.lower().rstrip("?.").split())
 
 
-FREQUENT = sorted(key for key, own in load_phrasings("train").items() if len(own.queries) >= 20)
+FREQUENT = sorted(key for key, own in load_phrasings("train").items() if len(own.queries) >= 40)
 
 
 def test_there_are_34_frequent_pairs() -> None:
