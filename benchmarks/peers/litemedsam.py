@@ -25,13 +25,13 @@ from torch.nn.functional import interpolate, pad
 from medreasoner import Grounder
 from medreasoner.providers import usable_cores
 from medreasoner_train.data import by_image, frequent_pairs, load_index, load_mask, load_pixels, split
+from medreasoner_train.evaluate import true_prompt_dice
 from medreasoner_train.metrics import dice, group_mean
-from medreasoner_train.targets import box_of, inscribed_points
+from medreasoner_train.targets import box_of
 
 SIDE = 256
 
 Pixels = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
 
 
 class _DropPath(nn.Module):
@@ -115,9 +115,7 @@ def main() -> None:
             theirs = peer_masks(net, pixels, np.array([box_of(mask) for mask in masks]))
             with grounder.open(pixels) as study:
                 for sample, mask, other in zip(own, masks, theirs, strict=True):
-                    first, second = ((float(x), float(y)) for x, y in inscribed_points(mask))
-                    ours, _ = study.segment(box=box_of(mask), points=(first, second))
-                    rows.append((sample.key, sample.group, dice(ours, mask), dice(other, mask)))
+                    rows.append((sample.key, sample.group, true_prompt_dice(study, mask), dice(other, mask)))
     print(f"{'category':38} samples   ours  LiteMedSAM")
     for key in sorted({row[0] for row in rows}):
         part = [row for row in rows if row[0] == key]

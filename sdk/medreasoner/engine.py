@@ -66,14 +66,14 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
     """Engine of a verified bundle; its sessions are made in threads, the longest first."""
     spec = bundle.spec
     reasoner, segmenter = spec.reasoner, spec.segmenter
-    graphs = {
-        reasoner.graphs.vision: options,
-        segmenter.graphs.encoder: options,
-        reasoner.graphs.decoder: step_options(options, splits=reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM),
-        segmenter.graphs.decoder: step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE),
-    }
+    graphs = (
+        (reasoner.graphs.vision, options),
+        (segmenter.graphs.encoder, options),
+        (reasoner.graphs.decoder, step_options(options, splits=reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM)),
+        (segmenter.graphs.decoder, step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)),
+    )
     with ThreadPoolExecutor(len(graphs) + 1) as pool:
-        sessions = [pool.submit(OrtSession, bundle.path(name), chosen) for name, chosen in graphs.items()]
+        sessions = [pool.submit(OrtSession, bundle.path(name), chosen) for name, chosen in graphs]
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
         lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)

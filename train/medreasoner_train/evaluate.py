@@ -30,7 +30,7 @@ from medreasoner_train.metrics import dice
 from medreasoner_train.prior import box_iou, fit_prior
 from medreasoner_train.targets import box_of, inscribed_points
 
-__all__ = ["EvalOptions", "Row", "evaluate_bundle"]
+__all__ = ["EvalOptions", "Row", "evaluate_bundle", "true_prompt_dice"]
 
 U8 = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -167,7 +167,7 @@ def _about_image(
             others = tuple(dice(result.mask, mask) for key, mask in masks.items() if key != sample.key)
             row = _present(result, sample, masks[sample.key], prior)
             rows.append(
-                dataclasses.replace(row, others=others, true_prompt_dice=_true_prompt(study, masks[sample.key]))
+                dataclasses.replace(row, others=others, true_prompt_dice=true_prompt_dice(study, masks[sample.key]))
             )
         near, far = rule.same_region(record), rule.other_region(record)
         for kind, names in (("absent (same region)", near), ("absent (elsewhere)", far)):
@@ -217,7 +217,8 @@ def _present(
     )
 
 
-def _true_prompt(study: Study, mask: Mask) -> float:
+def true_prompt_dice(study: Study, mask: Mask) -> float:
+    """Dice of the segmenter given the true box and points of a non-empty (H, W) mask, in the study's image."""
     points = inscribed_points(mask)
     first, second = ((float(x), float(y)) for x, y in points)
     segmented, _ = study.segment(box=box_of(mask), points=(first, second))

@@ -25,8 +25,8 @@ TEMPLATE = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{query}<|im_e
 PRESENT = (
     '<answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points_1": [{p1x}, {p1y}], "points_2": [{p2x}, {p2y}]}}</answer>'
 )
-MIN_WORDS = 4  # that are left of a question
 ABSENT = '<answer>{"bbox": null, "points_1": null, "points_2": null}</answer>'
+MIN_WORDS = 4  # that are left of a question
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

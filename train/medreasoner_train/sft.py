@@ -27,7 +27,7 @@ from medreasoner_train.loop import LoopOptions, load_checkpoint, train
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
 from medreasoner_train.store import Stored, load_store
-from medreasoner_train.teacher import embed_sentences
+from medreasoner_train.teacher import embed_queries
 from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id
 from medreasoner_train.validation import validate
 from medreasoner_train.vocabulary import Vocabulary, make_tokenizer
@@ -355,11 +355,6 @@ class SftRun:
     eval_every: int = 300
 
 
-def _meanings(teacher: Path, phrasings: Mapping[str, Phrasings]) -> dict[str, Tensor]:
-    queries = sorted({query for own in phrasings.values() for query in own.queries})
-    return dict(zip(queries, embed_sentences(teacher, queries), strict=True))
-
-
 def run(settings: SftRun) -> None:
     """Train from the last checkpoint (or the dense stage's) to the end, then write ``out/checkpoint``."""
     torch.manual_seed(settings.loop.seed)
@@ -368,7 +363,7 @@ def run(settings: SftRun) -> None:
     samples = load_index(settings.data)
     train_samples, val_samples = split(samples)
     phrasings = load_phrasings("train")
-    meanings = None if settings.teacher is None else _meanings(settings.teacher, phrasings)
+    meanings = None if settings.teacher is None else embed_queries(settings.teacher, phrasings)
     data, val = (
         SftData(
             samples,

@@ -4,7 +4,7 @@ A small decoder that learns language from a few thousand questions tells their c
 no other author. Asked to say as well what a sentence encoder makes of each question, it learns which words are alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +12,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from medreasoner.errors import BundleError
+from medreasoner_train.language import Phrasings
 
-__all__ = ["embed_sentences"]
+__all__ = ["embed_queries", "embed_sentences"]
+
+
+def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings]) -> dict[str, Tensor]:
+    """The embedding (D,) of every question of `phrasings`, by :func:`embed_sentences`."""
+    queries = sorted({query for own in phrasings.values() for query in own.queries})
+    return dict(zip(queries, embed_sentences(folder, queries), strict=True))
 
 
 @torch.no_grad()
