@@ -31,7 +31,9 @@ def _whole_windows(size: int) -> int:
 
 
 SizeOption = Annotated[int, typer.Option(callback=_whole_windows, help="Side of the image in pixels, in steps of 84.")]
-CompileOption = Annotated[bool, typer.Option("--compile/--no-compile", help="Whether to compile the vision tower.")]
+CompileOption = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Whether to compile the model: slow start, faster steps.")
+]
 
 
 @app.callback()
@@ -79,6 +81,9 @@ def sft(
     branches: Annotated[int, typer.Option(min=1, help="Questions an image.")] = 4,
     size: SizeOption = 252,
     start: StartOption = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json to use, to go on after the questions changed.")
+    ] = None,
     teacher: Annotated[
         Path | None, typer.Option(help="Folder of a sentence encoder, such as all-MiniLM-L6-v2: teaches it meaning.")
     ] = None,
@@ -96,7 +101,14 @@ def sft(
     options = stage.SftOptions(images=batch, branches=branches, size=size)
     stage.run(
         stage.SftRun(
-            data=data, loop=loop, options=options, start=start, teacher=teacher, cache=cache, compiled=compiled
+            data=data,
+            loop=loop,
+            options=options,
+            start=start,
+            tokenizer=tokenizer,
+            teacher=teacher,
+            cache=cache,
+            compiled=compiled,
         )
     )
 

@@ -33,8 +33,8 @@ def plain(query: str) -> str:
 FREQUENT = sorted(key for key, own in load_phrasings("train").items() if len(own.queries) >= 40)
 
 
-def test_there_are_34_frequent_pairs() -> None:
-    assert len(FREQUENT) == 34
+def test_there_are_at_least_34_frequent_pairs() -> None:
+    assert len(FREQUENT) >= 34
 
 
 def test_both_parts_hold_the_same_pairs() -> None:

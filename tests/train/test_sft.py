@@ -1,6 +1,7 @@
 """Rows of the second stage: tokens are decoded back and compared with what they were made from."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from medreasoner_train.data import load_index
 from medreasoner_train.dense import DenseHeads
 from medreasoner_train.language import ABSENT, TEMPLATE, load_phrasings, place_of
 from medreasoner_train.loop import LoopOptions, Optimiser
-from medreasoner_train.sft import IGNORED, SftBatch, SftData, SftHeads, SftOptions, sft_loss
+from medreasoner_train.sft import SftHeads, sft_loss
+from medreasoner_train.sft_data import IGNORED, SftBatch, SftData, SftOptions
 from medreasoner_train.store import Stored
 from medreasoner_train.targets import box_of
 from medreasoner_train.vocabulary import Vocabulary
 
-OPTIONS = SftOptions(images=4, branches=3, size=84, absent=0.3, think=0.5)
+OPTIONS = SftOptions(images=4, branches=3, size=84, absent=0.3, think=0.5, skeleton=1.0)
 AFTER = TEMPLATE.split("{query}")[1]
 NUMBER = re.compile(r"(?<=[\[ ])\d+(?=[,\]])")
 
@@ -121,7 +123,7 @@ def test_coordinates_are_the_rounded_box_of_the_mask(data: SftData, vocabulary: 
     for index, item in enumerate(data.stored):
         _, targets, masks = data.image(index, OPTIONS.size, rng, NO_CHANGE)
         for _ in range(4):
-            ids, mark = data.branch(item, targets, masks, rng)
+            ids, mark = data.branch(item, targets, masks, rng, think=rng.random() < 0.5)
             text = text_of(vocabulary, torch.tensor(ids))
             values = [int(v) for v in NUMBER.findall(text.partition("<answer>")[2])]
             if mark.geometry is None:
@@ -159,7 +161,7 @@ def test_what_is_called_absent_is_absent_by_the_rule(data: SftData, grounding_se
         _, targets, masks = data.image(index, OPTIONS.size, rng, NO_CHANGE)
         allowed = {*rule.same_region(item.record), *rule.other_region(item.record)}
         for _ in range(12):
-            _, mark = data.branch(item, targets, masks, rng)
+            _, mark = data.branch(item, targets, masks, rng, think=False)
             category = data.categories[mark.category]
             assert category in (masks if mark.geometry is not None else allowed)
             counted[mark.geometry is None] += 1
@@ -197,13 +199,46 @@ def test_a_question_is_phrased_for_the_modality_of_its_image(data: SftData, voca
     _, targets, masks = data.image(index, OPTIONS.size, rng, NO_CHANGE)
     found = 0
     for _ in range(60):
-        ids, mark = data.branch(data.stored[index], targets, masks, rng)
+        ids, mark = data.branch(data.stored[index], targets, masks, rng, think=True)
         if mark.geometry is not None and data.categories[mark.category] == "left lung":
             query = text_of(vocabulary, torch.tensor(ids)).partition(AFTER)[0].lower().rstrip("?.")
             words = query.split()
             found += any(set(words) <= set(q.split()) and len(q.split()) - len(words) <= 1 for q in own)
             assert any(set(words) <= set(q.split()) for q in own), query
     assert found > 5
+
+
+def test_a_share_of_the_skeleton_is_taught_and_all_of_the_rest(
+    data: SftData, grounding_set: Path, vocabulary: Vocabulary
+) -> None:
+    fewer = SftData(
+        load_index(grounding_set),
+        data.stored,
+        vocabulary=vocabulary,
+        phrasings=load_phrasings("train"),
+        options=replace(OPTIONS, skeleton=0.25),
+    )
+    left = whole = 0
+    for step in range(6):
+        part, full = fewer.make(step, 0), data.make(step, 0)
+        assert torch.equal(part.packed.ids, full.packed.ids)
+        taught = part.label != IGNORED
+        assert torch.equal(part.label[taught], full.label[taught])
+        assert taught[(full.label != IGNORED) & (full.kind != 0)].all()
+        left += int((taught & (full.kind == 0)).sum())
+        whole += int(((full.label != IGNORED) & (full.kind == 0)).sum())
+    assert left / whole == pytest.approx(0.25, abs=0.04)
+
+
+def test_images_have_nearly_as_many_thoughts_as_each_other(data: SftData, vocabulary: Vocabulary) -> None:
+    counts = []
+    for step in range(8):
+        batch = data.make(step, 0)
+        for row in range(OPTIONS.images):
+            ids = batch.packed.ids[row]
+            counts.append(text_of(vocabulary, ids).count("<think>"))
+    assert set(counts) == {1, 2}  # half of three
+    assert np.mean(counts) == pytest.approx(OPTIONS.think * OPTIONS.branches, abs=0.4)
 
 
 def test_a_batch_depends_on_step_and_seed_alone(data: SftData) -> None:

@@ -12,7 +12,8 @@ from medreasoner.errors import BundleError
 from medreasoner_train.data import load_index
 from medreasoner_train.dense import DenseHeads
 from medreasoner_train.language import load_phrasings
-from medreasoner_train.sft import SftData, SftHeads, SftOptions, sft_loss
+from medreasoner_train.sft import SftHeads, sft_loss
+from medreasoner_train.sft_data import SftData, SftOptions
 from medreasoner_train.store import Stored
 from medreasoner_train.teacher import embed_sentences
 from medreasoner_train.vocabulary import Vocabulary

@@ -1,6 +1,7 @@
 """Every coordinate is one token, and no text is lost."""
 
 import re
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer
 
 from medreasoner.errors import BundleError
 from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
-from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id, train_tokenizer
+from medreasoner_train.tokenizer import SPECIAL_TOKENS, load_tokenizer, token_id, train_tokenizer
 from medreasoner_train.vocabulary import Vocabulary
 
 TEXTS = ["Where is the heart? null [ ], ", ABSENT, PRESENT.replace("{{", "{")] * 3
@@ -81,3 +82,18 @@ def test_values_and_ids_of_numbers_undo_each_other(vocabulary: Vocabulary) -> No
 def test_a_word_that_the_vocabulary_lacks_is_named(tokenizer: Tokenizer) -> None:
     with pytest.raises(BundleError, match="xyzzyplugh"):
         token_id(tokenizer, "xyzzyplugh")
+
+
+def test_a_tokenizer_comes_back_from_its_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    assert load_tokenizer(path).to_str() == tokenizer.to_str()
+
+
+@pytest.mark.parametrize("content", [None, "", "{}"])
+def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: str | None) -> None:
+    path = tmp_path / "broken.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BundleError, match=r"broken\.json"):
+        load_tokenizer(path)

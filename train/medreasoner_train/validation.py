@@ -11,7 +11,7 @@ from medreasoner_train.language import load_phrasings
 from medreasoner_train.prior import box_iou
 
 if TYPE_CHECKING:
-    from medreasoner_train.sft import SftData
+    from medreasoner_train.sft_data import SftData
     from medreasoner_train.vocabulary import Vocabulary
 
 __all__ = ["validate"]

@@ -4,9 +4,12 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from medreasoner.errors import BundleError, GenerationError
-from medreasoner.ops import AnswerParser, ParsedAnswer
-from medreasoner.reasoner.generate import Sequencer, choose, free_text
+from medreasoner.ops import AnswerParser, AnswerState, ParsedAnswer
+from medreasoner.reasoner.generate import Sequencer, choose, free_text, if_present
 from medreasoner.reasoner.grammar import GrammarBook
 from medreasoner.reasoner.weights import WeightMatrix
 from medreasoner.result import Answer, Thought
@@ -80,14 +83,17 @@ class AnswerWriter:
         pending = [*thought.pending, *ids]
         absent_probability: float | None = None
         while not state.done:
-            hidden = sequencer.feed(pending)
+            guess = if_present(state)
+            hidden = sequencer.feed([*pending, *guess])
             if sequencer.n_runs == 1:
                 sequencer.lap("prefill")
-            token, probability = choose(state, hidden, self._lm_head, self._spec.absent_threshold)
+            own, probability = self._step(state, hidden[len(pending) - 1])
             absent_probability = probability if absent_probability is None else absent_probability
-            state.accept(token)
-            pending = [token, *state.forced()]  # a forced span rides along, in one run
-            ids += pending
+            ids += own
+            if guess and own == guess:  # they have been fed already
+                own, _ = self._step(state, hidden[-1])
+                ids += own
+            pending = own
         sequencer.lap("answer")
         text = thought.rest + self._text(ids)
         yield Answer(text)
@@ -100,6 +106,12 @@ class AnswerWriter:
             absent_probability=absent_probability,
             warnings=thought.warnings,
         )
+
+    def _step(self, state: AnswerState, hidden: NDArray[np.float32]) -> tuple[list[int], float | None]:
+        """The chosen token and the forced ones behind it, which ride along in one run; the absent probability."""
+        token, probability = choose(state, hidden, self._lm_head, self._spec.absent_threshold)
+        state.accept(token)
+        return [token, *state.forced()], probability
 
     def _think(self, sequencer: Sequencer, pending: list[int]) -> Generator[Thought, None, "_Thought"]:
         limit = self._spec.max_think_tokens

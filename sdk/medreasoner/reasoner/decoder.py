@@ -1,4 +1,4 @@
-"""The decoder graph with its key-value caches: embeddings in, last hidden state out."""
+"""The decoder graph with its key-value caches: embeddings in, hidden states out."""
 
 import threading
 from dataclasses import dataclass, field
@@ -98,7 +98,7 @@ class Decoder:
         Returns
         -------
         NDArray[np.float32]
-            (hidden_dim,) last token's hidden state after the final norm.
+            (n, hidden_dim) hidden states of these tokens after the final norm.
 
         Raises
         ------
@@ -123,4 +123,5 @@ class Decoder:
         with self._lock:
             hidden = cache.binding.run(inputs)["hidden_states"]
         cache.length = total
-        return np.ascontiguousarray(hidden[0, -1])
+        states: NDArray[np.float32] = hidden[0]
+        return states

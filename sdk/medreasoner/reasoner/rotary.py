@@ -1,6 +1,7 @@
 """Positions of a prompt on three axes (time, row, column) and the decoder's rotary tables."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +76,15 @@ def rotary_tables(
     -------
     cos, sin : (n, head_dim / 2) float32
     """
-    frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
-    axis = np.repeat(np.arange(3), sections)  # which axis each frequency follows
+    frequencies, axis = _frequencies(head_dim, theta, sections)
     angles = positions[axis].T.astype(np.float32) * frequencies  # (n, head_dim / 2)
     return np.cos(angles), np.sin(angles)
+
+
+@lru_cache(maxsize=8)
+def _frequencies(
+    head_dim: int, theta: float, sections: tuple[int, int, int]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """(head_dim / 2,) frequencies, and the axis that each follows."""
+    frequencies = (1.0 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / head_dim)).astype(np.float32)
+    return frequencies, np.repeat(np.arange(3), sections)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from medreasoner.errors import GenerationError
 from medreasoner.ops import AnswerGrammar
-from medreasoner.reasoner.generate import choose, held_back
+from medreasoner.reasoner.generate import choose, held_back, if_present
 from medreasoner.reasoner.weights import WeightMatrix
 
 GRAMMAR = AnswerGrammar(
@@ -55,6 +55,19 @@ def test_the_threshold_holds_only_where_absence_can_be_chosen() -> None:
     state.accept(2)
     state.forced()
     assert choose(state, HIDDEN, head({13: 3.0, 5: 50.0}), 0.0)[0] == 13
+
+
+def test_what_follows_a_present_target_is_known_at_the_choice_and_nowhere_else() -> None:
+    state = GRAMMAR.start(10, 10)
+    assert if_present(state) == []
+    state.forced()
+    guess = if_present(state)
+    assert state.at_absent_choice  # asking moved nothing
+    assert guess[0] == 2
+    state.accept(guess[0])
+    assert state.forced() == guess[1:]
+    assert not state.absent
+    assert if_present(state) == []
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -1,0 +1,242 @@
+"""Batches of the second stage: images with several questions each, as packed tokens and targets."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from medreasoner.errors import QueryError
+from medreasoner_train.augment import Options
+from medreasoner_train.data import Sample
+from medreasoner_train.decoder import Packed, pack
+from medreasoner_train.dense import DenseTargets
+from medreasoner_train.language import Phrasings, answer_text, keys_by_category, thought_text, vary
+from medreasoner_train.model import NANO
+from medreasoner_train.pretrain import DenseData, ImageTargets, stack
+from medreasoner_train.store import Stored
+from medreasoner_train.vocabulary import Vocabulary
+
+__all__ = ["IGNORED", "Mark", "SftBatch", "SftData", "SftOptions"]
+
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SftOptions:
+    """Mixture and weights of the stage.
+
+    `spread` is the width, in coordinate units, of a coordinate's soft target. `skeleton` is the share of the answer's
+    fixed tokens that are taught in a step: they are the same every time, and logits over the vocabulary are costly.
+    """
+
+    images: int = 12
+    branches: int = 4
+    size: int = 252
+    absent: float = 0.22
+    think: float = 0.25
+    spread: float = 2.5
+    skeleton: float = 0.25
+    weight_skeleton: float = 0.2
+    weight_thought: float = 0.3
+    weight_absent: float = 1.0
+    weight_l1: float = 4.0
+    weight_dense: float = 0.3
+    weight_category: float = 0.3
+    weight_readout: float = 1.0
+    weight_meaning: float = 2.0
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class SftBatch:
+    """One step's input: images (B, 3, S, S), packed tokens, and targets.
+
+    label : (B, T) int64, the token that follows each position, or -100 where it is not taught; kind : (B, T) int64, 0
+    skeleton, 1 thought, 2 absent or present, 3 coordinate; ends : (N, 2) row and place of the last prompt token of each
+    branch; category : (N,) int64; geometry : (N, 8) float32 relative; present : (N,) bool; meaning : (N, D) float32,
+    the teacher's embedding of each question, None without a teacher.
+    """
+
+    images: Tensor
+    packed: Packed
+    label: Tensor
+    kind: Tensor
+    ends: Tensor
+    category: Tensor
+    geometry: Tensor
+    present: Tensor
+    dense: DenseTargets
+    meaning: Tensor | None
+
+
+class SftData(DenseData):
+    """Makes batches of images with several questions each."""
+
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        stored: Sequence[Stored],
+        *,
+        vocabulary: Vocabulary,
+        phrasings: dict[str, Phrasings],
+        options: SftOptions,
+        meanings: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(samples, stored, patch=NANO.patch_size)
+        self._keys = keys_by_category(phrasings)
+        if missing := sorted(set(self.categories) - self._keys.keys()):
+            raise QueryError(f"no questions are written for {', '.join(missing)}: add them to queries/train.json")
+        self._meanings = meanings
+        self._vocabulary = vocabulary
+        self._phrasings = phrasings
+        self._options = options
+        self._end = vocabulary.tokenizer.encode("<|im_end|>").ids
+
+    def make(self, step: int, seed: int) -> SftBatch:
+        """The batch of a step; depends on step and seed alone."""
+        options = self._options
+        rng = np.random.default_rng([seed, step])
+        chosen = rng.choice(len(self.stored), size=options.images, p=self.weights)
+        images, dense, branches, marks = [], [], [], []
+        for index in chosen:
+            image, targets, masks = self.image(int(index), options.size, rng, Options())
+            row = [self.branch(self.stored[index], targets, masks, rng, think=think) for think in self._thinking(rng)]
+            images.append(image)
+            dense.append(targets)
+            branches.append([ids for ids, _ in row])
+            marks.append([mark for _, mark in row])
+        prefix, positions = self._vocabulary.prefix(options.size // (NANO.patch_size * NANO.merge_size))
+        packed = pack(prefix, positions, self._vocabulary.image, branches, self._vocabulary.pad)
+        batch = self._targets(torch.stack(images), packed, len(prefix), branches, marks, stack(dense))
+        left_out = torch.from_numpy(rng.random(batch.label.shape) >= options.skeleton)
+        batch.label[left_out & (batch.kind == 0)] = IGNORED
+        return batch
+
+    def _thinking(self, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+        """Which of an image's questions are thought about; their number hardly varies, so that rows are as long."""
+        count = int(self._options.think * self._options.branches + rng.random())
+        return rng.permutation(self._options.branches) < count
+
+    def branch(
+        self,
+        item: Stored,
+        targets: ImageTargets,
+        masks: dict[str, npt.NDArray[np.bool_]],
+        rng: np.random.Generator,
+        *,
+        think: bool,
+    ) -> tuple[list[int], "Mark"]:
+        """Tokens of one question with its answer, and what they mean."""
+        category = self._choose(item, masks, rng)
+        own_key = f"{item.record.modality}/{category}"
+        keys = self._keys[category]
+        own = self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
+        query = own.queries[int(rng.integers(len(own.queries)))]
+        mask = masks.get(category)
+        geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
+        encode = self._vocabulary.tokenizer.encode
+        prompt = self._vocabulary.prompt(vary(query, rng))
+        thought = encode(thought_text(own, mask, rng)).ids if think else []
+        numbers = None if geometry is None else self.integers(geometry)
+        answer = encode(answer_text(numbers)).ids
+        mark = Mark(
+            prompt=len(prompt), thought=len(thought), category=self.column(category), geometry=geometry, query=query
+        )
+        return [*prompt, *thought, *answer, *self._end], mark
+
+    def integers(self, geometry: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Relative box and points as integer coordinates, kept a valid answer (x2 > x1, y2 > y1)."""
+        limit = self._vocabulary.largest
+        values = np.clip(np.round(geometry * limit), 0, limit)
+        values[:2] = np.minimum(values[:2], limit - 1)
+        values[2:4] = np.maximum(values[2:4], values[:2] + 1)
+        return values
+
+    def absent_query(
+        self, item: Stored, phrasings: dict[str, Phrasings], rng: np.random.Generator
+    ) -> tuple[str, bool] | None:
+        """A question for something that is not in the image, and whether it belongs to the same part of the body.
+
+        None if the data set knows of nothing that is absent from the image.
+        """
+        near, far = self._rule.same_region(item.record), self._rule.other_region(item.record)
+        pool = near or far
+        if not pool:
+            return None
+        keys = self._keys[pool[int(rng.integers(len(pool)))]]
+        queries = phrasings[keys[int(rng.integers(len(keys)))]].queries
+        return queries[int(rng.integers(len(queries)))], bool(near)
+
+    def _choose(self, item: Stored, masks: dict[str, Any], rng: np.random.Generator) -> str:
+        if rng.random() < self._options.absent or not masks:
+            near, far = self._rule.same_region(item.record), self._rule.other_region(item.record)
+            pool = near if near and rng.random() < 0.7 else far or near
+            if pool:  # a data set of one part of the body knows of nothing that is absent
+                return pool[int(rng.integers(len(pool)))]
+        names = sorted(masks)
+        return names[int(rng.integers(len(names)))]
+
+    def _coordinates(self, answer: Tensor) -> Tensor:
+        """Which tokens of an answer are coordinates: integers behind a bracket or a comma, not the 1 of points_1."""
+        number = self._vocabulary.value[answer] >= 0
+        number[1:] &= torch.isin(answer[:-1], self._vocabulary.before_number)
+        return number
+
+    def _targets(
+        self,
+        images: Tensor,
+        packed: Packed,
+        prefix: int,
+        branches: list[list[list[int]]],
+        marks: list[list["Mark"]],
+        dense: DenseTargets,
+    ) -> SftBatch:
+        label = torch.full_like(packed.ids, IGNORED)
+        kind = torch.zeros_like(packed.ids)
+        ends: list[tuple[int, int]] = []
+        for b, (row, own) in enumerate(zip(branches, marks, strict=True)):
+            at = prefix
+            for ids, mark in zip(row, own, strict=True):
+                first = at + mark.prompt - 1  # the position that predicts the first token after the prompt
+                ends.append((b, first))
+                following = torch.tensor(ids[mark.prompt :])
+                label[b, first : first + len(following)] = following
+                kind[b, first : first + mark.thought] = 1
+                answer = following[mark.thought :]
+                place = first + mark.thought
+                kind[b, place : place + len(answer)][self._coordinates(answer)] = 3
+                choice = ((answer == self._vocabulary.null) | (answer == self._vocabulary.bracket)).nonzero()[0]
+                kind[b, place + int(choice)] = 2
+                at += len(ids)
+        flat = [mark for own in marks for mark in own]
+        return SftBatch(
+            images=images,
+            packed=packed,
+            label=label,
+            kind=kind,
+            ends=torch.tensor(ends),
+            category=torch.tensor([mark.category for mark in flat]),
+            geometry=torch.tensor(
+                np.stack([np.zeros(8) if m.geometry is None else m.geometry for m in flat]), dtype=torch.float32
+            ),
+            present=torch.tensor([mark.geometry is not None for mark in flat]),
+            dense=dense,
+            # Of the whole question, though words may be missing from what the model reads.
+            meaning=None if self._meanings is None else torch.stack([self._meanings[m.query] for m in flat]),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Mark:
+    """Of one branch: number of prompt and thought tokens, the category's column, relative geometry (8,) or None, and
+    the question as it was written.
+    """
+
+    prompt: int
+    thought: int
+    category: int
+    geometry: npt.NDArray[np.float64] | None
+    query: str
