@@ -120,6 +120,10 @@ def segmenter(
     steps: StepsOption,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 12,
     per_image: Annotated[int, typer.Option(min=1, help="Prompts an image.")] = 3,
+    emphasis: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE=FACTOR", help="Draw a source's images so many times as often; may be repeated."),
+    ] = None,
     cache: CacheOption = None,
     seed: SeedOption = 0,
 ) -> None:
@@ -130,4 +134,22 @@ def segmenter(
     """  # noqa: D301
     stage = load("medreasoner_train.segmenter", extra="train")
     loop = stage.LoopOptions(steps=steps, out=output, seed=seed)
-    stage.run(stage.SegmenterOptions(data=data, loop=loop, images=batch, per_image=per_image, cache=cache))
+    stage.run(
+        stage.SegmenterOptions(
+            data=data, loop=loop, images=batch, per_image=per_image, emphasis=_factors(emphasis or []), cache=cache
+        )
+    )
+
+
+def _factors(pairs: list[str]) -> dict[str, float]:
+    """``["a=2"]`` as ``{"a": 2.0}``."""
+    factors = {}
+    for pair in pairs:
+        source, _, factor = pair.partition("=")
+        try:
+            factors[source] = float(factor)
+        except ValueError:
+            raise typer.BadParameter(f"--emphasis {pair!r}: expected SOURCE=FACTOR, as in axon_sem=4") from None
+        if not 0 < factors[source] < float("inf"):
+            raise typer.BadParameter(f"--emphasis {pair!r}: the factor must be positive")
+    return factors

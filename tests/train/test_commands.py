@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration, SamModel
 
 import medreasoner
 from medreasoner_cli.main import run
-from medreasoner_train import evaluate, pretrain, segmenter, sft
+from medreasoner_train import evaluate, pretrain, segmenter, sft, sft_data
 from medreasoner_train.data import by_image, load_index, load_mask, load_pixels, split
 from medreasoner_train.language import load_phrasings
 from medreasoner_train.loop import LoopOptions
@@ -29,6 +29,7 @@ def _quiet(toy_config: NanoConfig, tokenizer: Tokenizer, monkeypatch: pytest.Mon
     """A toy in place of nano, and no logger left behind."""
     monkeypatch.setattr(pretrain, "NANO", toy_config)
     monkeypatch.setattr(sft, "NANO", toy_config)
+    monkeypatch.setattr(sft_data, "NANO", toy_config)
     monkeypatch.setattr(sft, "make_tokenizer", lambda *_: tokenizer)
     logger = logging.getLogger("medreasoner_train")
     yield
@@ -210,3 +211,12 @@ def test_a_size_that_cuts_windows_is_refused(stage: str, tmp_path: Path, capfd: 
     assert run(arguments) == 2
     assert "multiple of 84" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pair", ["axon_sem", "axon_sem=", "=", "axon_sem=-1", "axon_sem=nan", "axon_sem=inf"])
+def test_an_emphasis_that_is_none_is_refused(pair: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    arguments = ["train", "segmenter", "--data", str(tmp_path), "-o", str(out), "--steps", "1", "--emphasis", pair]
+    assert run(arguments) == 2
+    assert "--emphasis" in capfd.readouterr().err
+    assert not out.exists()

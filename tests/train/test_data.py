@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies
 from PIL import Image as PilImage
 
-from medreasoner.errors import ImageReadError
+from medreasoner.errors import ImageReadError, MedReasonerError
 from medreasoner_train import store
 from medreasoner_train.data import (
     Sample,
@@ -142,6 +142,19 @@ def test_the_store_holds_pixels_masks_boxes_and_points(grounding_set: Path) -> N
         np.testing.assert_array_equal(item.masks[k], mask)
         assert tuple(item.boxes[k]) == box_of(mask)
         np.testing.assert_array_equal(item.points[k], inscribed_points(mask))
+
+
+def test_images_of_rare_structures_and_of_chosen_sources_are_drawn_more_often(grounding_set: Path) -> None:
+    stored = store.load_store(by_image(load_index(grounding_set)))
+    plain = store.sampling_weights(stored)
+    chosen = store.sampling_weights(stored, {"acdc_mri": 4.0})
+    assert plain.sum() == pytest.approx(1)
+    assert chosen.sum() == pytest.approx(1)
+    own = np.array([item.record.source == "acdc_mri" for item in stored])
+    odds = [weights[own].sum() / weights[~own].sum() for weights in (plain, chosen)]
+    assert odds[1] == pytest.approx(4 * odds[0])
+    with pytest.raises(MedReasonerError, match=r"acdc_ct; there are acdc_mri, .*kvasir_seg"):
+        store.sampling_weights(stored, {"acdc_ct": 2.0})
 
 
 def test_the_cache_spares_the_points_and_grows_with_new_images(

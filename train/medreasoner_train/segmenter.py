@@ -4,7 +4,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,9 +85,9 @@ class Prompts:
 class SegmenterData:
     """Makes batches of images with prompts."""
 
-    def __init__(self, stored: Sequence[Stored]) -> None:
+    def __init__(self, stored: Sequence[Stored], *, emphasis: Mapping[str, float] | None = None) -> None:
         self.stored = list(stored)
-        self.weights = sampling_weights(self.stored)
+        self.weights = sampling_weights(self.stored, emphasis)
 
     def batch(self, step: int, *, count: int, per_image: int, seed: int) -> tuple[Tensor, Prompts]:
         """Images (B, 3, S, S) in [-1, 1] and B * per_image prompts, with errors of every size."""
@@ -226,12 +226,13 @@ def evaluate(model: Any, data: SegmenterData) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SegmenterOptions:
-    """One run of the segmenter's training."""
+    """One run of the segmenter's training; `emphasis`: sources of the data to draw so many times as often."""
 
     data: Path
     loop: LoopOptions
     images: int = 12
     per_image: int = 3
+    emphasis: Mapping[str, float] = dataclasses.field(default_factory=dict)
     cache: Path | None = None
     eval_every: int = 300
 
@@ -240,7 +241,8 @@ def run(options: SegmenterOptions) -> None:
     """Train from the last checkpoint to the end and write the Hugging Face form to ``out/checkpoint``."""
     torch.manual_seed(options.loop.seed)
     train_samples, val_samples = split(load_index(options.data))
-    train_data = SegmenterData(load_store(by_image(train_samples), cache=options.cache))
+    stored = load_store(by_image(train_samples), cache=options.cache)
+    train_data = SegmenterData(stored, emphasis=options.emphasis)
     val_data = SegmenterData(load_store(by_image(val_samples), cache=options.cache))
     model = build_segmenter()
     train(

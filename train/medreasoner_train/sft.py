@@ -188,9 +188,9 @@ def run(settings: SftRun) -> None:
         modules = load_checkpoint(settings.start)["modules"]
         model.model.visual.load_state_dict(modules["visual"])
         dense_heads.load_state_dict(modules["heads"])
-    # Rows differ in length from step to step.
-    compiled = Passes(vision=torch.compile(tower), language=torch.compile(language_pass, dynamic=True))
-    passes = compiled if settings.compiled else Passes()
+    passes = Passes()
+    if settings.compiled:  # rows differ in length from step to step
+        passes = Passes(vision=torch.compile(tower), language=torch.compile(language_pass, dynamic=True))
     train(
         modules={"model": model, "heads": heads, "dense": dense_heads},
         make_batch=lambda step: data.make(step, settings.loop.seed),

@@ -2,13 +2,14 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from medreasoner.errors import MedReasonerError
 from medreasoner_train.data import ImageRecord, load_mask, load_pixels
 from medreasoner_train.targets import box_of, inscribed_points
 
@@ -65,12 +66,23 @@ def load_store(records: Sequence[ImageRecord], *, cache: Path | None = None) -> 
     return stored
 
 
-def sampling_weights(stored: Sequence[Stored]) -> npt.NDArray[np.float64]:
+def sampling_weights(stored: Sequence[Stored], emphasis: Mapping[str, float] | None = None) -> npt.NDArray[np.float64]:
     """Probability (N,) of drawing each image: that of its rarest structure, by one over the root of its count.
 
-    Rare categories are seen more often, but not so often that a handful of images is learnt by heart.
+    Rare categories are seen more often, but not so often that a handful of images is learnt by heart. `emphasis` names
+    sources whose images are to be drawn so many times as often.
+
+    Raises
+    ------
+    MedReasonerError
+        If `emphasis` names a source that the images do not have; the message lists them.
     """
+    emphasis = emphasis or {}
+    sources = {item.record.source for item in stored}
+    if unknown := sorted(emphasis.keys() - sources):
+        raise MedReasonerError(f"no images of the source {', '.join(unknown)}; there are {', '.join(sorted(sources))}")
     counts = Counter(sample.key for item in stored for sample in item.record.samples)
     weights = np.array([max(max(counts[s.key], 15) ** -0.5 for s in item.record.samples) for item in stored])
+    weights *= [emphasis.get(item.record.source, 1.0) for item in stored]
     shares: npt.NDArray[np.float64] = weights / weights.sum()
     return shares
