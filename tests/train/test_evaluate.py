@@ -210,3 +210,16 @@ def test_the_threshold_calls_no_more_than_the_share_of_present_targets_absent(sh
     threshold = report.threshold_for(rows, false_absent=share)
     assert (probabilities > threshold).mean() <= share
     assert (probabilities > threshold - 0.02).mean() > share - 0.02
+
+
+def test_the_threshold_rises_while_enough_absent_targets_are_recognised() -> None:
+    present = [row(absent_probability=float(p)) for p in np.linspace(0.0, 0.2, 50)]
+    absent = [row(kind="absent (elsewhere)", absent_probability=float(p)) for p in np.linspace(0.5, 0.9, 101)]
+    threshold = report.threshold_for([*present, *absent], recognised=0.8)
+    assert threshold == pytest.approx(0.58)
+    figures = report.as_dict([*present, *absent], {"all": frozenset(), "informative": frozenset()})
+    assert figures["absent_threshold"] == pytest.approx(0.56)
+    assert "| threshold on P(absent) that these answers call for | 0.560 |" in report.markdown(figures)
+    # Where both cannot be had, few false alarms come first.
+    hard = [row(kind="absent (elsewhere)", absent_probability=0.01)] * 9
+    assert report.threshold_for([*present, *hard]) == pytest.approx(0.2 * 0.92, abs=1e-3)

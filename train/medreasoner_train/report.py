@@ -57,6 +57,7 @@ def as_dict(rows: Sequence[Row], sets: Mapping[str, frozenset[str]]) -> dict[str
         "asked_over_each_other": _plain(group_mean(pairs, [row.group for row in asked for _ in row.others])),
         "asked_over_all_others": _plain(group_mean(more, [row.group for row in asked])),
     }
+    result["absent_threshold"] = _number(threshold_for(rows))
     for kind in ("blank image", "swapped image", "other query"):
         own = [row for row in rows if row.kind == kind and row.key in sets["informative"]]
         if own:
@@ -96,6 +97,7 @@ def markdown(figures: Mapping[str, Any]) -> str:
     lines += ["", "| question | answered absent |", "|---|---|"]
     lines += [f"| {kind} ({int(own['count'])}) | {_show(own)} |" for kind, own in figures["absent"].items()]
     lines += ["", "| check | value |", "|---|---|"]
+    lines.append(f"| threshold on P(absent) that these answers call for | {_text(figures['absent_threshold'])} |")
     lines += [
         f"| {name.replace('_', ' ')} ({int(own['count'])}) | {_show(own)} |" for name, own in figures["reads"].items()
     ]
@@ -114,10 +116,18 @@ def markdown(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def threshold_for(rows: Sequence[Row], *, false_absent: float = 0.08) -> float:
-    """Smallest threshold on P(absent) at which at most `false_absent` of the present targets are called absent."""
-    present = np.array([row.absent_probability for row in rows if row.kind == "present"])
-    return float(np.clip(np.quantile(present, 1 - false_absent), 0.02, 0.98))
+def threshold_for(rows: Sequence[Row], *, false_absent: float = 0.08, recognised: float = 0.85) -> float:
+    """Largest threshold on P(absent) at which `recognised` of the absent targets are still called absent.
+
+    Raised if more than `false_absent` of the present targets would be called so too. NaN if no probabilities are known.
+    """
+    present, absent = (
+        [row.absent_probability for row in rows if row.kind in kinds and not math.isnan(row.absent_probability)]
+        for kinds in (("present",), ("absent (same region)", "absent (elsewhere)"))
+    )
+    lowest = float(np.quantile(present, 1 - false_absent)) if present else math.nan
+    highest = float(np.quantile(absent, 1 - recognised)) if absent else lowest
+    return float(np.clip(max(lowest, highest), 0.02, 0.98))
 
 
 def save(out: Path, rows: Sequence[Row], figures: Mapping[str, Any]) -> None:
