@@ -31,7 +31,8 @@ template <class T>
 uint8_t window_value(T value, const Window& w) {
     const double fraction = voi_fraction(static_cast<double>(value) * w.slope + w.intercept, w);
     if (std::isnan(fraction)) return 0;
-    const auto level = static_cast<uint8_t>(fraction * 255.0 + 0.5);
+    // Where the width is near the centre's last bit, the bounds are rounded and a fraction may lie outside of them.
+    const auto level = static_cast<uint8_t>(std::clamp(fraction, 0.0, 1.0) * 255.0 + 0.5);
     return w.invert ? static_cast<uint8_t>(255 - level) : level;
 }
 

@@ -1,8 +1,10 @@
 """A loaded bundle: the two models, the threads that they share, and what is known about them."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import ParamSpec, TypeVar
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
@@ -18,6 +20,10 @@ __all__ = ["Engine", "load_engine", "step_options"]
 # times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
 _SPLIT_FROM_HIDDEN_DIM = 1024
 _SPLIT_FROM_MASK_SIZE = 128
+_CLOSED = "this Grounder is closed"
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,7 +56,20 @@ class Engine:
                 "load it in the child, or start processes with 'spawn'"
             )
         if self.closed:
-            raise MedReasonerError("this Grounder is closed")
+            raise MedReasonerError(_CLOSED)
+
+    def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
+        """Run a call in the engine's threads.
+
+        Raises
+        ------
+        MedReasonerError
+            If closed, be it at this very moment by another thread.
+        """
+        try:
+            return self.pool.submit(call, *args, **kwargs)
+        except RuntimeError:
+            raise MedReasonerError(_CLOSED) from None
 
 
 def step_options(options: RuntimeOptions, *, splits: bool) -> RuntimeOptions:

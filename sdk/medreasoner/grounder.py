@@ -1,8 +1,10 @@
 """The one class and the one call: a loaded bundle that answers questions about images."""
 
 import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -170,8 +172,9 @@ class Grounder:
         for start in range(0, len(images), _BATCH):
             some = [_read(source, frame) for source in images[start : start + _BATCH]]
             asked = [queries] if len(images) == 1 else [[each] for each in queries[start : start + _BATCH]]
-            for study, (first, *more) in zip(open_studies(self._engine, some), asked, strict=True):
-                with study:
+            with ExitStack() as opened:
+                studies = [opened.enter_context(study) for study in open_studies(self._engine, some)]
+                for study, (first, *more) in zip(studies, asked, strict=True):
                     results.append(_last(study.stream_first(first, think=think, unconstrained=unconstrained)))
                     results += [study.ground(each, think=think, unconstrained=unconstrained) for each in more]
         return results[0] if isinstance(query, str) else results
@@ -196,8 +199,24 @@ def ground(image: ImageSource, query: str, *, think: bool = False, frame: int | 
     """
     with ThreadPoolExecutor(1) as pool:  # the image is read while the models load
         reading = pool.submit(read_image, image, frame=frame)
-        grounder = _default_grounder(os.getpid())
+        with _loading.lock:  # several threads may ask at once for the first time
+            grounder = _default_grounder(os.getpid())
         return grounder.ground(reading.result(), query, think=think)
+
+
+class _Loading:
+    """Held while nano is loaded; a process that is forked off meanwhile gets a lock of its own."""
+
+    def __init__(self) -> None:
+        self.renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.renew)
+
+    def renew(self) -> None:
+        self.lock = threading.Lock()
+
+
+_loading = _Loading()
 
 
 @lru_cache(maxsize=1)

@@ -85,9 +85,16 @@ def _read_scalar(hint: Any, value: Any, key: str) -> str | int | float:
         return value
     if hint is int and isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return value
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if hint is float and isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
         return float(value)
     raise _mismatch(key, {str: "text", int: "an integer of at least 0", float: "a finite number"}[hint], value)
+
+
+def _is_finite(value: int | float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floating-point numbers
+        return False
 
 
 def _read_tuple(inner: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:

@@ -390,8 +390,8 @@ def rle_decode(rle: Rle) -> NDArray[np.bool_]:
         counts = rle["counts"]
     except (KeyError, TypeError, ValueError) as err:
         raise ArrayError("RLE: expected a mapping with 'size' [height, width] and 'counts'") from err
-    if not (isinstance(height, int) and isinstance(width, int) and isinstance(counts, str)):
-        raise ArrayError("RLE: expected two integers in 'size' and text in 'counts'")
+    if not (isinstance(height, int) and isinstance(width, int) and isinstance(counts, str) and counts.isascii()):
+        raise ArrayError("RLE: expected two integers in 'size' and ASCII text in 'counts'")
     check_size(height, width)
     try:
         return _kernels.rle_decode(counts, height, width)

@@ -68,7 +68,8 @@ def coordinate_scale(coordinates: Coordinates) -> int | None:
     if coordinates == "absolute":
         return None
     name, _, number = coordinates.partition("_")
-    if name == "relative" and number.isascii() and number.isdigit() and 1 <= int(number) <= 1_000_000:
+    is_number = number.isascii() and number.isdigit() and len(number) <= 7  # Python refuses thousands of digits
+    if name == "relative" and is_number and 1 <= int(number) <= 1_000_000:
         return int(number)
     raise BundleError(f"coordinates: expected absolute or relative_N, got {coordinates!r:.80}")
 

@@ -1,7 +1,7 @@
 """One image with many questions: what was worked out for the image is kept from query to query."""
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from itertools import groupby
 from types import TracebackType
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from medreasoner.engine import Engine
 from medreasoner.errors import MedReasonerError
-from medreasoner.geometry import Box, Point
+from medreasoner.geometry import Box, Placement, Point
 from medreasoner.image.record import Image
 from medreasoner.reasoner import Decoded, Prefix
 from medreasoner.result import Answer, Grounding, Thought
@@ -137,16 +137,23 @@ class Study:
         if self._closed:
             raise MedReasonerError("this Study is closed")
         segmenter = self._engine.segmenter
-        embedded, _ = self._embedded.result()
+        embedded, _ = self._embedding()
         corners, inside = np.array(box, np.float64).reshape(2, 2), np.array(points, np.float64).reshape(2, 2)
         logits, score = segmenter.decode(embedded, corners=corners, points=inside)
         return segmenter.mask(logits, embedded), score
+
+    def _embedding(self) -> tuple[Embedded, float]:
+        """The segmenter's reading of the image and the milliseconds that it took; waits for it."""
+        try:
+            return self._embedded.result()
+        except CancelledError:  # closed by another thread, or between two events of a stream
+            raise MedReasonerError("this Study is closed") from None
 
     def _segment(self, decoded: Decoded, timings: dict[str, float]) -> tuple[NDArray[np.bool_], float]:
         if decoded.corners is None or decoded.points is None:
             return np.zeros((self.image.height, self.image.width), np.bool_), 0.0
         segmenter = self._engine.segmenter
-        embedded, spent = self._embedded.result()
+        embedded, spent = self._embedding()
         if "vision" in timings:  # the image's own stages count too: it was opened for this query
             timings["segment_encode"] = spent
         watch = Stopwatch()
@@ -211,9 +218,23 @@ def open_studies(engine: Engine, images: Sequence[tuple[Image, float]]) -> list[
         If an image has more tokens than the reasoner holds.
     """
     engine.check()
+    placements = [engine.reasoner.place(image) for image, _ in images]
+    embedded = [engine.submit(_encode, engine.segmenter, image) for image, _ in images]
+    try:
+        return _studies(engine, images, placements, embedded)
+    except BaseException:
+        for future in embedded:  # nobody will ask for them
+            future.cancel()
+        raise
+
+
+def _studies(
+    engine: Engine,
+    images: Sequence[tuple[Image, float]],
+    placements: Sequence[Placement],
+    embedded: "Sequence[Future[tuple[Embedded, float]]]",
+) -> list[Study]:
     reasoner = engine.reasoner
-    placements = [reasoner.place(image) for image, _ in images]
-    embedded = [engine.pool.submit(_encode, engine.segmenter, image) for image, _ in images]
     grids = [(placement.grid_height, placement.grid_width) for placement in placements]
     studies: dict[int, Study] = {}
     for _, group in groupby(sorted(range(len(images)), key=grids.__getitem__), key=grids.__getitem__):

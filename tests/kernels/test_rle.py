@@ -70,6 +70,7 @@ def test_any_text_decodes_to_a_mask_or_is_refused(height, width, text):
         pytest.param({"size": [2, 2], "counts": "O5"}, id="negative run"),
         pytest.param({"size": [2, 2], "counts": "4\x00"}, id="control character"),
         pytest.param({"size": [2, 2], "counts": "4é"}, id="not ASCII"),
+        pytest.param({"size": [2, 2], "counts": "4\ud800"}, id="half a character"),
         pytest.param({"size": [10**9, 10**9], "counts": "0"}, id="huge"),
         pytest.param({"size": [0, 2], "counts": "0"}, id="no rows"),
         pytest.param({"size": [-2, -2], "counts": "4"}, id="negative size"),

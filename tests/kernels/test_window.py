@@ -71,6 +71,13 @@ def test_linear_maps_a_window_of_4096_as_the_example_of_the_standard(stored, sho
     assert abs(int(value) - shown) <= 0.5
 
 
+def test_a_width_near_the_last_bit_of_the_centre_wraps_no_shade():
+    center, width = 1e6, 1.2e-10
+    found = ops.window_u8(np.array([[0, 1, 2]], np.float32), 2.0**-33, center, center, width, function="LINEAR_EXACT")
+    assert found[0, 0] in (127, 128)
+    assert found[0, 1:].tolist() == [255, 255]
+
+
 def test_linear_of_width_one_is_a_threshold():
     found = ops.window_u8(np.array([[9.4, 9.5, 9.6]], np.float32), 1, 0, 10, 1)
     assert found.tolist() == [[0, 0, 255]]

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -225,6 +226,79 @@ def test_a_closed_study_and_a_closed_grounder_refuse(toy_bundle: Path) -> None:
         grounder.ground(picture(), "Where?")
     with pytest.raises(mr.MedReasonerError, match="this Grounder is closed"):
         other.ground("Where?")
+
+
+def test_closing_while_the_segmenter_has_yet_to_read_the_image_is_our_own_error(
+    toy_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = with_threshold(toy_bundle, tmp_path / "bundle", 1.0)
+    with mr.Grounder.load(bundle, device="cpu") as grounder:
+        busy, go_on = threading.Semaphore(0), threading.Event()
+
+        def block() -> None:
+            busy.release()
+            go_on.wait(30)
+
+        for _ in range(2):  # both threads of the pool
+            grounder._engine.submit(block)
+            busy.acquire()
+        try:
+            study = grounder.open(picture())  # its segmenter waits in the queue
+            events = study.stream("Where?", think=False)
+            assert isinstance(next(events), mr.Answer)
+            study.close()
+            with pytest.raises(mr.MedReasonerError, match="this Study is closed"):
+                list(events)
+            other = grounder.open(picture())
+            grounder._engine.pool.shutdown(wait=False, cancel_futures=True)  # as another thread's close() does
+            with pytest.raises(mr.MedReasonerError, match="closed"):
+                other.ground("Where?")
+            with pytest.raises(mr.MedReasonerError, match="this Grounder is closed"):
+                grounder.open(picture())
+        finally:
+            go_on.set()
+
+
+def test_an_error_on_the_way_leaves_no_image_in_the_queue(
+    grounder: mr.Grounder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    futures = []
+    submit = grounder._engine.pool.submit
+
+    def keep(*args: object) -> object:
+        futures.append(submit(*args))  # type: ignore[arg-type]
+        return futures[-1]
+
+    def fail(*_: object) -> None:
+        raise mr.GenerationError("too many image tokens")
+
+    monkeypatch.setattr(grounder._engine.pool, "submit", keep)
+    monkeypatch.setattr(grounder._engine.reasoner, "read_prefix", fail)
+    with pytest.raises(mr.GenerationError):
+        grounder.ground([picture(seed=i) for i in range(8)], ["Where?"] * 8)
+    assert len(futures) == 8
+    assert all(future.done() or future.running() for future in futures)
+
+
+def test_nano_is_loaded_once_however_many_threads_ask_first(monkeypatch: pytest.MonkeyPatch, toy_bundle: Path) -> None:
+    loads = []
+
+    def load() -> mr.Grounder:
+        loads.append(threading.get_ident())
+        time.sleep(0.05)
+        return original(toy_bundle, device="cpu")
+
+    original = mr.Grounder.load
+    monkeypatch.setattr(mr.Grounder, "load", load)
+    module = sys.modules["medreasoner.grounder"]
+    module._default_grounder.cache_clear()  # type: ignore[attr-defined]
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda _: mr.ground(picture(), "Where?"), range(4)))
+    finally:
+        module._default_grounder.cache_clear()  # type: ignore[attr-defined]
+    assert len(loads) == 1
+    assert all(same(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("name", ["reasoner/vision.onnx", "reasoner/embedding.bin", "segmenter/decoder.onnx"])

@@ -71,6 +71,8 @@ def _file(data: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
         ("reasoner", [], "reasoner: expected an object"),
         ("reasoner/architecture", "llama", "reasoner.architecture: expected one of qwen2_5_vl"),
         ("reasoner/rope_theta", float("nan"), "reasoner.rope_theta: expected a finite number"),
+        ("reasoner/rope_theta", 10**400, "reasoner.rope_theta: expected a finite number"),
+        ("reasoner/coordinates", "relative_" + "9" * 5000, "reasoner.coordinates: expected absolute or relative_N"),
         ("reasoner/mrope_section", [8, 12], "reasoner.mrope_section: expected an array of 3"),
         ("reasoner/mrope_section", [1, 2, 2], "reasoner.mrope_section: expected half of head_dim"),
         ("reasoner/n_kv_heads", 3, "reasoner.n_kv_heads: expected a divisor of 2"),

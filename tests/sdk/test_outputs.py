@@ -85,6 +85,14 @@ def test_refusing_disk_is_an_output_error(make_grounding, tmp_path):
         make_grounding().save(tmp_path / "a.json")
 
 
+def test_a_picture_too_long_for_jpeg_is_an_output_error(make_grounding, tmp_path):
+    image = Image(pixels=np.zeros((8, 70000), np.uint8), source="array")
+    result = make_grounding(image=image, mask=np.zeros((8, 70000), bool))
+    with pytest.raises(OutputError, match=r"wide\.jpg: JPEG holds no picture of 70000 x \d+ pixels; name a \.png"):
+        result.save(tmp_path / "wide.jpg")
+    assert not list(tmp_path.iterdir())
+
+
 def test_failed_write_leaves_the_old_file_and_nothing_else(make_grounding, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     path.write_text("old")
@@ -151,6 +159,20 @@ def test_nifti_mask_lies_in_the_volume_of_the_input(make_grounding, tmp_path, ax
     turned = nibabel.as_closest_canonical(out).get_fdata()
     assert (turned[:, :, 2].T[::-1, ::-1] == grounding.mask).all()
     assert turned.sum() == grounding.mask.sum()
+
+
+@pytest.mark.parametrize(("unit", "written"), [("micron", "micron"), ("meter", "meter"), ("unknown", "mm")])
+def test_nifti_mask_has_the_unit_of_the_input(make_grounding, tmp_path, unit, written):
+    nibabel = pytest.importorskip("nibabel")
+    volume = nibabel.Nifti1Image(np.zeros((11, 13, 9), np.uint8), np.diag([500.0, 400.0, 2000.0, 1.0]))
+    volume.header.set_xyzt_units(unit)
+    source = tmp_path / "in.nii"
+    source.write_bytes(volume.to_bytes())
+    image = read_image(source)
+    make_grounding(image=image, mask=np.ones((image.height, image.width), bool)).save(tmp_path / "out.nii.gz")
+    out = nibabel.load(tmp_path / "out.nii.gz")
+    np.testing.assert_array_equal(out.affine, volume.affine)
+    assert out.header.get_xyzt_units()[0] == written
 
 
 def test_nifti_of_a_plain_image_has_the_spacing_and_reads_back(make_grounding, tmp_path):

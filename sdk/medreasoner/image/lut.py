@@ -41,6 +41,17 @@ def _descriptor(value: Any, *, signed: bool) -> tuple[int, int, int]:
     return (count % 65536) or 65536, first, bits
 
 
+def _is_signed(value: Any, span: tuple[float, float]) -> bool:
+    """Which reading of the first mapped value puts the table where the values are; as parsed if both do or neither."""
+    parsed = int(value[1]) < 0
+
+    def meets(signed: bool) -> bool:
+        count, first, _ = _descriptor(value, signed=signed)
+        return first <= span[1] and span[0] < first + count
+
+    return not parsed if meets(not parsed) and not meets(parsed) else parsed
+
+
 def _entries(data: Any, count: int, bits: int, *, little_endian: bool) -> NDArray[np.int64]:
     order = "<" if little_endian else ">"
     if isinstance(data, int):
@@ -54,15 +65,20 @@ def _entries(data: Any, count: int, bits: int, *, little_endian: bool) -> NDArra
     return np.frombuffer(data, f"{order}u2")[:count].astype(np.int64)
 
 
-def read_lut(dataset: "Dataset", keyword: str, *, signed: bool, little_endian: bool) -> LookupTable | None:
+def read_lut(
+    dataset: "Dataset", keyword: str, *, span: tuple[float, float], signed: bool | None, little_endian: bool
+) -> LookupTable | None:
     """Table in the first item of ModalityLUTSequence or VOILUTSequence; None if there is no such item.
 
     Parameters
     ----------
     dataset, keyword
         Where the sequence is found, and its name.
+    span
+        Lowest and highest value to look up.
     signed
-        Whether the values to look up can be negative, which decides how the first mapped value is read.
+        Whether the values to look up are signed, which decides how the first mapped value is read. None: it is not
+        known, and the value is taken as it was parsed, unless the table then lies beside `span` and otherwise does not.
     little_endian
         Byte order of 16-bit entries.
 
@@ -78,7 +94,10 @@ def read_lut(dataset: "Dataset", keyword: str, *, signed: bool, little_endian: b
     found = items(dataset, keyword)
     if not found:
         return None
-    count, first, bits = _descriptor(found[0].LUTDescriptor, signed=signed)
+    descriptor = found[0].LUTDescriptor
+    if signed is None:
+        signed = _is_signed(descriptor, span)
+    count, first, bits = _descriptor(descriptor, signed=signed)
     return LookupTable(first, bits, _entries(found[0].LUTData, count, bits, little_endian=little_endian))
 
 

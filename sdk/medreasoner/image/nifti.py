@@ -28,7 +28,9 @@ class NiftiSlice:
     Parameters
     ----------
     affine
-        (4, 4) float64, voxel indices to RAS millimetres.
+        (4, 4) float64, voxel indices to RAS in `unit`.
+    unit
+        Unit of length that the file names: ``"mm"``, ``"micron"``, ``"meter"`` or ``"unknown"``.
     shape
         Of the volume (the first three axes of the file).
     axis, index
@@ -40,6 +42,7 @@ class NiftiSlice:
     """
 
     affine: NDArray[np.float64] = field(repr=False)
+    unit: str
     shape: tuple[int, int, int]
     axis: int
     index: int
@@ -121,7 +124,7 @@ def _read(nibabel: Any, stream: BinaryIO, *, source: str, frame: SupportsIndex |
         warnings.append(f"the first of {int(np.prod(image.shape[3:]))} volumes is shown")
     pixels, notes = _window(place.to_display(_plane(image, place)))
     warnings += notes
-    spacing, notes = _spacing(image, place)
+    spacing, notes = _spacing(place)
     return Image(
         pixels=pixels,
         source=source,
@@ -147,6 +150,7 @@ def _choose(nibabel: Any, image: Any, frame: SupportsIndex | None) -> tuple[Nift
         warnings.append("the file gives no orientation; left and right are assumed")
     place = NiftiSlice(
         affine=affine,
+        unit=image.header.get_xyzt_units()[0],
         shape=(shape[0], shape[1], shape[2]),
         axis=z,
         index=index if orientation[z, 1] > 0 else shape[z] - 1 - index,
@@ -175,7 +179,8 @@ def _plane(image: Any, place: NiftiSlice) -> NDArray[Any]:
     rows = []
     for k in range(place.shape[2]):
         plane = np.asarray(data[(slice(None), slice(None), k, *first_volume)])
-        rows.append(plane[place.index] if place.axis == 0 else plane[:, place.index])
+        # A copy, since a view would keep the whole plane in memory.
+        rows.append((plane[place.index] if place.axis == 0 else plane[:, place.index]).copy())
     return np.stack(rows, axis=1)
 
 
@@ -189,10 +194,11 @@ def _window(values: NDArray[Any]) -> tuple[NDArray[np.uint8], list[str]]:
     return np.ascontiguousarray(min_max_u8(values, low=low, high=high)), warnings
 
 
-def _spacing(image: Any, place: NiftiSlice) -> tuple[tuple[float, float] | None, list[str]]:
-    unit = image.header.get_xyzt_units()[0]
-    lengths = np.linalg.norm(place.affine[:3, :3], axis=0) * _MM_PER_UNIT.get(unit, np.nan)
+def _spacing(place: NiftiSlice) -> tuple[tuple[float, float] | None, list[str]]:
+    lengths = np.linalg.norm(place.affine[:3, :3], axis=0) * _MM_PER_UNIT.get(place.unit, np.nan)
     row, column = (float(lengths[axis]) for axis in _picture_axes(place))
     if not (np.isfinite([row, column]).all() and min(row, column) > 0):
         return None, ["the voxel size is not known; areas are left out"]
-    return (row, column), ["the file names no unit of length; millimetres are assumed"] if unit == "unknown" else []
+    if place.unit == "unknown":
+        return (row, column), ["the file names no unit of length; millimetres are assumed"]
+    return (row, column), []

@@ -1,6 +1,7 @@
 """PNG, JPEG, TIFF, BMP and GIF through Pillow."""
 
 import io
+from contextlib import suppress
 from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
@@ -64,9 +65,10 @@ def read_picture(picture: "PilImage.Image", *, source: str, frame: SupportsIndex
     from PIL import ImageOps
 
     kind = "page" if picture.format == "TIFF" else "frame"
+    place = picture.tell()
     try:
         n_frames = max(1, int(getattr(picture, "n_frames", 1)))
-        index, warnings = select_frame(frame, n_frames, kind=kind, default=picture.tell() if n_frames > 1 else 0)
+        index, warnings = select_frame(frame, n_frames, kind=kind, default=place if n_frames > 1 else 0)
         if n_frames > 1:
             picture.seek(index)
         check_size(picture.height, picture.width, max_pixels)  # after the seek: pages may differ in size
@@ -76,6 +78,9 @@ def read_picture(picture: "PilImage.Image", *, source: str, frame: SupportsIndex
     except Exception as err:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, ValueError and others
         reason = " ".join(str(err).split())[:200]
         raise ImageReadError(f"the {picture.format or 'picture'} cannot be decoded: {reason}") from err
+    finally:
+        with suppress(Exception):  # the picture is the caller's; what may be wrong with it has been told
+            picture.seek(place)
     return Image(pixels=pixels, source=source, warnings=(*warnings, *notes), frame=index, n_frames=n_frames)
 
 

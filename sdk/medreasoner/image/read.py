@@ -34,8 +34,8 @@ def read_image(source: ImageSource, *, frame: SupportsIndex | None = None, max_p
     source
         Path of a DICOM, NIfTI, PNG, JPEG, TIFF, BMP or GIF file, told apart by content and not by ending; the same as
         bytes; ``"sample:chest"`` and the other names of `medreasoner.samples`; an array (H, W), (H, W, 3) or (H, W, 4),
-        where uint8 is taken as it is and other dtypes are scaled from minimum to maximum; a Pillow picture; a pydicom
-        data set. An `Image` is returned unchanged.
+        where uint8 is taken as it is and other dtypes are scaled from minimum to maximum; a Pillow picture, which no
+        other thread may use meanwhile; a pydicom data set. An `Image` is returned unchanged.
     frame
         Index from 0 of the frame of a multi-frame DICOM or animation, the page of a TIFF, or the axial slice of a NIfTI
         volume counted from the feet up. None: the first, for NIfTI the middle, with a warning if there are several.

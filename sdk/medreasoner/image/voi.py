@@ -106,7 +106,7 @@ def grey_to_u8(
     if stored.dtype.kind == "f":
         stored, warnings = finite(stored)
     domain = _domain(stored, _padding_range(dataset, header))
-    values, notes = _modality(domain.values, dataset, frame, little_endian=little_endian)
+    values, notes = _modality(domain.values, dataset, header, frame, little_endian=little_endian)
     warnings += notes
     shades, notes = _voi(values, domain, dataset, frame, little_endian=little_endian)
     warnings += notes
@@ -152,12 +152,14 @@ def _domain(stored: NDArray[Any], padding: tuple[float, float] | None) -> _Domai
 
 
 def _modality(
-    values: NDArray[Any], dataset: "Dataset", frame: int, *, little_endian: bool
+    values: NDArray[Any], dataset: "Dataset", header: PixelHeader, frame: int, *, little_endian: bool
 ) -> tuple[NDArray[Any], list[str]]:
     """Values in the modality's unit: by table, by slope and intercept, or as stored (PS3.3 C.11.1)."""
     source = functional_group(dataset, frame, "PixelValueTransformationSequence")
     try:
-        table = read_lut(source, "ModalityLUTSequence", signed=bool(values.min() < 0), little_endian=little_endian)
+        table = read_lut(
+            source, "ModalityLUTSequence", span=_span(values), signed=header.signed, little_endian=little_endian
+        )
     except (ValueError, TypeError, AttributeError):
         return values, ["the modality look-up table is malformed and was not applied"]
     if table is not None:
@@ -170,6 +172,10 @@ def _modality(
     return values * (1.0 if slope is None else slope) + (0.0 if intercept is None else intercept), []
 
 
+def _span(values: NDArray[Any]) -> tuple[float, float]:
+    return float(values.min()), float(values.max())
+
+
 def _voi(
     values: NDArray[Any], domain: _Domain, dataset: "Dataset", frame: int, *, little_endian: bool
 ) -> tuple[Floats | None, list[str]]:
@@ -177,7 +183,8 @@ def _voi(
     source = functional_group(dataset, frame, "FrameVOILUTSequence")
     warnings = []
     try:
-        table = read_lut(source, "VOILUTSequence", signed=bool(values.min() < 0), little_endian=little_endian)
+        # The values are in the modality's unit by now, whose sign Pixel Representation does not tell.
+        table = read_lut(source, "VOILUTSequence", span=_span(values), signed=None, little_endian=little_endian)
         if table is not None:
             return table(values) / (2**table.bits - 1), []
     except (ValueError, TypeError, AttributeError):

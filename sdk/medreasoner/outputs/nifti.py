@@ -21,9 +21,9 @@ def encode_nifti(mask: NDArray[np.bool_], image: Image, *, compress: bool) -> by
     mask
         (H, W) bool in the grid of `image`.
     image
-        From NIfTI: the mask lies in a volume of the same shape and affine. From DICOM with a known plane: one slice at
-        its place in the patient. Else one slice whose orientation is marked as unknown, turned so that viewers show it
-        as the picture was.
+        From NIfTI: the mask lies in a volume of the same shape, affine and unit. From DICOM with a known plane: one
+        slice at its place in the patient. Else one slice whose orientation is marked as unknown, turned so that viewers
+        show it as the picture was.
     compress
         Whether to pack it with gzip; the same mask always gives the same bytes.
 
@@ -40,7 +40,8 @@ def encode_nifti(mask: NDArray[np.bool_], image: Image, *, compress: bool) -> by
 def _volume(nibabel: Any, mask: NDArray[np.uint8], image: Image) -> Any:
     if image.nifti is not None:
         volume = nibabel.Nifti1Image(image.nifti.mask_to_volume(mask), image.nifti.affine)
-        volume.header.set_xyzt_units("mm")
+        # Where the source names no unit, the readers of both take millimetres.
+        volume.header.set_xyzt_units("mm" if image.nifti.unit == "unknown" else image.nifti.unit)
         return volume
     # NIfTI counts columns before rows.
     plane = patient_plane(image.dicom, image.frame) if image.dicom is not None else None

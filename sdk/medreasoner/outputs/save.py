@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["save"]
 
+_JPEG_SIDE = 65500  # pixels, libjpeg's limit
+
 
 def save(
     grounding: "Grounding", path: str | os.PathLike[str], *, format: str | None = None, include_query: bool = False
@@ -41,7 +43,11 @@ def save(
     """
     form = check_output(path, format=format, image=grounding.image)
     target = Path(path)
-    _write(target, _encode(grounding, form, target.name.lower(), include_query))
+    try:
+        data = _encode(grounding, form, target.name.lower(), include_query)
+    except _TooLargeError as err:
+        raise OutputError(f"{target}: {err}") from None
+    _write(target, data)
 
 
 def _encode(grounding: "Grounding", form: str, name: str, include_query: bool) -> bytes:
@@ -64,7 +70,14 @@ def _encode(grounding: "Grounding", form: str, name: str, include_query: bool) -
     return encode_seg(grounding, include_query=include_query)
 
 
+class _TooLargeError(Exception):
+    """A picture that the form cannot hold."""
+
+
 def _picture(picture: Any, kind: str) -> bytes:
+    if kind == "JPEG" and max(picture.size) > _JPEG_SIDE:
+        width, height = picture.size
+        raise _TooLargeError(f"JPEG holds no picture of {width} x {height} pixels; name a .png file")
     stream = io.BytesIO()
     picture.save(stream, kind, **({"quality": 92} if kind == "JPEG" else {}))
     return stream.getvalue()

@@ -126,9 +126,8 @@ class AnswerWriter:
                 text += piece
                 yield Thought(piece)
         except StopIteration as stop:
-            ids, rest = stop.value
+            ids, following, rest = stop.value
         sequencer.lap("think")
-        following = ids[-1:]  # generated, but not fed yet
         if rest is None:  # the end token or the limit came first
             following = [*following, *self._think_close]
         cut = len(ids) == limit and rest is None
@@ -160,7 +159,7 @@ class AnswerWriter:
             while True:
                 next(stream)
         except StopIteration as end:
-            ids, _ = end.value
+            ids, *_ = end.value
         sequencer.lap("answer")
         text = self._text([*opening, *ids])
         parser = AnswerParser()
@@ -174,7 +173,7 @@ class AnswerWriter:
 
     def _free(
         self, sequencer: Sequencer, pending: list[int], *, stop: str, limit: int
-    ) -> Generator[str, None, tuple[list[int], str | None]]:
+    ) -> Generator[str, None, tuple[list[int], list[int], str | None]]:
         return free_text(
             sequencer,
             pending,

@@ -137,7 +137,7 @@ def free_text(
     stop: str,
     end: int,
     limit: int,
-) -> Generator[str, None, tuple[list[int], str | None]]:
+) -> Generator[str, None, tuple[list[int], list[int], str | None]]:
     """Generate greedily until a text, the end token or a number of tokens.
 
     Parameters
@@ -163,7 +163,9 @@ def free_text(
     Returns
     -------
     ids : list of int
-        What was generated, without the end token; the last one has not been fed.
+        What was generated, without the end token.
+    unfed : list of int
+        Those of them that have not been fed yet: the last one, but for none after the end token.
     rest : str or None
         Text that came along after `stop`; None if `stop` was not reached.
     """
@@ -179,7 +181,9 @@ def free_text(
         if not np.isfinite(logits[token]):
             raise GenerationError(_NOT_FINITE)
         if token == end:
-            break
+            if len(text) > given:
+                yield text[given:]
+            return ids, [], None
         ids.append(token)
         pending = [token]
         text = tokenizer.decode(ids, skip_special_tokens=False)
@@ -187,11 +191,11 @@ def free_text(
         if found:
             if len(before) > given:
                 yield before[given:]
-            return ids, rest
+            return ids, ids[-1:], rest
         safe = len(text) - held_back(text, stop)
         if safe > given:
             yield text[given:safe]
             given = safe
     if len(text) > given:
         yield text[given:]
-    return ids, None
+    return ids, ids[-1:], None

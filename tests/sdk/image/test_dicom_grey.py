@@ -144,6 +144,34 @@ def test_a_voi_table_goes_before_a_window_and_takes_rescaled_values(make_dataset
     assert read_image(to_bytes(dataset)).pixels[0].tolist() == expected
 
 
+def _describe(item, descriptor):
+    item.add_new(0x00283002, "SS" if descriptor[1] < 0 else "US", descriptor)
+
+
+@pytest.mark.parametrize("keyword", ["ModalityLUTSequence", "VOILUTSequence"])
+@pytest.mark.parametrize("first", [-1024, 64512])  # the same bits, parsed as SS and as US
+@pytest.mark.parametrize("lowest", [-100, 0])  # whether this very picture holds a negative value
+def test_a_signed_table_is_read_alike_whether_or_not_a_value_is_negative(make_dataset, keyword, first, lowest):
+    stored = np.tile(np.arange(lowest, lowest + 800, 100, dtype=np.int16), (8, 1))
+    dataset = make_dataset(stored)
+    setattr(dataset, keyword, _lut(list(range(0, 32 * 2048, 32)), -1024, 16))
+    _describe(getattr(dataset, keyword)[0], [2048, first, 16])
+    pixels = read_image(dataset).pixels[0].astype(int)
+    expected = (np.arange(lowest, lowest + 800, 100) + 1024) * 32
+    if keyword == "VOILUTSequence":
+        np.testing.assert_allclose(pixels, expected / 65535 * 255, atol=0.51)
+    else:  # no window: from the smallest to the largest
+        np.testing.assert_allclose(pixels, np.linspace(0, 255, 8), atol=0.51)
+
+
+def test_a_voi_table_far_above_zero_stays_there(make_dataset):
+    stored = np.tile(np.arange(40000, 40800, 100, dtype=np.uint16), (8, 1))
+    dataset = make_dataset(stored)
+    dataset.VOILUTSequence = _lut([0, 65535], 0, 16)
+    _describe(dataset.VOILUTSequence[0], [2, 40300 - 65536, 16])  # US, but parsed as SS
+    assert read_image(dataset).pixels[0].tolist() == [0] * 4 + [255] * 4
+
+
 def test_eight_bit_entries_may_share_words(make_dataset):
     stored = np.tile(np.arange(8, dtype=np.uint8), (8, 1))
     dataset = make_dataset(stored)

@@ -1,6 +1,7 @@
 import gzip
 import io
 import itertools
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -211,3 +212,16 @@ def test_a_missing_nibabel_names_the_extra(volume, monkeypatch):
     monkeypatch.setitem(sys.modules, "nibabel", None)
     with pytest.raises((MissingExtraError, ModuleNotFoundError), match="nibabel"):
         read_image(_bytes(volume, np.eye(4)))
+
+
+def test_a_slice_across_the_planes_holds_no_more_than_itself():
+    volume = np.zeros((300, 40, 200), np.uint8)
+    affine = np.zeros((4, 4))
+    affine[[2, 0, 1, 3], range(4)] = 1  # the first stored axis is the patient's long one
+    data = _bytes(volume, affine, packed=True)
+    tracemalloc.start()
+    image = read_image(data, frame=3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert image.pixels.size == 40 * 200
+    assert peak < volume.size / 2

@@ -147,3 +147,14 @@ def test_a_picture_in_memory_shows_its_current_frame():
     picture.seek(1)
     image = read_image(picture)
     assert (image.frame, image.pixels.flat[0]) == (1, 20)
+
+
+def test_a_picture_in_memory_stays_where_it_was():
+    pages = [PilImage.fromarray(np.full((12, 18), value, np.uint8)) for value in (10, 20, 30)]
+    picture = PilImage.open(io.BytesIO(_save(pages[0], "TIFF", save_all=True, append_images=pages[1:])))
+    assert read_image(picture, frame=2).pixels.flat[0] == 30
+    assert picture.tell() == 0
+    assert read_image(picture).pixels.flat[0] == 10
+    with pytest.raises(ImageReadError):
+        read_image(picture, frame=1, max_pixels=64)
+    assert picture.tell() == 0

@@ -1,15 +1,17 @@
 """Choices at the grammar's forks, and free text up to its end, on scripted models."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from medreasoner.errors import GenerationError
 from medreasoner.ops import AnswerGrammar
-from medreasoner.reasoner.generate import choose, held_back, if_present
+from medreasoner.reasoner.generate import choose, free_text, held_back, if_present
 from medreasoner.reasoner.weights import WeightMatrix
 
 GRAMMAR = AnswerGrammar(
@@ -92,3 +94,62 @@ def test_no_piece_of_a_stop_text_is_given_away(text: str) -> None:
 def test_a_character_that_is_not_whole_is_held_back() -> None:
     assert held_back("caf\N{REPLACEMENT CHARACTER}", "</think>") == 1
     assert held_back("", "</think>") == 0
+
+
+class Recorder:
+    """A sequence whose model wants to write a script; keeps what it is fed."""
+
+    def __init__(self, script: list[int]) -> None:
+        self.script, self.fed = script, list[int]()
+        self.n_runs = 0
+
+    def feed(self, ids: list[int]) -> NDArray[np.float32]:
+        self.fed += ids
+        self.n_runs += 1
+        states = np.zeros((len(ids), 16), np.float32)
+        states[-1, self.script[self.n_runs - 1]] = 1
+        return states
+
+    def lap(self, _: str) -> None: ...
+
+
+class Letters:
+    """Token 1 is "a", 2 is "b", and so on."""
+
+    def decode(self, ids: list[int], **_: object) -> str:
+        return "".join("-abcdefghijklmno"[token] for token in ids)
+
+
+@pytest.mark.parametrize(
+    ("script", "limit", "expected"),
+    [
+        ([1, 2, 3], 9, ([1, 2, 3], [3], "")),  # "c" stops: generated, not fed
+        ([1, 2, 15], 9, ([1, 2], [], None)),  # the end token comes of feeding "b"
+        ([15], 9, ([], [], None)),
+        ([1, 2, 4, 5], 3, ([1, 2, 4], [4], None)),  # the limit
+    ],
+)
+def test_every_token_of_a_free_text_is_fed_once(
+    script: list[int], limit: int, expected: tuple[list[int], list[int], str | None]
+) -> None:
+    sequence = Recorder(script)
+    lm_head = WeightMatrix(values=np.eye(16, dtype=np.float32), dtype="float32")
+    stream: Any = free_text(
+        sequence,  # type: ignore[arg-type]
+        [7, 8],
+        lm_head=lm_head,
+        tokenizer=Letters(),  # type: ignore[arg-type]
+        stop="c",
+        end=15,
+        limit=limit,
+    )
+    text = ""
+    while True:
+        try:
+            text += next(stream)
+        except StopIteration as stop:
+            ids, unfed, rest = stop.value
+            break
+    assert (ids, unfed, rest) == expected
+    assert sequence.fed == [7, 8, *ids[: len(ids) - len(unfed)]]
+    assert text == Letters().decode(ids).partition("c")[0]
