@@ -52,28 +52,49 @@ class Printer:
         if self._shows_progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
-    def error(self, name: str, error: Exception) -> None:
-        """Print that an image failed."""
+    def error(self, name: str, error: Exception, written: Sequence[Path] = ()) -> None:
+        """Print that an image failed, and which files had been written by then."""
         self.clear()
         text = one_line(error)
-        # Messages about an image begin with the file's name already.
-        print(f"error: {text}" if text.startswith(Path(name).name) else f"error: {name}: {text}", file=sys.stderr)
+        for own in (f"{_printable(Path(name).name)}: ", "bytes: "):  # by which the message calls the image
+            text = text.removeprefix(own)
+        text = f"{_printable(name)}: {text}"
+        print(f"error: {text}", file=sys.stderr)
+        files = [str(path) for path in written]
+        if files:
+            print(f"note: written before that: {_printable(', '.join(files))}", file=sys.stderr)
         if self._as_json:
-            print(json.dumps({"image": name, "error": text}, ensure_ascii=False), flush=True)
+            _print_json({"image": name, "error": text, "written": files})
 
     def result(self, name: str, result: "Grounding", written: Sequence[Path]) -> None:
         """Print an answer."""
         self.clear()
+        shown = _printable(name)
         for warning in result.warnings:
-            print(f"note: {name}: {warning}" if self._n_images > 1 else f"note: {warning}", file=sys.stderr)
+            print(f"note: {shown}: {warning}" if self._n_images > 1 else f"note: {warning}", file=sys.stderr)
         if self._as_json:
-            files = [str(path) for path in written]
-            print(json.dumps({"image": name, **result.to_dict(), "written": files}, ensure_ascii=False), flush=True)
+            _print_json({"image": name, **result.to_dict(), "written": [str(path) for path in written]})
         elif self._n_images > 1:
-            print("  ".join([name, *_short(result)]), flush=True)
+            print("  ".join([shown, *_short(result)]), flush=True)
+            if result.reasoning is not None:
+                print(f"  thought  {' '.join(result.reasoning.split())}", flush=True)
         else:
-            for line in _long(name, result, written):
+            for line in _long(shown, result, written):
                 print(line)
+
+
+def _printable(name: str) -> str:
+    """A file's name without signs that would steer the terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
+
+
+def _print_json(value: dict[str, object]) -> None:
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "ascii")
+    except UnicodeEncodeError:  # the terminal's encoding lacks a letter, or a file's name is no text
+        text = json.dumps(value)
+    print(text, flush=True)
 
 
 def _short(result: "Grounding") -> list[str]:
@@ -94,4 +115,4 @@ def _long(name: str, result: "Grounding", written: Sequence[Path]) -> list[str]:
             lines.append(f"  area     {result.area_mm2:,.0f} mm2")
         lines.append(f"  score    {result.score:.2f}   (predicted IoU of the mask, not a probability)")
     lines.append(f"  time     {result.timings_ms['total']:.0f} ms   ({result.model_name} {result.model_version})")
-    return [*lines, *(f"  wrote    {path}" for path in written)]
+    return [*lines, *(f"  wrote    {_printable(str(path))}" for path in written)]

@@ -1,8 +1,10 @@
 """One question about a number of images: the next is read while this one is answered."""
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medreasoner_cli.answers import Printer
@@ -26,22 +28,27 @@ class Question:
     device: str
     think: bool
     frame: int | None
+    max_pixels: int
     unconstrained: bool
 
-    def ask(self, grounder: "Grounder", image: "Image", targets: Sequence[Target]) -> "Grounding":
-        """Answer about one image and write the files; what cannot be written is refused before the work."""
+    def ask(self, grounder: "Grounder", image: "Image", targets: Sequence[Target], written: list[Path]) -> "Grounding":
+        """Answer about one image and write the files, which join `written` as soon as they exist.
+
+        What cannot be written is refused before the work.
+        """
         for target in targets:
             target.check(image)
         result = grounder.ground(image, self.query, think=self.think, unconstrained=self.unconstrained)
         for target in targets:
             result.save(target.path, format=target.form)
+            written.append(target.path)
         return result
 
 
 def answer_all(question: Question, inputs: Sequence[Input], plan: Sequence[Sequence[Target]], printer: Printer) -> int:
     """Answer, write and print for each image; return the gravest of the exit codes.
 
-    An image that fails is reported, and the others go on.
+    An image that fails, for whatever reason, is reported, and the others go on.
 
     Raises
     ------
@@ -50,34 +57,40 @@ def answer_all(question: Question, inputs: Sequence[Input], plan: Sequence[Seque
     QueryError
         If the query cannot be asked of any image.
     """
-    from medreasoner import Grounder, MedReasonerError, QueryError
+    from medreasoner import Grounder, QueryError
 
     worst = FOUND
     with ThreadPoolExecutor(1) as reader:
-        images = _read_ahead(reader, inputs, question.frame)
+        images = _read_ahead(reader, inputs, question)
         first = next(images)  # is read while the models are loaded
         with Grounder.load(bundle_path(question.bundle), device=question.device) as grounder:  # type: ignore[arg-type]
             for index, (each, targets) in enumerate(zip(inputs, plan, strict=True)):
                 printer.progress(index, each.name)
+                written: list[Path] = []
                 try:
                     image = (first if index == 0 else next(images)).result()
-                    result = question.ask(grounder, image, targets)
-                    printer.result(each.name, result, [target.path for target in targets])
+                    result = question.ask(grounder, image, targets, written)
+                    printer.result(each.name, result, written)
                     worst = max(worst, FOUND if result.found else ABSENT)
                 except QueryError:
                     raise
-                except MedReasonerError as err:
-                    printer.error(each.name, err)
+                except Exception as err:  # one image's fault, be it one that nobody foresaw, is not the others'
+                    if os.environ.get("MEDREASONER_DEBUG"):
+                        raise
+                    printer.error(each.name, err, written)
                     worst = max(worst, exit_code(err))
     printer.clear()
     return worst
 
 
-def _read_ahead(reader: ThreadPoolExecutor, inputs: Sequence[Input], frame: int | None) -> "Iterator[Future[Image]]":
+def _read_ahead(reader: ThreadPoolExecutor, inputs: Sequence[Input], question: Question) -> "Iterator[Future[Image]]":
     from medreasoner import read_image
 
-    following = reader.submit(read_image, inputs[0].source, frame=frame)
+    def read(each: Input) -> "Future[Image]":
+        return reader.submit(read_image, each.source, frame=question.frame, max_pixels=question.max_pixels)
+
+    following = read(inputs[0])
     for each in inputs[1:]:
-        current, following = following, reader.submit(read_image, each.source, frame=frame)
+        current, following = following, read(each)
         yield current
     yield following

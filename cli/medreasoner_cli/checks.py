@@ -94,7 +94,7 @@ def _devices() -> Iterator[Finding]:
     """Run a real graph on each device; what ONNX Runtime says it was built for tells nothing about the machine."""
     try:
         import onnxruntime as ort
-    except ImportError:
+    except Exception:
         return  # said by _runtime
     available = ort.get_available_providers()
     for provider, device in _PROVIDERS.items():

@@ -7,7 +7,7 @@ FOUND, ABSENT, USAGE, INPUT, MODEL = range(5)
 
 
 def exit_code(error: BaseException) -> int:
-    """Exit code for an error of the package.
+    """Exit code for an error; one that is not of the package counts as trouble with the engine.
 
     >>> from medreasoner.errors import ImageReadError, OutputError
     >>> exit_code(ImageReadError("x")), exit_code(OutputError("x"))

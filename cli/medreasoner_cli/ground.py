@@ -13,8 +13,8 @@ Form = Literal["overlay", "mask", "rle", "json", "nifti", "seg"]
 
 _IMAGES = "Files, folders, patterns in quotes, sample:NAME, or - for the standard input."
 _OUTPUT = (
-    "File to write, by its ending: .png overlay, mask.png mask, .json, .rle.json, .nii, .nii.gz, .dcm DICOM SEG. "
-    "For several images a folder, or a name with {stem} in it. May be repeated."
+    "File to write, by its ending: .png .jpg overlay, mask.png mask, .json, .rle.json, .nii, .nii.gz, .dcm DICOM SEG. "
+    "For several images a folder, or a name with {stem} or {index} in it. May be repeated."
 )
 BundleOption = typer.Option("--bundle", "-b", envvar="MEDREASONER_BUNDLE", help="Name or folder of the model.")
 DeviceOption = typer.Option("--device", help="Where to compute; auto takes the fastest that works.")
@@ -23,8 +23,10 @@ JsonOption = typer.Option("--json", help="Print JSON.")
 
 @app.command()
 def ground(
-    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE", help=_IMAGES)] = None,
-    query: Annotated[str | None, typer.Argument(metavar="QUERY", help="The question, in quotes.")] = None,
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help=_IMAGES)] = None,
+    query: Annotated[
+        str | None, typer.Argument(metavar="QUERY", help="The question, in quotes, behind the images.")
+    ] = None,
     bundle: Annotated[str, BundleOption] = "nano",
     device: Annotated[Device, DeviceOption] = "auto",
     output: Annotated[list[str] | None, typer.Option("--output", "-o", help=_OUTPUT)] = None,
@@ -32,6 +34,9 @@ def ground(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     think: Annotated[bool, typer.Option("--think/--no-think", help="Whether to reason in words first.")] = False,
     frame: Annotated[int | None, typer.Option(min=0, help="Frame, page or slice, from 0.")] = None,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Largest image, height times width, that is decoded.")
+    ] = 100_000_000,
     unconstrained: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Answer a question about images with a box, two points and a mask.
@@ -42,8 +47,8 @@ def ground(
     medreasoner-cli ground study/ "Where is the lesion?" -o out/ --format mask
     medreasoner-cli ground 'in/*.dcm' "Where is it?" -o 'out/{stem}.seg.dcm' --json
 
-    Exit codes: 0 found, 1 the answer is that it is absent, 2 wrong usage, 3 unreadable input, 4 trouble with model or
-    engine; of several images the gravest.
+    Exit codes: 0 found, 1 the answer is that it is absent, 2 wrong usage or a file that cannot be written, 3 unreadable
+    input, 4 trouble with model or engine; of several images the gravest. 130 interrupted.
     """  # noqa: D301
     from medreasoner_cli.answers import Printer, show_warnings
     from medreasoner_cli.batch import Question, answer_all
@@ -52,8 +57,18 @@ def ground(
 
     if not images or query is None:
         raise typer.BadParameter("give one image or more, and then the question in quotes")
+    if form is not None and not output:
+        raise typer.BadParameter("--format says how an output is written: name one with --output")
     show_warnings()
     inputs = find_inputs(images)
-    asked = Question(query=query, bundle=bundle, device=device, think=think, frame=frame, unconstrained=unconstrained)
+    asked = Question(
+        query=query,
+        bundle=bundle,
+        device=device,
+        think=think,
+        frame=frame,
+        max_pixels=max_pixels,
+        unconstrained=unconstrained,
+    )
     plan = plan_targets(output or [], inputs, form)
     raise typer.Exit(answer_all(asked, inputs, plan, Printer(len(inputs), as_json=as_json)))

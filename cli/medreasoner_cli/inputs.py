@@ -46,13 +46,15 @@ def find_inputs(arguments: Sequence[str]) -> list[Input]:
     Raises
     ------
     ImageReadError
-        If a folder holds no file, a pattern matches none, or an argument looks like a word of the question.
+        If a folder holds no file, or a pattern matches none.
+    typer.BadParameter
+        If an argument looks like a word of the question.
     """
-    from medreasoner.errors import ImageReadError
+    import typer
 
     for argument in arguments if len(arguments) > 1 else ():
         if argument.isalpha() and not Path(argument).exists():
-            raise ImageReadError(f"{argument}: no such file; put the question in quotes")
+            raise typer.BadParameter(f"{argument}: no such file; put the question in quotes")
     return [found for argument in arguments for found in _expand(argument)]
 
 
@@ -60,8 +62,14 @@ def _expand(argument: str) -> list[Input]:
     from medreasoner.errors import ImageReadError
 
     if argument == "-":
+        if sys.stdin is None:
+            raise ImageReadError("stdin: it is closed")
         return [Input("stdin", sys.stdin.buffer.read())]
     path = Path(argument)
+    try:
+        path.exists()
+    except (OSError, ValueError) as err:  # a name that is too long, or holds a zero
+        raise ImageReadError(f"{argument[:80]}: {getattr(err, 'strerror', None) or err}") from err
     if path.is_dir():
         found = sorted(str(file) for file in _files(path))
         if not found:
@@ -73,7 +81,8 @@ def _expand(argument: str) -> list[Input]:
         # Path.glob takes no pattern with a root, and shows hidden files.
         found = sorted(name for name in glob.glob(argument, recursive=True) if Path(name).is_file())  # noqa: PTH207
         if not found:
-            raise ImageReadError(f"{argument}: no file matches")
+            hint = "; the question stands behind the images" if " " in argument else ""
+            raise ImageReadError(f"{argument}: no file matches{hint}")
         return [Input(name, name) for name in found]
     return [Input(argument, argument)]
 

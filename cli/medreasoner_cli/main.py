@@ -1,6 +1,7 @@
 """The program `medreasoner-cli`: picks the command, and turns every failure into one line and an exit code."""
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ class _LazyGroup(TyperGroup):
         self.commands = dict.fromkeys(_COMMANDS)  # type: ignore[assignment]  # names, to list and to suggest
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of this name, None if there is none."""
         if cmd_name not in _COMMANDS:
             return None
         return typer.main.get_command(importlib.import_module(f"medreasoner_cli.{cmd_name}").app)
@@ -69,7 +71,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         given = list(sys.argv[1:] if arguments is None else arguments)
         code = typer.main.get_command(app).main(given, prog_name="medreasoner-cli", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it is None where the caller has closed it
+            sys.stdout.flush()
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
@@ -99,4 +102,7 @@ def main() -> None:
     """Run the program in a process of its own."""
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # end quietly when the reader of a pipe has gone
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name may hold what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run())

@@ -1,5 +1,6 @@
 """The files that a command line asks for."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,8 @@ def plan_targets(outputs: Sequence[str], inputs: Sequence[Input], form: str | No
     Parameters
     ----------
     outputs
-        A file; a folder, that is, one that exists or a name that ends in a slash; or a name with ``{stem}`` or
-        ``{index}`` in it. For several inputs one of the last two.
+        A file; a folder, that is, one that exists or a name that ends in a slash, which is made if need be; or a name
+        with ``{stem}`` or ``{index}`` in it. For several inputs one of the last two.
     inputs
         The images.
     form
@@ -61,12 +62,15 @@ def plan_targets(outputs: Sequence[str], inputs: Sequence[Input], form: str | No
     ]
     seen: set[Path] = set()
     for target in (target for targets in plan for target in targets):
-        if target.path in seen:
-            raise OutputError(f"{target.path}: several results would be written there; put {{index}} into the name")
+        target.check()
+        real = target.path.resolve()
+        if real in seen:
+            several = target.path.with_name(f"{{index}}{_ENDINGS[target.form] if target.form else target.path.suffix}")
+            advice = "it is named twice" if len(inputs) == 1 else f"name the files by number, as in '{several}'"
+            raise OutputError(f"{target.path}: several results would be written there; {advice}")
         if any(each.is_file(target.path) for each in inputs):
             raise OutputError(f"{target.path}: this is an image to read; it is not written over")
-        seen.add(target.path)
-        target.check()
+        seen.add(real)
     return plan
 
 
@@ -74,7 +78,14 @@ def _target(output: str, image: Input, index: int, count: int, form: str | None)
     from medreasoner.errors import OutputError
     from medreasoner.outputs import form_of
 
-    if output.endswith("/") or Path(output).is_dir():
+    if not output:
+        raise OutputError("the name of an output is empty; name a file or a folder")
+    if output.endswith("/"):
+        try:
+            Path(output).mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise OutputError(f"{output}: the folder cannot be made ({err.strerror})") from err
+    if output.endswith("/") or os.path.isdir(output):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         chosen = form_of("", format=form or "overlay")
         return Target(Path(output) / f"{image.stem}{_ENDINGS[chosen]}", chosen)
     filled = output.replace("{stem}", image.stem).replace("{index}", f"{index:04d}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from medreasoner.errors import BundleError
-from medreasoner.manifest import parse_manifest
+from medreasoner.manifest import manifest_sha256, parse_manifest
 from medreasoner.spec import SCHEMA_VERSION
 from medreasoner_export.checkpoint import read_json, sha256_of
 from medreasoner_export.graph import OPSET
@@ -100,7 +100,7 @@ def build_bundle(
             "quality": dict(quality or {}),
             "files": _hashes(folder),
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps({**manifest, "sha256": manifest_sha256(manifest)}, indent=1, ensure_ascii=False) + "\n"
         parse_manifest(text)
         (folder / MANIFEST).write_text(text, encoding="utf-8")
     return out

@@ -8,7 +8,7 @@ from medreasoner.errors import MissingExtraError
 __all__ = ["require"]
 
 
-def require(module: str, *, extra: str, feature: str) -> ModuleType:
+def require(module: str, *, extra: str, feature: str, package: str | None = None) -> ModuleType:
     """Import an optional package, or say which extra brings it.
 
     Parameters
@@ -19,6 +19,8 @@ def require(module: str, *, extra: str, feature: str) -> ModuleType:
         The extra of this distribution that installs it.
     feature
         What needs it, as the start of the sentence: ``"Writing DICOM SEG"``.
+    package
+        Name of the distribution, where it is not the module's.
 
     Raises
     ------
@@ -31,4 +33,6 @@ def require(module: str, *, extra: str, feature: str) -> ModuleType:
         # A missing dependency of the package itself is another fault and must not be hidden behind our advice.
         if err.name is None or err.name.partition(".")[0] != module.partition(".")[0]:
             raise
-        raise MissingExtraError(f"{feature} needs the package {module!r}: pip install 'medreasoner[{extra}]'") from err
+        raise MissingExtraError(
+            f"{feature} needs the package {package or module!r}: pip install 'medreasoner[{extra}]'"
+        ) from err

@@ -67,6 +67,8 @@ def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     text = os.fspath(name_or_path)
     shipped = Path(__file__).parent / "bundles"
     root = shipped / text if text in SHIPPED else Path(text)
+    if not text:
+        raise BundleError(f"the name of the bundle is empty; give a folder, or one of the names {', '.join(SHIPPED)}")
     if text in SHIPPED and not root.is_dir():
         raise BundleError(f"this build has no {text!r} bundle; give the path of a bundle")
     if not root.is_dir():
@@ -97,17 +99,22 @@ def load_bundle(
         the file.
     """
     root = find_bundle(name_or_path)
-    manifest = _read_manifest(root)
-    spec = parse_manifest(manifest)
-    paths = {name: _contained(root, name) for name in spec.files}
-    if verify == "full":
-        _refuse_unlisted(root, spec)
-    _check_hashes(spec, paths, verify, cache_dir)
+    try:
+        manifest = _read_manifest(root)
+        spec = parse_manifest(manifest)
+        paths = {name: _contained(root, name) for name in spec.files}
+        if verify == "full":
+            _refuse_unlisted(root, spec)
+        _check_hashes(spec, paths, verify, cache_dir)
+    except BundleError as err:
+        raise BundleError(f"bundle {root}: {err}") from err.__cause__
     _show_notice(spec)
     return Bundle(root=root, spec=spec, digest=hashlib.sha256(manifest).hexdigest())
 
 
 def _read_manifest(root: Path) -> bytes:
+    if not (root / MANIFEST).exists():
+        raise BundleError(f"no {MANIFEST} is in this folder; 'medreasoner-cli export bundle' makes a bundle")
     try:
         with _contained(root, MANIFEST).open("rb") as file:
             data = file.read(_MANIFEST_MAX_BYTES + 1)
@@ -156,7 +163,10 @@ def _check_hashes(spec: BundleSpec, paths: dict[str, Path], verify: Verify, cach
         names = [name for name in paths if name not in known]
         for name, digest in zip(names, pool.map(_sha256, [paths[name] for name in names]), strict=True):
             if digest != spec.files[name].sha256:
-                raise BundleError(f"{name}: its SHA-256 is not the manifest's; the file was altered or damaged")
+                raise BundleError(
+                    f"{name}: its SHA-256 is not the manifest's; the file was altered or damaged; "
+                    "copy or export the bundle again"
+                )
     cache.add((paths[name], spec.files[name].sha256) for name in large - known)
 
 

@@ -1,5 +1,6 @@
 """Reads a manifest's JSON into the records of `medreasoner.spec`, strictly: by the records' own type hints."""
 
+import hashlib
 import json
 import math
 import types
@@ -10,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from medreasoner.errors import BundleError
 from medreasoner.spec import SCHEMA_VERSION, BundleSpec, PadResize, Resize, SmartResize, StretchResize
 
-__all__ = ["parse_manifest"]
+__all__ = ["manifest_sha256", "parse_manifest"]
 
 Record = TypeVar("Record")
 
@@ -40,7 +41,20 @@ def parse_manifest(text: str | bytes) -> BundleSpec:
         raise BundleError(
             f"schema_version: expected {SCHEMA_VERSION}, got {found!r:.80}; the bundle is for another release"
         )
+    stated = data.pop("sha256", None)  # manifests that people write by hand have none
+    if stated is not None and stated != manifest_sha256(data):
+        raise BundleError("manifest.json: its SHA-256 is not the one that it states; it was altered or damaged")
     return _read_record(BundleSpec, data, "")
+
+
+def manifest_sha256(data: Mapping[str, Any]) -> str:
+    """SHA-256, 64 hexadecimal digits, of a manifest's content without its own ``sha256``, whatever its layout.
+
+    >>> manifest_sha256({"b": 1, "a": 2}) == manifest_sha256({"a": 2, "b": 1, "sha256": "..."})
+    True
+    """
+    content = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _read_record(record: type[Record], data: Any, key: str) -> Record:

@@ -107,13 +107,13 @@ class Binding(Protocol):
 
 
 def require_runtime() -> None:
-    """Refuse to go on without exactly one ONNX Runtime.
+    """Refuse to go on without exactly one ONNX Runtime that can be imported.
 
     Raises
     ------
     ProviderError
         If neither or both of onnxruntime and onnxruntime-gpu are installed: they share one import name, and together
-        overwrite each other's files. The message gives the pip line.
+        overwrite each other's files. Or if the one cannot be imported. The message gives the pip line.
     """
     found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
     if not found:
@@ -125,6 +125,14 @@ def require_runtime() -> None:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other: "
             "pip uninstall -y onnxruntime onnxruntime-gpu, then pip install 'medreasoner[cpu]' or 'medreasoner[gpu]'"
         )
+    try:
+        import onnxruntime  # noqa: F401  # what is listed as installed may be damaged, or lack a library
+    except Exception as err:
+        reason = " ".join(str(err).split())[:200]
+        raise ProviderError(
+            f"{found[0]} is installed but cannot be imported ({type(err).__name__} {reason}): "
+            f"pip install --force-reinstall {found[0]}"
+        ) from err
 
 
 def _is_installed(name: str) -> bool:

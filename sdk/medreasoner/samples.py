@@ -86,7 +86,7 @@ def sample_path(name: str) -> Path:
     """
     if name not in SAMPLES:
         raise ImageReadError(f"no such sample; there are {', '.join(sorted(SAMPLES))}")
-    store = require("data_store", extra="samples", feature="A sample image")
+    store = require("data_store", extra="samples", feature="A sample image", package="pydicom-data")
     path = Path(str(store.__file__)).parent / "data" / SAMPLES[name].filename
     if not path.is_file():
         raise MissingExtraError(f"pydicom-data holds no {path.name}: pip install --upgrade 'medreasoner[samples]'")

@@ -35,6 +35,7 @@ def _with_threshold(folder: Path, name: str, threshold: float) -> Path:
     copy = folder / name
     shutil.copytree(folder / "bundle", copy)
     manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]
     manifest["reasoner"]["absent_threshold"] = threshold
     manifest["licence"]["notice"] = "random weights, for tests only"
     manifest["licence"]["weights"] = "public domain"

@@ -152,6 +152,14 @@ def test_doctor_with_no_or_two_runtimes_is_code_4(cli, finding_bundle, monkeypat
     assert advice in runtime["detail"] + runtime["advice"]
 
 
+def test_doctor_tries_the_runtime_that_is_listed_as_installed(cli, finding_bundle, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # an import of it fails now
+    done = cli("doctor", "-b", finding_bundle, "--json")
+    (runtime,) = [finding for finding in json.loads(done.out) if finding["name"] == "runtime"]
+    assert (done.code, runtime["state"]) == (4, "FAULT")
+    assert "pip install --force-reinstall onnxruntime" in runtime["advice"]
+
+
 def test_graph_that_devices_compute_is_a_valid_model():
     onnx = pytest.importorskip("onnx")
     model = onnx.load_model_from_string(_GRAPH)

@@ -162,7 +162,15 @@ def _failed(done, code, text):
         pytest.param(["ground", "a.png", "x", "-o", "a.png"], 2, "not written over", id="output is the input"),
         pytest.param(["ground", "a.png", "a.png", "x", "-o", "b.png"], 2, "{stem}", id="one output for several"),
         pytest.param(["ground", "a.png", "a.png", "x", "-o", "empty/"], 2, "{index}", id="two outputs of one name"),
-        pytest.param(["ground", "a.png", "where", "is", "it"], 3, "in quotes", id="query without quotes"),
+        pytest.param(["ground", "a.png", "where", "is", "it"], 2, "in quotes", id="query without quotes"),
+        pytest.param(["ground", "a.png", "x", "-o", ""], 2, "output is empty", id="empty output"),
+        pytest.param(["ground", "a.png", "x", "-b", ""], 4, "bundle is empty", id="empty bundle"),
+        pytest.param(["ground", "a.png", "x", "--format", "mask"], 2, "--output", id="a form of nothing"),
+        pytest.param(["ground", "a.png", "x", "-o", "b.png", "-o", "empty/../b.png"], 2, "twice", id="output twice"),
+        pytest.param(["ground", "a.png", "x", "-o", "n" * 300 + ".png"], 2, "too long", id="output of too long a name"),
+        pytest.param(["ground", "n" * 300 + ".png", "x"], 3, "too long", id="input of too long a name"),
+        pytest.param(["ground", "Where is it?", "a.png"], 3, "behind the images", id="query before the image"),
+        pytest.param(["ground", "a.png", "x", "-b", "empty"], 4, "empty: no manifest.json", id="no bundle in it"),
         pytest.param(["ground", "none*.png", "x"], 3, "no file matches", id="pattern without a match"),
         pytest.param(["ground", "empty", "x"], 3, "holds no files", id="empty folder"),
         pytest.param(["ground", "a.png", "x", "-b", "nope"], 4, "nope", id="no such bundle"),
@@ -218,6 +226,53 @@ def test_error_that_nobody_foresaw_is_one_line_too(cli, picture, finding_bundle,
         cli("ground", picture, QUERY, "-b", finding_bundle)
 
 
+def test_an_unforeseen_error_about_one_image_does_not_stop_the_others(
+    cli, folder, finding_bundle, tmp_path, monkeypatch
+):
+    import medreasoner
+
+    save, calls = medreasoner.Grounding.save, []
+
+    def fail_once(self, path, **options):
+        calls.append(path)
+        if len(calls) == 2:
+            raise ZeroDivisionError("no idea")
+        save(self, path, **options)
+
+    monkeypatch.setattr(medreasoner.Grounding, "save", fail_once)
+    outputs = ("-o", f"{tmp_path}/{{stem}}.png", "-o", f"{tmp_path}/{{stem}}.json")
+    done = cli("ground", folder, QUERY, "-b", finding_bundle, "--json", *outputs)
+    assert done.code == 4
+    first, second = (json.loads(line) for line in done.out.splitlines())
+    assert first == {
+        "image": f"{folder}/b.png",
+        "error": f"{folder}/b.png: ZeroDivisionError: no idea",
+        "written": [f"{tmp_path}/b.png"],
+    }
+    assert second["written"] == [f"{tmp_path}/c.png", f"{tmp_path}/c.json"]
+    assert f"note: written before that: {tmp_path}/b.png" in done.err
+
+
+def test_errors_of_files_of_one_name_tell_them_apart(cli, tmp_path, finding_bundle):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"no image")
+    done = cli("ground", tmp_path / "a", tmp_path / "b", QUERY, "-b", finding_bundle)
+    errors = [line for line in done.err.splitlines() if line.startswith("error")]
+    assert [line.partition(": unknown")[0] for line in errors] == [
+        f"error: {tmp_path}/{name}/1.png" for name in ("a", "b")
+    ]
+
+
+def test_a_missing_output_folder_named_with_a_slash_is_made(cli, picture, finding_bundle, tmp_path):
+    assert cli("ground", picture, QUERY, "-b", finding_bundle, "-o", f"{tmp_path}/new/deep/").code == 0
+    assert [path.name for path in (tmp_path / "new" / "deep").iterdir()] == [f"{picture.stem}.png"]
+
+
+def test_the_largest_image_is_an_option(cli, picture, finding_bundle):
+    _failed(cli("ground", picture, QUERY, "-b", finding_bundle, "--max-pixels", "100"), 3, "--max-pixels")
+
+
 def test_interrupt_is_130_without_a_word(cli, picture, finding_bundle, monkeypatch):
     import medreasoner
 
@@ -262,6 +317,30 @@ def test_process_exits_with_the_code_and_prints_no_traceback(tmp_path):
     assert process.returncode == 4
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names that are no text")
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_file_names_that_the_output_cannot_hold_are_escaped(finding_bundle, picture, tmp_path, encoding, as_json):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    for name in (b"J\xc3\xb6rg.png", b"\xff\xfe.png", b"\x1b[31m.png"):
+        Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(picture.read_bytes())
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    code = "from medreasoner_cli.main import main; main()"
+    options = ["--json"] if as_json else []
+    done = subprocess.run(
+        [sys.executable, "-c", code, "ground", str(folder), QUERY, "-b", finding_bundle, *options],
+        env=environment, capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode().splitlines()
+    assert len(lines) == 3
+    assert b"\x1b" not in done.stdout
+    if as_json:
+        names = {Path(json.loads(line)["image"]).name for line in lines}
+        assert names == {"J\xf6rg.png", "\udcff\udcfe.png", "\x1b[31m.png"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of pipes")

@@ -44,6 +44,17 @@ def test_a_bundle_loads_with_every_file_listed_by_hash(exports: tuple[Path, Path
     assert bundle.spec.training["images"] == 3
 
 
+def test_any_changed_digit_of_the_manifest_is_noticed(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    out = build_bundle(*exports, tmp_path / "bundle", name="x", training={"images": 3})
+    text = (out / "manifest.json").read_text()
+    assert '"images": 3' in text
+    (out / "manifest.json").write_text(json.dumps(json.loads(text)))  # another layout says the same
+    load_bundle(out)
+    (out / "manifest.json").write_text(text.replace('"images": 3', '"images": 4'))
+    with pytest.raises(BundleError, match=r"bundle: manifest\.json: its SHA-256"):
+        load_bundle(out)
+
+
 def test_an_existing_folder_is_kept_unless_forced(exports: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     out.mkdir()

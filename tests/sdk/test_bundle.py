@@ -169,7 +169,7 @@ def test_the_notice_is_shown_once_a_process(bundle_folder: Path, caplog: pytest.
 @pytest.mark.parametrize("name", ["no-such-bundle", ""])
 def test_a_name_that_is_no_bundle_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BundleError, match=r"no bundle|missing"):
+    with pytest.raises(BundleError, match=r"no bundle|is empty"):
         load_bundle(name)
 
 

@@ -31,6 +31,7 @@ QUERIES = (
 def with_threshold(bundle: Path, copy: Path, threshold: float | None) -> Path:
     shutil.copytree(bundle, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["sha256"]
     manifest["reasoner"]["absent_threshold"] = threshold
     (copy / "manifest.json").write_text(json.dumps(manifest))
     return copy

@@ -204,6 +204,53 @@ def test_nifti_of_a_dicom_slice_lies_where_dicom_says(make_grounding, tmp_path):
     assert out.header.get_zooms()[2] == pytest.approx(float(header.SliceThickness))
 
 
+def test_a_side_too_long_for_nifti_1_is_written_as_nifti_2(make_grounding, tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    mask = np.zeros((8, 33000), bool)
+    mask[3, 32999] = True
+    image = Image(pixels=np.zeros((8, 33000), np.uint8), source="array")
+    make_grounding(image=image, mask=mask).save(tmp_path / "long.nii")
+    out = nibabel.load(tmp_path / "long.nii")
+    assert isinstance(out, nibabel.Nifti2Image)
+    assert out.shape == (33000, 8, 1)
+    assert np.asarray(out.dataobj).sum() == 1
+
+
+def test_a_name_as_long_as_the_disk_allows_is_written(make_grounding, tmp_path):
+    name = "n" * (255 - len(".json")) + ".json"
+    make_grounding().save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(OutputError, match="too long"):
+        make_grounding().save(tmp_path / ("n" + name))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "odd"),
+    [
+        ("StudyInstanceUID", "1.2.3.4.5.67", b"SECRET.1.234"),
+        ("StudyID", "S" * 25, b"S" * 25),
+        ("SeriesNumber", "12345678", b"1x345678"),
+    ],
+)
+@pytest.mark.parametrize("name", ["out.dcm", "out.nii"])
+def test_odd_headers_make_no_noise_and_refuse_no_mask(make_grounding, tmp_path, recwarn, keyword, value, odd, name):
+    for package in ("highdicom", "nibabel"):
+        pytest.importorskip(package)
+    pydicom = pytest.importorskip("pydicom")
+    with pydicom.config.disable_value_validation():
+        dataset = pydicom.dcmread(_pydicom_file("CT_small.dcm"))
+        setattr(dataset, keyword, value)
+        raw = io.BytesIO()
+        dataset.save_as(raw)
+    recwarn.clear()
+    data = raw.getvalue().replace(value.encode(), odd)
+    assert odd in data
+    grounding = make_grounding(read_image(data))
+    grounding.save(tmp_path / name)
+    assert [str(warning.message) for warning in recwarn] == []
+    assert (tmp_path / name).exists()
+
+
 def test_same_mask_gives_the_same_nifti_bytes(make_grounding, tmp_path):
     pytest.importorskip("nibabel")
     for name in ("a.nii.gz", "b.nii.gz"):

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,15 @@ def test_no_runtime_is_an_error_that_says_what_to_install(monkeypatch: pytest.Mo
 def test_two_runtimes_are_an_error_that_says_what_to_remove(monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "onnxruntime", "onnxruntime-gpu")
     with pytest.raises(ProviderError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
+        require_runtime()
+
+
+def test_a_runtime_that_cannot_be_imported_is_an_error_that_says_how_to_mend_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed(monkeypatch, "onnxruntime-gpu")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ProviderError, match="pip install --force-reinstall onnxruntime-gpu"):
         require_runtime()
 
 

@@ -28,7 +28,7 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise ImageReadError(
             f"{height} x {width} = {height * width} pixels is above max_pixels = {max_pixels}; "
-            "pass a larger max_pixels to read_image if the file is trusted"
+            "a larger max_pixels (--max-pixels) admits it, if the file is trusted"
         )
 
 
@@ -54,10 +54,10 @@ def select_frame(
         If `frame` is no integer or not in 0 .. n_frames - 1.
 
     >>> select_frame(None, 3)
-    (0, ['frame 0 of 3 is shown (numbered from 0); choose another with frame='])
+    (0, ['frame 0 of 3 is shown (numbered from 0); frame=N (--frame N) shows another'])
     """
     if frame is None:
-        note = f"{kind} {default} of {n_frames} is shown (numbered from 0); choose another with frame="
+        note = f"{kind} {default} of {n_frames} is shown (numbered from 0); frame=N (--frame N) shows another"
         return default, [note] if n_frames > 1 else []
     try:
         index = operator.index(frame)

@@ -43,7 +43,10 @@ def read_raster(data: bytes, *, source: str, frame: SupportsIndex | None, max_pi
     try:
         picture = PilImage.open(io.BytesIO(data), formats=_FORMATS)
     except PilImage.DecompressionBombError as err:
-        raise ImageReadError(f"{' '.join(str(err).split())} (PIL.Image.MAX_IMAGE_PIXELS)") from err
+        limit = 2 * (PilImage.MAX_IMAGE_PIXELS or 0)
+        raise ImageReadError(
+            f"it has more than {limit} pixels, Pillow's own limit (PIL.Image.MAX_IMAGE_PIXELS); reduce it first"
+        ) from err
     except Exception as err:
         raise ImageReadError(f"it is not a readable picture ({type(err).__name__})") from err
     with picture:

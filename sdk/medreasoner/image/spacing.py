@@ -14,6 +14,7 @@ Spacing = tuple[float, float]
 _CROSS_SECTIONAL = frozenset({"CT", "MR", "PT", "NM", "RTDOSE", "SEG", "OPT"})
 # A shadow on a detector: what is near the tube looks larger, so the detector's spacing is not the patient's.
 _PROJECTION = frozenset({"CR", "DX", "MG", "RF", "XA", "RG", "RTIMAGE", "PX", "IO", "XC"})
+_SMALLEST, _LARGEST = 1e-6, 1e4  # mm: a nanometre and ten metres
 _TISSUE_2D = 1  # Region Spatial Format (0018,6012)
 _CENTIMETRES = 3  # Physical Units X/Y Direction (0018,6024), (0018,6026)
 
@@ -33,7 +34,7 @@ def patient_spacing(dataset: "Dataset", frame: int) -> tuple[Spacing | None, lis
     modality = text(dataset, "Modality")
     regions = items(dataset, "SequenceOfUltrasoundRegions")
     if malformed:
-        return None, ["the pixel spacing is malformed and was not used"]
+        return None, ["the pixel spacing is zero or malformed; areas are left out"]
     if regions:
         return _region_spacing(regions)
     if spacing is not None and modality not in _PROJECTION:
@@ -54,9 +55,9 @@ def patient_spacing(dataset: "Dataset", frame: int) -> tuple[Spacing | None, lis
 
 
 def _pair(dataset: "Dataset", keyword: str) -> tuple[Spacing | None, bool]:
-    """The two positive numbers of an attribute, and whether it is there but holds something else."""
+    """The two plausible distances of an attribute, and whether it is there but holds something else."""
     found = numbers(dataset, keyword)
-    if len(found) == 2 and min(found) > 0:
+    if len(found) == 2 and min(found) >= _SMALLEST and max(found) <= _LARGEST:
         return (found[0], found[1]), False
     return None, keyword in dataset and bool(dataset.get_item(keyword).value)
 

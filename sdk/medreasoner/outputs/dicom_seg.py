@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 from medreasoner._extras import require
 from medreasoner._version import __version__
 from medreasoner.errors import MedReasonerError, OutputError
+from medreasoner.image.attributes import first_number
 from medreasoner.image.quiet import quiet
+from medreasoner.outputs.forms import check_reference
 from medreasoner.outputs.planes import patient_plane
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["encode_seg"]
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 # highdicom wants these to be there and to be well formed. The source's own are copied afterwards as they are, for it is
 # not our place to refuse a mask because of how somebody wrote a name.
 _COPIED = (
@@ -57,12 +58,9 @@ def encode_seg(grounding: "Grounding", *, include_query: bool) -> bytes:
     DICOM PS3.3 A.51 (Segmentation IOD), C.8.20.2 (Segmentation Image module), C.7.6.16.2.6 (Derivation Image macro).
     """
     highdicom = require("highdicom", extra="dicom", feature="Writing DICOM SEG")
+    check_reference(grounding.image)
     source = grounding.image.dicom
-    if source is None:
-        raise OutputError(f"DICOM SEG refers to a DICOM image, and {grounding.image.source} is none")
-    for keyword in _IDENTITY:
-        if not source.get(keyword):
-            raise OutputError(f"DICOM SEG needs {keyword}, and {grounding.image.source} has none")
+    assert source is not None
     try:
         with quiet():
             segmentation = _segmentation(highdicom, grounding, source, include_query)
@@ -92,7 +90,7 @@ def _segmentation(highdicom: Any, grounding: "Grounding", source: "Dataset", inc
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=[description],
         series_instance_uid=generate_uid(prefix=None),
-        series_number=int(source.get("SeriesNumber") or 0) % 1000 + 1000,
+        series_number=int(first_number(source, "SeriesNumber") or 0) % 1000 + 1000,
         sop_instance_uid=generate_uid(prefix=None),
         instance_number=1,
         manufacturer="MedReasoner Edge",

@@ -8,11 +8,14 @@ from typing import TYPE_CHECKING
 
 from medreasoner._extras import require
 from medreasoner.errors import OutputError
+from medreasoner.image.quiet import quiet
 
 if TYPE_CHECKING:
     from medreasoner.image import Image
 
-__all__ = ["FORMS", "check_output", "form_of"]
+__all__ = ["FORMS", "check_output", "check_reference", "form_of"]
+
+_IDENTITY = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 
 FORMS: Mapping[str, str] = MappingProxyType(
     {
@@ -65,6 +68,24 @@ def form_of(path: str | os.PathLike[str], *, format: str | None = None) -> str:
     raise OutputError(f"{name}: unknown ending; known: {known}")
 
 
+def check_reference(image: "Image") -> None:
+    """Refuse an image that a DICOM SEG cannot refer to.
+
+    Raises
+    ------
+    OutputError
+        If the image was not DICOM, or lacks a UID that a reference needs.
+    """
+    if image.dicom is None:
+        raise OutputError(f"DICOM SEG refers to a DICOM image, and {image.source} is none; write a .nii or mask.png")
+    with quiet():
+        missing = [keyword for keyword in _IDENTITY if not image.dicom.get(keyword)]
+    if missing:
+        raise OutputError(
+            f"DICOM SEG needs {', '.join(missing)}, and {image.source} has none; write a .nii or mask.png"
+        )
+
+
 def check_output(path: str | os.PathLike[str], *, format: str | None = None, image: "Image | None" = None) -> str:
     """Form of a file that can be written, so that a caller learns of a fault before the work and not after it.
 
@@ -87,14 +108,21 @@ def check_output(path: str | os.PathLike[str], *, format: str | None = None, ima
     """
     form = form_of(path, format=format)
     target = Path(path)
-    if not target.parent.is_dir():
-        raise OutputError(f"{target}: there is no folder {str(target.parent)!r}")
-    if target.exists() and not target.is_file():
-        raise OutputError(f"{target}: it exists and is not a file")
+    try:
+        if not target.parent.is_dir():
+            raise OutputError(f"{target}: there is no folder {str(target.parent)!r}; create it first")
+        if target.exists() and not target.is_file():
+            raise OutputError(f"{target}: it exists and is not a file")
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise OutputError(f"{target}: the folder {str(target.parent)!r} cannot be written to")
+    except (OSError, ValueError) as err:  # a name that is too long, or holds a zero
+        if isinstance(err, OutputError):
+            raise
+        raise OutputError(f"{str(target)[:80]}: {getattr(err, 'strerror', None) or err}") from err
     if form == "seg":
         require("highdicom", extra="dicom", feature="Writing DICOM SEG")
-        if image is not None and image.dicom is None:
-            raise OutputError(f"{target.name}: DICOM SEG refers to a DICOM image, and {image.source} is none")
+        if image is not None:
+            check_reference(image)
     if form == "nifti":
         require("nibabel", extra="nifti", feature="Writing NIfTI")
     return form

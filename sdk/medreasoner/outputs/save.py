@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from medreasoner import ops
 from medreasoner.errors import OutputError
+from medreasoner.image.quiet import quiet
 from medreasoner.outputs.forms import check_output
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def save(
     form = check_output(path, format=format, image=grounding.image)
     target = Path(path)
     try:
-        data = _encode(grounding, form, target.name.lower(), include_query)
+        with quiet():  # libraries quote the header's values in their warnings
+            data = _encode(grounding, form, target.name.lower(), include_query)
     except _TooLargeError as err:
         raise OutputError(f"{target}: {err}") from None
     _write(target, data)
@@ -84,12 +86,14 @@ def _picture(picture: Any, kind: str) -> bytes:
 
 
 def _json(value: object) -> bytes:
-    return (json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode()
+    # A query from a command line may hold bytes that were no text; "\\udcff" is how JSON writes such a half character.
+    text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False) + "\n"
+    return text.encode(errors="backslashreplace")
 
 
 def _write(target: Path, data: bytes) -> None:
     """Write beside the target and rename, so that no reader ever meets half a file."""
-    beside = target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(4).hex()}.part")
+    beside = target.with_name(f".{os.getpid()}-{os.urandom(4).hex()}.part")  # short: the name may be as long as allowed
     try:
         try:
             with beside.open("xb") as stream:
