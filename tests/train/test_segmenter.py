@@ -89,7 +89,7 @@ def test_a_third_of_the_prompts_stay_exact_and_all_stay_in_the_image() -> None:
     box, points = np.array([10.0, 20.0, 250.0, 200.0]), np.array([[12.0, 30.0], [240.0, 190.0]])
     exact = 0
     for _ in range(300):
-        moved, shifted = disturb(box, points, rng)
+        moved, shifted = disturb(box, points, np.array([40.0, 40.0]), rng)
         exact += bool((moved == box).all() and (shifted == points).all())
         assert ((moved >= 0) & (moved <= SIZE)).all()
         assert ((shifted >= 0) & (shifted <= SIZE)).all()
@@ -97,11 +97,24 @@ def test_a_third_of_the_prompts_stay_exact_and_all_stay_in_the_image() -> None:
     assert 70 < exact < 130
 
 
+def test_points_of_thin_targets_stay_near() -> None:
+    box = np.array([10.0, 10.0, 250.0, 250.0])
+    points = np.full((2, 2), 128.0)
+    moves = {
+        depth: np.concatenate(
+            [disturb(box, points, np.full(2, depth), np.random.default_rng(seed))[1] - points for seed in range(200)]
+        )
+        for depth in (2.0, 80.0)
+    }
+    assert np.abs(moves[2.0]).max() < 8
+    assert np.abs(moves[80.0]).max() > 40
+
+
 def test_a_box_that_would_become_too_small_stays() -> None:
     box = np.array([10.0, 10.0, 13.0, 40.0])
     stayed = 0
     for seed in range(60):
-        moved, _ = disturb(box, np.full((2, 2), 11.0), np.random.default_rng(seed))
+        moved, _ = disturb(box, np.full((2, 2), 11.0), np.ones(2), np.random.default_rng(seed))
         stayed += bool((moved == box).all())
         assert (moved == box).all() or (moved[2:] - moved[:2] >= 4).all()
     assert stayed > 40  # a third stays in any case

@@ -20,7 +20,7 @@ from medreasoner_train.data import by_image, load_index, split
 from medreasoner_train.loop import LoopOptions, train, write_settings
 from medreasoner_train.model import to_tensor
 from medreasoner_train.store import Stored, load_store, sampling_weights
-from medreasoner_train.targets import box_of
+from medreasoner_train.targets import box_of, depth_at
 
 __all__ = ["SegmenterOptions", "build_segmenter", "run"]
 
@@ -102,21 +102,30 @@ class SegmenterData:
             images.append(to_tensor(changed.pixels))
             kept = [k for k in range(len(changed.masks)) if changed.masks[k].any()]
             for k in rng.choice(kept, size=per_image, replace=len(kept) < per_image):
-                box, points = disturb(np.array(box_of(changed.masks[k])), changed.points[k], rng)
-                rows.append((b, box, points, int(rng.choice(3, p=[0.7, 0.15, 0.15])), changed.masks[k]))
+                mask, exact = changed.masks[k], changed.points[k]
+                box, points = disturb(np.array(box_of(mask)), exact, depth_at(mask, exact), rng)
+                rows.append((b, box, points, int(rng.choice(3, p=[0.7, 0.15, 0.15])), mask))
         return torch.stack(images), prompts(rows)
 
 
 def disturb(
-    box: npt.NDArray[np.float64], points: npt.NDArray[np.float64], rng: np.random.Generator
+    box: npt.NDArray[np.float64],
+    points: npt.NDArray[np.float64],
+    depth: npt.NDArray[np.float64],
+    rng: np.random.Generator,
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """A third of the prompts stay exact, a third are slightly off, a third are as wrong as a weak reasoner's."""
+    """A third of the prompts stay exact, a third are slightly off, a third are as wrong as a weak reasoner's.
+
+    Points are moved by shares of the box, but where the target is thin, by shares of its own width: a point far off a
+    vessel says nothing about it. `depth` (2,) is how far they lie inside the target.
+    """
     error = (0.0, 0.04, 0.15)[int(rng.integers(3))]
     sides = np.tile(box[2:] - box[:2], 2)
     moved = np.clip(box + rng.standard_normal(4) * error * sides, 0, SIZE)
     if (moved[2:] - moved[:2] < 4).any():
         moved = box
-    shifted = np.clip(points + rng.standard_normal((2, 2)) * error * 0.6 * sides[:2], 0, SIZE)
+    reach = np.minimum(0.6 * sides[:2], 4 * np.maximum(depth, 1.0)[:, None])
+    shifted = np.clip(points + rng.standard_normal((2, 2)) * error * reach, 0, SIZE)
     return moved, shifted
 
 

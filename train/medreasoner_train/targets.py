@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-__all__ = ["box_of", "inscribed_points"]
+__all__ = ["box_of", "depth_at", "inscribed_points"]
 
 GRID = 840.0  # the paper's image side: all of its pixel thresholds belong to it
 APART = 10.0
@@ -23,6 +23,19 @@ def box_of(mask: npt.NDArray[np.bool_]) -> tuple[float, float, float, float]:
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def depth_at(mask: npt.NDArray[np.bool_], points: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(N,) distance of each point (N, 2) of x, y from the nearest place outside a (H, W) mask, in pixels, 0 outside.
+
+    >>> m = np.zeros((9, 9), bool); m[2:7, 2:7] = True
+    >>> depth_at(m, np.array([[4.5, 4.5], [0.5, 0.5]])).tolist()
+    [3.0, 0.0]
+    """
+    depth: npt.NDArray[np.float64] = ndimage.distance_transform_edt(np.pad(mask, 1))[1:-1, 1:-1]
+    columns, rows = np.clip(points.astype(np.int64), 0, np.array(mask.shape[::-1]) - 1).T
+    found: npt.NDArray[np.float64] = depth[rows, columns]
+    return found
 
 
 def inscribed_points(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
