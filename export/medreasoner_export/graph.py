@@ -47,6 +47,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._count = 0
+        self._n_bytes = 0  # of the weights
 
     def input(self, name: str, dtype: int, shape: Shape) -> str:
         """Declare a graph input; strings in `shape` are dynamic dimensions."""
@@ -101,14 +102,20 @@ class GraphBuilder:
         Raises
         ------
         BundleError
-            If a value does not fit `storage`.
+            If a value does not fit `storage`, or all weights together one file.
         """
         if array.ndim < 2 or exact or self.storage == "float32":
-            self._initializers[name] = numpy_helper.from_array(store(array, "float32", name), name)
+            self._keep(name, store(array, "float32", name))
             return name
         stored = f"{name}.{self.storage}"
-        self._initializers[stored] = numpy_helper.from_array(store(array, self.storage, name), stored)
+        self._keep(stored, store(array, self.storage, name))
         return self.op("Cast", stored, out=name, to=FLOAT)
+
+    def _keep(self, name: str, array: npt.NDArray[Any]) -> None:
+        self._n_bytes += array.nbytes
+        if self._n_bytes > MAX_GRAPH_BYTES:  # told now, not after the whole model was copied into the message
+            raise BundleError(f"{self.name}: its weights do not fit one ONNX file of 2 GiB")
+        self._initializers[name] = numpy_helper.from_array(array, name)
 
     def linear(self, x: str, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None) -> str:
         """``x @ weight.T + bias``; `weight` is (out, in) as in torch and stored transposed."""

@@ -80,6 +80,8 @@ def build_bundle(
         }
         terms = {"weights": licence.weights, "notice": licence.notice, "file": None}
         if licence.file is not None:
+            if not Path(licence.file).is_file():
+                raise BundleError(f"{licence.file}: no such file with the licence")
             terms["file"] = "LICENSE.weights"
             shutil.copyfile(licence.file, folder / "LICENSE.weights")
         manifest = {
@@ -112,7 +114,7 @@ def _copy_export(source: Path, target: Path) -> dict[str, Any]:
     try:
         names = sorted(set(_paths(description["section"])))
         _ = description["sha256"], description["storage"]  # must be there
-    except (KeyError, TypeError) as err:
+    except (KeyError, TypeError, AttributeError) as err:
         raise BundleError(f"{source / DESCRIPTION} is malformed: {err!r}") from err
     target.mkdir()
     for name in names:

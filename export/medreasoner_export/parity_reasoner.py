@@ -119,14 +119,14 @@ class _Check:
         self.lm_head = load_weight(bundle.path(spec.lm_head.file), spec.lm_head)
 
     def grids(self) -> list[tuple[int, int]]:
-        """Rows and columns, in merged tokens: the model's own grid or a wide one, then one with partial windows."""
+        """Rows and columns, in merged tokens: the model's own grid or a wide one, partial windows, less than one."""
         vision = self.spec.vision
         unit = vision.patch_size * vision.merge_size
         window = vision.window_size // unit
         own = (window + 1, 2 * window + 1)
         if isinstance(vision.resize, StretchResize):
             own = (vision.resize.height // unit, vision.resize.width // unit)
-        return [own, (window + 2, window + 1)]
+        return [own, (window + 2, window + 1), (1, 2)]
 
     def grid(self, rows: int, columns: int) -> VisionGrid:
         vision = self.spec.vision

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
 from medreasoner_export.qwen_vision import vision_graph
 from medreasoner_export.settings import reasoner_settings
 
-__all__ = ["DESCRIPTION", "ReasonerExport", "ReasonerOptions", "export_reasoner", "source_storage"]
+__all__ = ["DESCRIPTION", "ReasonerExport", "ReasonerOptions", "export_reasoner", "open_export", "source_storage"]
 
 DESCRIPTION = "export.json"
 """Name of the file in an export's folder that says what it is."""
@@ -80,8 +80,7 @@ def export_reasoner(
     storage = source_storage(checkpoint, embedding, options.weights)
     sha256 = checkpoint.sha256()
     metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = open_export(out_dir)
     save_graph(vision_graph(checkpoint, config, storage=storage, metadata=metadata), out / "vision.onnx")
     save_graph(decoder_graph(checkpoint, config, storage=storage, metadata=metadata), out / "decoder.onnx")
     section = {"architecture": "qwen2_5_vl", "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"}}
@@ -93,6 +92,17 @@ def export_reasoner(
     description = {"section": section, "sha256": sha256, "storage": storage}
     (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     return export
+
+
+def open_export(out_dir: str | Path) -> Path:
+    """Folder of an export about to be written, without the description of an earlier one.
+
+    Should the export fail half-way, the folder is then known to be incomplete.
+    """
+    out = Path(out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / DESCRIPTION).unlink(missing_ok=True)
+    return out
 
 
 def source_storage(checkpoint: Checkpoint, probe: str, weights: Storage | Literal["source"]) -> Storage:
@@ -109,17 +119,25 @@ def _matrices(
     """Write the token embedding and, if it is another matrix, the output projection."""
     shape = (config.text.vocab_size, config.text.hidden_dim)
 
-    def write(name: str, tensor: str) -> dict[str, Any]:
+    def chunks(tensor: str) -> Iterator[Any]:
         array = checkpoint.tensor(tensor, shape)
+        return (np.asarray(array[start : start + ROWS]) for start in range(0, len(array), ROWS))
+
+    def write(name: str, tensor: str) -> dict[str, Any]:
+        """Write a matrix row by row, and describe it."""
         with (out / name).open("wb") as file:
-            for start in range(0, len(array), ROWS):
-                file.write(store(np.asarray(array[start : start + ROWS]), storage, tensor).tobytes())
+            for chunk in chunks(tensor):
+                file.write(store(chunk, storage, tensor).tobytes())
         return {"file": name, "dtype": storage, "shape": list(shape)}
 
     described = {"embedding": write("embedding.bin", embedding)}
-    if config.text.tied:
-        if "lm_head.weight" in checkpoint:  # some files hold the tied matrix twice
-            checkpoint.tensor("lm_head.weight", shape)
+    if "lm_head.weight" in checkpoint:
+        # Some files hold the tied matrix twice. Where the two differ, transformers ties nothing, whatever the flag.
+        pairs = zip(chunks(embedding), chunks("lm_head.weight"), strict=True)
+        tied = all(np.array_equal(first, second) for first, second in pairs)
+    else:
+        tied = config.text.tied
+    if tied:
         return described | {"lm_head": described["embedding"]}
     return described | {"lm_head": write("lm_head.bin", "lm_head.weight")}
 

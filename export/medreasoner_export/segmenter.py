@@ -9,7 +9,7 @@ from typing import Any, Literal
 from medreasoner._version import __version__
 from medreasoner_export.checkpoint import Checkpoint
 from medreasoner_export.graph import Storage, save_graph
-from medreasoner_export.reasoner import DESCRIPTION, source_storage
+from medreasoner_export.reasoner import DESCRIPTION, open_export, source_storage
 from medreasoner_export.sam_config import SamConfig
 from medreasoner_export.sam_decoder import sam_decoder_graph
 from medreasoner_export.sam_encoder import encoder_graph
@@ -83,8 +83,7 @@ def export_segmenter(
         "multimask": str(multimask).lower(),
         "box_mask": str(box_mask).lower(),
     }
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    out = open_export(out_dir)
     encoder = encoder_graph(checkpoint, config, storage=storage, metadata=metadata)
     decoder = sam_decoder_graph(
         checkpoint, config, multimask=multimask, box_mask=box_mask, storage=storage, metadata=metadata

@@ -52,6 +52,7 @@ MEDREASONER_7B: Mapping[str, Any] = {
     "max_think_tokens": 1024,
 }
 DEFAULT_MAX_LENGTH = 4096
+ANSWER_TOKENS = 256  # of the prompt's frame and the answer
 # Qwen2.5-VL's own limits: 4 to 1280 merged tokens of 28 x 28 pixels.
 DEFAULT_MIN_PIXELS = 4 * 28 * 28
 DEFAULT_MAX_PIXELS = 1280 * 28 * 28
@@ -78,14 +79,19 @@ def reasoner_settings(folder: Path, config: QwenConfig, overrides: Mapping[str, 
         "max_length": min(config.text.max_length, DEFAULT_MAX_LENGTH),
         "resize": {
             "rule": "smart",
-            "min_pixels": images.get("min_pixels", DEFAULT_MIN_PIXELS),
-            "max_pixels": images.get("max_pixels", DEFAULT_MAX_PIXELS),
+            "min_pixels": _limit(images, "min_pixels", "shortest_edge") or DEFAULT_MIN_PIXELS,
+            "max_pixels": _limit(images, "max_pixels", "longest_edge") or DEFAULT_MAX_PIXELS,
             "factor": factor,
         },
         "image_mean": images.get("image_mean", CLIP_MEAN),
         "image_std": images.get("image_std", CLIP_STD),
     }
     settings = _merge(folder, defaults, overrides)
+    for key in ("max_length", "max_query_tokens", "max_think_tokens"):
+        if not isinstance(settings[key], int) or isinstance(settings[key], bool):
+            raise BundleError(f"{key}: expected an integer, got {settings[key]!r:.80}")
+    if settings["resize"] == json.loads(json.dumps(defaults["resize"])):
+        settings["resize"]["max_pixels"] = _fitting(settings, factor)
     if settings["max_length"] > config.text.max_length:
         raise BundleError(
             f"max_length: {settings['max_length']} exceeds the model's positions {config.text.max_length}"
@@ -130,6 +136,30 @@ def _merge(folder: Path, defaults: dict[str, Any], overrides: Mapping[str, Any])
     return settings
 
 
+def _limit(images: Mapping[str, Any], key: str, edge: str) -> int | None:
+    """A limit on pixels under its older name, or under the newer one, where an "edge" is an area too."""
+    size = images.get("size")
+    found = images.get(key) or (size.get(edge) if isinstance(size, dict) else None)
+    return found if isinstance(found, int) else None
+
+
+def _fitting(settings: Mapping[str, Any], factor: int) -> int:
+    """The checkpoint's own `max_pixels`, lowered so that image, query, thought and answer fit `max_length`.
+
+    Published files state 16384 image tokens, more than there is room for here.
+    """
+    length = int(settings["max_length"])
+    words = int(settings["max_query_tokens"]) + int(settings["max_think_tokens"]) + ANSWER_TOKENS
+    room = max(length - words, length // 2)  # an image is worth half of a short model
+    resize = settings["resize"]
+    return max(int(resize["min_pixels"]), min(int(resize["max_pixels"]), room * factor**2))
+
+
 def _preprocessor(folder: Path) -> dict[str, Any]:
+    """Settings of the image processor, which newer releases of transformers save inside of the processor's."""
     path = folder / "preprocessor_config.json"
-    return read_json(path) if path.is_file() else {}
+    if path.is_file():
+        return read_json(path)
+    path = folder / "processor_config.json"
+    images = read_json(path).get("image_processor") if path.is_file() else None
+    return images if isinstance(images, dict) else {}

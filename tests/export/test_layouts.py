@@ -14,7 +14,8 @@ from onnx import numpy_helper
 from safetensors.numpy import load_file, save_file
 
 from medreasoner.errors import BundleError
-from medreasoner_export import ReasonerOptions, export_reasoner, export_segmenter
+from medreasoner_export import ReasonerOptions, export_reasoner, export_segmenter, graph
+from medreasoner_export import settings as settings_module
 from medreasoner_export.toy import make_toy_reasoner, make_toy_segmenter
 
 FILES = ("vision.onnx", "decoder.onnx", "embedding.bin")
@@ -202,12 +203,77 @@ def test_without_settings_the_answer_is_that_of_medreasoner(reasoner: Path, tmp_
     section = export_reasoner(reasoner, tmp_path / "out").section
     assert section["answer"]["present"].startswith("<answer>{'bbox': [{x1}, ")
     assert section["answer"]["absent"] is section["absent_threshold"] is None
-    resize = {"rule": "smart", "min_pixels": 3136, "max_pixels": 705_600, "factor": 28}
+    # The model has 512 positions; half of them are left to the image.
+    resize = {"rule": "smart", "min_pixels": 3136, "max_pixels": 256 * 28**2, "factor": 28}
     assert section["vision"]["resize"] == resize
     assert section["max_length"] == 512  # of the model's own positions
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"limit": 3}, "limit"), ({"max_length": 513}, "exceeds")])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_image_limits_are_read_as_transformers_writes_them_now(reasoner: Path, tmp_path: Path, name: str) -> None:
+    (reasoner / "medreasoner.json").unlink()
+    images = {"size": {"shortest_edge": 6272, "longest_edge": 23520}, "image_mean": [0.5, 0.5, 0.5], "min_pixels": None}
+    content = {"image_processor": images} if name.startswith("processor") else images
+    (reasoner / name).write_text(json.dumps(content))
+    options = ReasonerOptions(settings={"max_think_tokens": 100, "max_query_tokens": 100})
+    vision = export_reasoner(reasoner, tmp_path / "out", options=options).section["vision"]
+    assert vision["resize"] == {"rule": "smart", "min_pixels": 6272, "max_pixels": 23520, "factor": 28}
+    assert vision["image_mean"] == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(("think", "tokens"), [(1024, 256), (40, 512 - 40 - 100 - 100)])
+def test_an_image_leaves_room_for_query_thought_and_answer(
+    reasoner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, think: int, tokens: int
+) -> None:
+    monkeypatch.setattr(settings_module, "ANSWER_TOKENS", 100)
+    (reasoner / "medreasoner.json").unlink()
+    (reasoner / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 784, "max_pixels": 12_845_056}))
+    options = ReasonerOptions(settings={"max_think_tokens": think, "max_query_tokens": 100})
+    resize = export_reasoner(reasoner, tmp_path / "out", options=options).section["vision"]["resize"]
+    assert resize["max_pixels"] == tokens * 28**2  # at least half of the 512 positions
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_a_second_matrix_is_the_head_exactly_where_it_differs(
+    reasoner: Path, tmp_path: Path, tied: bool, same: bool
+) -> None:
+    change_config(reasoner, lambda config: config.update(tie_word_embeddings=tied))
+
+    def head(weights: dict[str, Any]) -> dict[str, Any]:
+        embedding = weights["model.embed_tokens.weight"]
+        return weights | {"lm_head.weight": embedding.copy() if same else embedding[::-1].copy()}
+
+    change_weights(reasoner, head)
+    section = export_reasoner(reasoner, tmp_path / "out").section
+    assert (section["lm_head"]["file"] == section["embedding"]["file"]) == same
+    if not same:
+        embedding, own = ((tmp_path / "out" / section[key]["file"]).read_bytes() for key in ("embedding", "lm_head"))
+        width = len(own) // section["lm_head"]["shape"][0]
+        assert own[:width] == embedding[-width:]
+
+
+def test_an_export_that_failed_is_not_taken_for_the_one_before(reasoner: Path, tmp_path: Path) -> None:
+    export_reasoner(reasoner, tmp_path / "out")
+    (reasoner / "tokenizer.json").unlink()
+    with pytest.raises(BundleError):
+        export_reasoner(reasoner, tmp_path / "out")
+    assert not (tmp_path / "out" / "export.json").exists()
+
+
+def test_more_weights_than_one_file_holds_are_refused_while_they_are_read(
+    reasoner: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graph, "MAX_GRAPH_BYTES", 100_000)
+    with pytest.raises(BundleError, match="do not fit one ONNX file"):
+        export_reasoner(reasoner, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"limit": 3}, "limit"), ({"max_length": 513}, "exceeds"), ({"max_length": "512"}, "expected an integer")],
+)
 def test_settings_that_do_not_fit_are_refused(
     reasoner: Path, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:

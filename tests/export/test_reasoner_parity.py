@@ -12,7 +12,14 @@ from medreasoner.reasoner.vision import vision_grid
 from medreasoner_export.parity_reasoner import DecoderRun, reasoner_stages
 
 TOLERANCE = 1e-5
-GRIDS = {"the model's own": (9, 9), "one window": (4, 4), "ragged": (5, 6), "wide": (2, 11)}
+GRIDS = {
+    "the model's own": (9, 9),
+    "one window": (4, 4),
+    "ragged": (5, 6),
+    "wide": (2, 11),
+    "one token": (1, 1),
+    "a strip": (1, 3),
+}
 
 
 def vision_inputs(bundle: Bundle, rows: int, columns: int) -> dict[str, Any]:
@@ -85,7 +92,7 @@ def test_an_image_does_not_depend_on_its_batch(bundle: Bundle, sessions: Any, pa
 def test_hidden_states_and_tokens_equal_transformers(bundle: Bundle, toy: Path) -> None:
     stages = list(reasoner_stages(bundle, toy / "reasoner", tolerance=TOLERANCE, seed=3))
     assert [stage.name for stage in stages if not stage.passed] == []
-    assert len(stages) == 6
+    assert len(stages) == 7
 
 
 def test_rows_of_different_length_decode_as_if_alone(bundle: Bundle, sessions: Any) -> None:

@@ -129,6 +129,21 @@ def test_sft_goes_on_from_its_last_checkpoint(grounding_set: Path, tmp_path: Pat
     assert torch.equal(before["modules"]["model"][name], again["modules"]["model"][name])
 
 
+def test_sft_goes_on_with_its_own_tokenizer_whatever_became_of_the_questions(
+    grounding_set: Path, tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("--data", grounding_set, "-o", tmp_path, "--batch", 2, "--branches", 3, "--size", 84)
+    command("train", "sft", *arguments, "--steps", 1)
+
+    def forget(*_: object) -> Tokenizer:
+        raise AssertionError("a new tokenizer would give the weights' rows to other words")
+
+    monkeypatch.setattr(sft, "make_tokenizer", forget)
+    command("train", "sft", *arguments, "--steps", 2)
+    kept = Tokenizer.from_file(str(tmp_path / "checkpoint" / "tokenizer.json"))
+    assert kept.get_vocab() == tokenizer.get_vocab()
+
+
 def test_segmenter_writes_a_checkpoint_that_transformers_and_export_take(grounding_set: Path, tmp_path: Path) -> None:
     out = tmp_path / "segmenter"
     command("train", "segmenter", "--data", grounding_set, "-o", out, "--steps", 1, "--batch", 1, "--per-image", 2)

@@ -181,6 +181,9 @@ def test_figures_are_means_by_hand() -> None:
     assert figures["reads"]["asked_over_each_other"]["mean"] == 0.5
     assert figures["reads"]["asked_over_all_others"]["mean"] == 0.0
     assert figures["controls"]["blank image"]["iou"]["mean"] == 0.05
+    shy = report.as_dict([row(kind="blank image", iou=0.0, found=False), row(kind="blank image", iou=0.4)], sets)
+    control = shy["controls"]["blank image"]
+    assert (control["iou"]["mean"], control["found"]["mean"], control["iou_found"]["mean"]) == (0.2, 0.5, 0.4)
 
 
 def test_what_was_not_measured_is_null_and_a_dash(tmp_path: Path) -> None:

@@ -90,6 +90,41 @@ def test_a_run_is_prolonged_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert sorted(losses(tmp_path)) == list(range(1, 17))
 
 
+def test_the_first_row_after_a_resume_is_a_mean_of_the_steps_since(tmp_path: Path) -> None:
+    for steps in (8, 16):
+        net = Net()
+        train(
+            modules={"net": net},
+            make_batch=make_batch,
+            loss_of=lambda ids, net=net: ((net(ids)).pow(2).mean(), {"one": 1.0}),  # type: ignore[misc]
+            options=options(tmp_path, steps=steps, save_every=8, log_every=5),
+        )
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["one"]) for row in rows] == [(5, 1.0), (10, 1.0), (15, 1.0)]
+
+
+def test_a_checkpoint_of_other_modules_or_sizes_is_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path)
+    for modules in ({"other": Net()}, {"net": nn.Linear(3, 3)}):
+        with pytest.raises(BundleError, match=r"last\.pt: a checkpoint of another stage"):
+            train(
+                modules=modules,
+                make_batch=make_batch,
+                loss_of=lambda _: (torch.zeros(()), {}),
+                options=options(tmp_path, steps=20),
+            )
+    with pytest.raises(BundleError, match=r"none\.pt: no such checkpoint"):
+        load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_resumed_run_decays_weights_as_it_says(tmp_path: Path) -> None:
+    net = Net()
+    first = Optimiser({"net": net}, options(tmp_path, weight_decay=0.05))
+    second = Optimiser({"net": net}, options(tmp_path, weight_decay=0.9))
+    second.load_state_dict(first.state_dict())
+    assert {group["weight_decay"] for state in second.state_dict() for group in state["param_groups"]} == {0.9}
+
+
 def test_a_checkpoint_before_the_cooldown_is_kept(tmp_path: Path) -> None:
     run(tmp_path, cooldown=0.3)  # 12 * 0.7 = 8.4: the last save before it is at 8
     assert load_checkpoint(tmp_path / "stable.pt")["step"] == 8

@@ -1,11 +1,13 @@
 """The small SAM: prompts of every form, its loss, and what it draws into a mask prompt."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from medreasoner.errors import MedReasonerError
 from medreasoner_train.model import to_tensor
 from medreasoner_train.segmenter import (
     BOTH,
@@ -173,3 +175,23 @@ def test_the_loss_of_the_true_mask_is_least(model: Any, monkeypatch: pytest.Monk
     assert float(right) < 0.2 < 2.0 < float(wrong)
     assert right_parts["dice"] > 0.97
     assert wrong_parts["dice"] < 0.05
+
+
+def test_an_image_whose_structures_vanish_is_passed_over(data: SegmenterData) -> None:
+    item = data.stored[0]
+    height, width = item.pixels.shape[:2]
+    big = np.zeros((1, 20 * height, 20 * width), bool)
+    big[0, 7, 7] = True  # far less than a pixel of the segmenter's grid
+    lost = dataclasses.replace(
+        item,
+        record=dataclasses.replace(item.record, samples=item.record.samples[:1]),
+        pixels=np.zeros(big.shape[1:], np.uint8),
+        masks=big,
+        points=np.full((1, 2, 2), 7.5),
+        boxes=np.array([[7.0, 7.0, 8.0, 8.0]]),
+    )
+    both = SegmenterData([lost, item])
+    for step in range(4):
+        assert both.batch(step, count=3, per_image=2, seed=0)[1].masks.flatten(1).any(1).all()
+    with pytest.raises(MedReasonerError, match="no structure is left"):
+        SegmenterData([lost]).batch(0, count=1, per_image=1, seed=0)

@@ -89,6 +89,8 @@ class Optimiser:
         """Restore what :meth:`state_dict` gave."""
         for (optimiser, _), state in zip(self._all, states, strict=True):
             optimiser.load_state_dict(state)
+            for group in optimiser.param_groups:  # the run's own wish, not that of the run before
+                group["weight_decay"] = self._options.weight_decay
 
 
 def save_checkpoint(path: Path, *, step: int, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> None:
@@ -110,6 +112,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as err:
+        raise BundleError(f"{path}: no such checkpoint") from err
     except Exception as err:  # torch raises many kinds for one cause
         raise BundleError(f"{path}: not a readable checkpoint ({type(err).__name__}); delete it to start anew") from err
     return state
@@ -154,10 +158,14 @@ def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3
 def _resume(last: Path, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> int:
     """Restore everything from a checkpoint; returns the steps that were done."""
     state = load_checkpoint(last)
-    start = int(state["step"])
-    for name, module in modules.items():
-        module.load_state_dict(state["modules"][name])
-    optimiser.load_state_dict(state["optimiser"])
+    try:
+        start = int(state["step"])
+        for name, module in modules.items():
+            module.load_state_dict(state["modules"][name])
+        optimiser.load_state_dict(state["optimiser"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as err:
+        reason = " ".join(str(err).split())[:200]
+        raise BundleError(f"{last}: a checkpoint of another stage or of other sizes ({reason})") from err
     logger.info("resumed from %s at step %d", last, start)
     return start
 
@@ -178,6 +186,7 @@ def train(
     start = _resume(last, modules, optimiser) if last.exists() else 0
     options.out.mkdir(parents=True, exist_ok=True)
     sums: dict[str, float] = {}
+    since = start  # the step after which `sums` began
     began = time.monotonic()
     with (options.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
 
@@ -196,9 +205,10 @@ def train(
             done = step + 1
             if done % options.log_every == 0:
                 pace = (time.monotonic() - began) / (done - start)
-                row = {name: value / options.log_every for name, value in sums.items()}
+                row = {name: value / (done - since) for name, value in sums.items()}
                 write({"step": done, **row, "s_per_step": pace, "eta_min": pace * (options.steps - done) / 60})
                 sums.clear()
+                since = done
             if done % options.save_every == 0 or done == options.steps:
                 save_checkpoint(last, step=done, modules=modules, optimiser=optimiser)
                 if done == int(options.steps * (1 - options.cooldown)) // options.save_every * options.save_every:

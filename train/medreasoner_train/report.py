@@ -61,7 +61,14 @@ def as_dict(rows: Sequence[Row], sets: Mapping[str, frozenset[str]]) -> dict[str
     for kind in ("blank image", "swapped image", "other query"):
         own = [row for row in rows if row.kind == kind and row.key in sets["informative"]]
         if own:
-            result["controls"][kind] = {"iou": _plain(_over(own, "iou")), "prior_iou": _plain(_over(own, "prior_iou"))}
+            found = [row for row in own if row.found]
+            result["controls"][kind] = {
+                "iou": _plain(_over(own, "iou")),
+                "prior_iou": _plain(_over(own, "prior_iou")),
+                # "Absent" counts as no overlap; whether a box that is given still fits is told apart.
+                "found": _plain(group_mean([float(row.found) for row in own], [row.group for row in own])),
+                "iou_found": _plain(_over(found, "iou")),
+            }
     return result
 
 
@@ -103,6 +110,8 @@ def markdown(figures: Mapping[str, Any]) -> str:
     ]
     for kind, own in figures["controls"].items():
         lines.append(f"| {kind}: IoU (prior {_text(own['prior_iou']['mean'])}) | {_show(own['iou'])} |")
+        lines.append(f"| {kind}: answered with a box | {_show(own['found'])} |")
+        lines.append(f"| {kind}: IoU of those boxes | {_show(own['iou_found'])} |")
     lines += [
         "",
         "| category | samples | box IoU | prior | mask Dice | Dice from true prompts |",

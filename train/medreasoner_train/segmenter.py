@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import SamConfig, SamModel
 
-from medreasoner_train.augment import NO_CHANGE, Options, augment
+from medreasoner.errors import MedReasonerError
+from medreasoner_train.augment import NO_CHANGE, Augmented, Options, augment
 from medreasoner_train.data import by_image, load_index, split
 from medreasoner_train.loop import LoopOptions, train, write_settings
 from medreasoner_train.model import to_tensor
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 SIZE = 256
 BOTH, BOX, POINTS = 0, 1, 2
+_DRAWS = 50  # images tried for one that shows something
 
 
 def build_segmenter() -> Any:
@@ -94,18 +96,27 @@ class SegmenterData:
         rng = np.random.default_rng([seed, step])
         images, rows = [], []
         for b, index in enumerate(rng.choice(len(self.stored), size=count, p=self.weights)):
-            item = self.stored[int(index)]
-            changed = augment(
-                item.pixels, item.masks, item.points,
-                size=SIZE, modality=item.record.modality, source=item.record.source, rng=rng, options=Options(),
-            )  # fmt: skip
+            changed, kept = self._shown(int(index), rng)
             images.append(to_tensor(changed.pixels))
-            kept = [k for k in range(len(changed.masks)) if changed.masks[k].any()]
             for k in rng.choice(kept, size=per_image, replace=len(kept) < per_image):
                 mask, exact = changed.masks[k], changed.points[k]
                 box, points = disturb(np.array(box_of(mask)), exact, depth_at(mask, exact), rng)
                 rows.append((b, box, points, int(rng.choice(3, p=[0.7, 0.15, 0.15])), mask))
         return torch.stack(images), prompts(rows)
+
+    def _shown(self, index: int, rng: np.random.Generator) -> tuple[Augmented, list[int]]:
+        """An augmented image and which of its masks are left; another one where all vanish at this size."""
+        for _ in range(_DRAWS):
+            item = self.stored[index]
+            changed = augment(
+                item.pixels, item.masks, item.points,
+                size=SIZE, modality=item.record.modality, source=item.record.source, rng=rng, options=Options(),
+            )  # fmt: skip
+            kept = [k for k in range(len(changed.masks)) if changed.masks[k].any()]
+            if kept:
+                return changed, kept
+            index = int(rng.choice(len(self.stored), p=self.weights))
+        raise MedReasonerError(f"no structure is left in {_DRAWS} images drawn at {SIZE} px")
 
 
 def disturb(

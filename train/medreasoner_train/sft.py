@@ -173,11 +173,7 @@ class SftRun:
 def run(settings: SftRun) -> None:
     """Train from the last checkpoint (or the dense stage's) to the end, then write ``out/checkpoint``."""
     torch.manual_seed(settings.loop.seed)
-    tokenizer = (
-        make_tokenizer(settings.vocab_size, NANO.image_size)
-        if settings.tokenizer is None
-        else load_tokenizer(settings.tokenizer)
-    )
+    tokenizer = _tokenizer(settings)
     vocabulary = Vocabulary(tokenizer, NANO.image_size)
     data, val, meaning_dim = _data(settings, vocabulary)
     model = _model(tokenizer)
@@ -200,6 +196,21 @@ def run(settings: SftRun) -> None:
         eval_every=settings.eval_every,
     )
     save_reasoner(model, tokenizer, settings.loop.out / "checkpoint", size=settings.options.size)
+
+
+def _tokenizer(settings: SftRun) -> Tokenizer:
+    """The tokenizer that was asked for, or that of the run so far, or one made from the questions; kept in ``out``.
+
+    A run that goes on after the questions changed would otherwise read its weights under other token ids.
+    """
+    kept = settings.loop.out / "tokenizer.json"
+    source = settings.tokenizer or (kept if kept.exists() else None)
+    tokenizer = make_tokenizer(settings.vocab_size, NANO.image_size) if source is None else load_tokenizer(source)
+    settings.loop.out.mkdir(parents=True, exist_ok=True)
+    beside = kept.with_suffix(".part")
+    tokenizer.save(str(beside))
+    beside.replace(kept)
+    return tokenizer
 
 
 def _data(settings: SftRun, vocabulary: Vocabulary) -> tuple[SftData, SftData, int]:

@@ -23,6 +23,7 @@ from medreasoner_train.vocabulary import Vocabulary
 __all__ = ["IGNORED", "Mark", "SftBatch", "SftData", "SftOptions"]
 
 IGNORED = -100
+_DRAWS = 50  # images tried for one that shows something
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +102,8 @@ class SftData(DenseData):
         rng = np.random.default_rng([seed, step])
         chosen = rng.choice(len(self.stored), size=options.images, p=self.weights)
         images, dense, branches, marks = [], [], [], []
-        for index in chosen:
-            image, targets, masks = self.image(int(index), options.size, rng, Options())
+        for drawn in chosen:
+            index, (image, targets, masks) = self._askable(int(drawn), rng)
             row = [self.branch(self.stored[index], targets, masks, rng, think=think) for think in self._thinking(rng)]
             images.append(image)
             dense.append(targets)
@@ -114,6 +115,18 @@ class SftData(DenseData):
         left_out = torch.from_numpy(rng.random(batch.label.shape) >= options.skeleton)
         batch.label[left_out & (batch.kind == 0)] = IGNORED
         return batch
+
+    def _askable(
+        self, index: int, rng: np.random.Generator
+    ) -> tuple[int, tuple[Tensor, ImageTargets, dict[str, npt.NDArray[np.bool_]]]]:
+        """An image about which something can be asked: the one drawn, unless its structures vanish at this size."""
+        for _ in range(_DRAWS):
+            made = self.image(index, self._options.size, rng, Options())
+            record = self.stored[index].record
+            if made[2] or self._rule.same_region(record) or self._rule.other_region(record):
+                return index, made
+            index = int(rng.choice(len(self.stored), p=self.weights))
+        raise QueryError(f"no structure is left in {_DRAWS} images drawn at {self._options.size} px")
 
     def _thinking(self, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
         """Which of an image's questions are thought about; their number hardly varies, so that rows are as long."""

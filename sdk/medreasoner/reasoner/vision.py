@@ -102,12 +102,13 @@ def _rotary(place: NDArray[np.int64], head_dim: int) -> tuple[NDArray[np.float32
 
 
 def _windows(place: NDArray[np.int64], side: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """(n_windows, side * side) patches of each window, and where there is one."""
+    """(n_windows, window_tokens) patches of each window, and where there is one."""
     n_columns = int(place[:, 1].max()) // side + 1
     window = place[:, 0] // side * n_columns + place[:, 1] // side
     order = np.argsort(window, kind="stable")
     counts = np.bincount(window)
-    gather = np.zeros((len(counts), side * side), np.int64)
-    is_patch = np.arange(side * side) < counts[:, None]
+    # As wide as the fullest window: an image smaller than a window has fewer patches than its graph may index.
+    gather = np.zeros((len(counts), int(counts.max())), np.int64)
+    is_patch = np.arange(gather.shape[1]) < counts[:, None]
     gather[is_patch] = order
     return gather, is_patch
