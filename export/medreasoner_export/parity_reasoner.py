@@ -18,7 +18,7 @@ from medreasoner.reasoner.rotary import prompt_positions, rotary_tables, text_po
 from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
-from medreasoner_export.report import ParityStage, compare
+from medreasoner_export.report import ParityStage, compare, load_reference
 
 __all__ = ["DecoderRun", "reasoner_stages"]
 
@@ -44,7 +44,7 @@ def reasoner_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, s
     """
     torch = require("torch", extra="export", feature="The parity check")
     transformers = require("transformers", extra="export", feature="The parity check")
-    model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(checkpoint_dir, dtype=torch.float32)
+    model = load_reference(transformers.Qwen2_5_VLForConditionalGeneration, checkpoint_dir, dtype=torch.float32)
     check = _Check(bundle, model.eval(), np.random.default_rng(seed))
     with torch.inference_mode():
         for rows, columns in check.grids():

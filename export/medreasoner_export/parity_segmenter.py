@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
-from medreasoner_export.report import ParityStage, compare
+from medreasoner_export.report import ParityStage, compare, load_reference
 
 __all__ = ["segmenter_stages"]
 
@@ -36,7 +36,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, 
     transformers = require("transformers", extra="export", feature="The parity check")
     ort = require("onnxruntime", extra="cpu", feature="The parity check")
     spec = bundle.spec.segmenter
-    sam = transformers.SamModel.from_pretrained(checkpoint_dir, dtype=torch.float32).eval()
+    sam = load_reference(transformers.SamModel, checkpoint_dir, dtype=torch.float32).eval()
     size = sam.config.vision_config.image_size
     generator = np.random.default_rng(seed)
     pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)

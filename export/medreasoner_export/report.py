@@ -1,11 +1,15 @@
 """The result of a parity check, as a record, as JSON and as a table."""
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ParityReport", "ParityStage", "compare"]
+from medreasoner.errors import BundleError
+
+__all__ = ["ParityReport", "ParityStage", "compare", "load_reference"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,3 +91,18 @@ def compare(name: str, found: npt.ArrayLike, expected: npt.ArrayLike, tolerance:
     found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     error = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
     return ParityStage(name=name, error=error, scale=float(np.abs(expected).max()) or 1.0, tolerance=tolerance)
+
+
+def load_reference(kind: Any, folder: str | Path, **settings: Any) -> Any:
+    """Model of the transformers class `kind` from a checkpoint's folder.
+
+    Raises
+    ------
+    BundleError
+        If transformers cannot load it; the message names the folder.
+    """
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **settings)
+    except Exception as err:  # transformers raises many kinds for a folder that holds no such model
+        reason = " ".join(str(err).split())[:200]
+        raise BundleError(f"{folder}: transformers cannot load it as {kind.__name__} ({reason})") from err

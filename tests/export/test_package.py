@@ -9,7 +9,7 @@ import pytest
 
 from medreasoner.bundle import load_bundle
 from medreasoner.errors import BundleError
-from medreasoner_export import Licence, build_bundle
+from medreasoner_export import Licence, build_bundle, verify_bundle
 from medreasoner_export.report import ParityReport, ParityStage, compare
 
 
@@ -113,3 +113,10 @@ def test_a_report_fails_when_one_stage_does() -> None:
         assert "FAILED" in report.to_markdown()
         assert "| bad |" in report.to_markdown()
     assert json.loads(json.dumps(ParityReport(bundle="toy", stages=(good,), versions={}).to_json()))["passed"] is True
+
+
+@pytest.mark.parametrize("part", ["reasoner", "segmenter"])
+def test_verifying_against_a_folder_that_holds_no_checkpoint_names_it(toy: Path, tmp_path: Path, part: str) -> None:
+    folders = {"reasoner": toy / "reasoner", "segmenter": toy / "segmenter", part: tmp_path}
+    with pytest.raises(BundleError, match=f"{tmp_path.name}: transformers cannot load it"):
+        verify_bundle(toy / "bundle", folders["reasoner"], folders["segmenter"])

@@ -165,6 +165,9 @@ def _modality(
     if table is not None:
         return table(values), []
     slope, intercept = first_number(source, "RescaleSlope"), first_number(source, "RescaleIntercept")
+    for keyword, found in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
+        if found is None and keyword in source and source.get_item(keyword).value:
+            return values, ["the rescale slope or intercept is no number; rescaling was not applied"]
     if slope is None and intercept is None:
         return values, []
     if slope == 0:

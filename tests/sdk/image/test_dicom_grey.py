@@ -144,6 +144,17 @@ def test_a_voi_table_goes_before_a_window_and_takes_rescaled_values(make_dataset
     assert read_image(to_bytes(dataset)).pixels[0].tolist() == expected
 
 
+@pytest.mark.parametrize("slope", [b"SE", b"2..0"])
+def test_a_slope_that_is_no_number_is_said(make_dataset, to_bytes, ramp, slope):
+    dataset = make_dataset(ramp, WindowCenter="0", WindowWidth="1024", RescaleSlope="77.77777", RescaleIntercept="5")
+    data = to_bytes(dataset).replace(b"77.77777", slope.ljust(8))
+    image = read_image(data)
+    assert any("no number" in warning for warning in image.warnings)
+    np.testing.assert_array_equal(
+        image.pixels, read_image(make_dataset(ramp, WindowCenter="0", WindowWidth="1024")).pixels
+    )
+
+
 def _describe(item, descriptor):
     item.add_new(0x00283002, "SS" if descriptor[1] < 0 else "US", descriptor)
 
