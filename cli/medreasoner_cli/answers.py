@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from medreasoner._text import printable
 from medreasoner_cli.failures import one_line
 
 if TYPE_CHECKING:
@@ -56,20 +57,20 @@ class Printer:
         """Print that an image failed, and which files had been written by then."""
         self.clear()
         text = one_line(error)
-        for own in (f"{_printable(Path(name).name)}: ", "bytes: "):  # by which the message calls the image
+        for own in (f"{printable(Path(name).name)}: ", "bytes: "):  # by which the message calls the image
             text = text.removeprefix(own)
-        text = f"{_printable(name)}: {text}"
+        text = f"{printable(name)}: {text}"
         print(f"error: {text}", file=sys.stderr)
         files = [str(path) for path in written]
         if files:
-            print(f"note: written before that: {_printable(', '.join(files))}", file=sys.stderr)
+            print(f"note: written before that: {printable(', '.join(files))}", file=sys.stderr)
         if self._as_json:
             _print_json({"image": name, "error": text, "written": files})
 
     def result(self, name: str, result: "Grounding", written: Sequence[Path]) -> None:
         """Print an answer."""
         self.clear()
-        shown = _printable(name)
+        shown = printable(name)
         for warning in result.warnings:
             print(f"note: {shown}: {warning}" if self._n_images > 1 else f"note: {warning}", file=sys.stderr)
         if self._as_json:
@@ -77,15 +78,10 @@ class Printer:
         elif self._n_images > 1:
             print("  ".join([shown, *_short(result)]), flush=True)
             if result.reasoning is not None:
-                print(f"  thought  {' '.join(result.reasoning.split())}", flush=True)
+                print(_thought(result.reasoning), flush=True)
         else:
             for line in _long(shown, result, written):
                 print(line)
-
-
-def _printable(name: str) -> str:
-    """A file's name without signs that would steer the terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def _print_json(value: dict[str, object]) -> None:
@@ -95,6 +91,10 @@ def _print_json(value: dict[str, object]) -> None:
     except UnicodeEncodeError:  # the terminal's encoding lacks a letter, or a file's name is no text
         text = json.dumps(value)
     print(text, flush=True)
+
+
+def _thought(reasoning: str) -> str:
+    return f"  thought  {' '.join(reasoning.split())}"
 
 
 def _short(result: "Grounding") -> list[str]:
@@ -107,7 +107,7 @@ def _short(result: "Grounding") -> list[str]:
 def _long(name: str, result: "Grounding", written: Sequence[Path]) -> list[str]:
     lines = [f"{name}: {'found' if result.found else 'the answer is that it is not in this image'}"]
     if result.reasoning is not None:
-        lines.append(f"  thought  {' '.join(result.reasoning.split())}")
+        lines.append(_thought(result.reasoning))
     if result.box is not None and result.points is not None:
         lines.append(f"  box      {' '.join(f'{edge:.0f}' for edge in result.box)}   (x1 y1 x2 y2, pixels)")
         lines.append(f"  points   {'   '.join(f'{x:.0f} {y:.0f}' for x, y in result.points)}")
@@ -115,4 +115,4 @@ def _long(name: str, result: "Grounding", written: Sequence[Path]) -> list[str]:
             lines.append(f"  area     {result.area_mm2:,.0f} mm2")
         lines.append(f"  score    {result.score:.2f}   (predicted IoU of the mask, not a probability)")
     lines.append(f"  time     {result.timings_ms['total']:.0f} ms   ({result.model_name} {result.model_version})")
-    return [*lines, *(f"  wrote    {_printable(str(path))}" for path in written)]
+    return [*lines, *(f"  wrote    {printable(str(path))}" for path in written)]

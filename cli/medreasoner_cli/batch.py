@@ -1,6 +1,5 @@
 """One question about a number of images: the next is read while this one is answered."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from medreasoner_cli.answers import Printer
-from medreasoner_cli.failures import ABSENT, FOUND, exit_code
+from medreasoner_cli.failures import ABSENT, FOUND, exit_code, is_debugging
 from medreasoner_cli.folders import bundle_path
 from medreasoner_cli.inputs import Input
 from medreasoner_cli.targets import Target
@@ -75,7 +74,7 @@ def answer_all(question: Question, inputs: Sequence[Input], plan: Sequence[Seque
                 except QueryError:
                     raise
                 except Exception as err:  # one image's fault, be it one that nobody foresaw, is not the others'
-                    if os.environ.get("MEDREASONER_DEBUG"):
+                    if is_debugging():
                         raise
                     printer.error(each.name, err, written)
                     worst = max(worst, exit_code(err))

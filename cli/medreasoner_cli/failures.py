@@ -1,6 +1,8 @@
 """What went wrong, as one line and one number."""
 
-__all__ = ["ABSENT", "FOUND", "INPUT", "MODEL", "USAGE", "exit_code", "one_line"]
+import os
+
+__all__ = ["ABSENT", "FOUND", "INPUT", "MODEL", "USAGE", "exit_code", "is_debugging", "one_line"]
 
 FOUND, ABSENT, USAGE, INPUT, MODEL = range(5)
 """Exit codes, in order of severity, so that the largest of several tells most."""
@@ -18,6 +20,11 @@ def exit_code(error: BaseException) -> int:
     if isinstance(error, QueryError | OutputError):
         return USAGE
     return INPUT if isinstance(error, ImageReadError) else MODEL
+
+
+def is_debugging() -> bool:
+    """Whether MEDREASONER_DEBUG asks for tracebacks."""
+    return bool(os.environ.get("MEDREASONER_DEBUG"))
 
 
 def one_line(error: BaseException) -> str:

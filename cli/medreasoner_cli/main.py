@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from medreasoner_cli.failures import MODEL, USAGE, exit_code, one_line
+from medreasoner_cli.failures import USAGE, exit_code, is_debugging, one_line
 
 __all__ = ["main", "run"]
 
@@ -77,7 +76,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _INTERRUPTED
     except Exception as err:
-        if os.environ.get("MEDREASONER_DEBUG"):
+        if is_debugging():
             raise
         return _report(err)
 
@@ -93,9 +92,7 @@ def _report(error: Exception) -> int:
             print(f"error: {text.rstrip('.')} (see {path} --help)", file=sys.stderr)
         return USAGE
     print(f"error: {one_line(error)}", file=sys.stderr)
-    from medreasoner.errors import MedReasonerError
-
-    return exit_code(error) if isinstance(error, MedReasonerError) else MODEL
+    return exit_code(error)
 
 
 def main() -> None:

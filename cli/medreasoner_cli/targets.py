@@ -85,7 +85,7 @@ def _target(output: str, image: Input, index: int, count: int, form: str | None)
             Path(output).mkdir(parents=True, exist_ok=True)
         except OSError as err:
             raise OutputError(f"{output}: the folder cannot be made ({err.strerror})") from err
-    if output.endswith("/") or os.path.isdir(output):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
+    if os.path.isdir(output):  # noqa: PTH112  # Path.is_dir raises for a name that is too long
         chosen = form_of("", format=form or "overlay")
         return Target(Path(output) / f"{image.stem}{_ENDINGS[chosen]}", chosen)
     filled = output.replace("{stem}", image.stem).replace("{index}", f"{index:04d}")

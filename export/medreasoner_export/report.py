@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from medreasoner._text import one_line
 from medreasoner.errors import BundleError
 
 __all__ = ["ParityReport", "ParityStage", "compare", "load_reference"]
@@ -104,5 +105,4 @@ def load_reference(kind: Any, folder: str | Path, **settings: Any) -> Any:
     try:
         return kind.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as err:  # transformers raises many kinds for a folder that holds no such model
-        reason = " ".join(str(err).split())[:200]
-        raise BundleError(f"{folder}: transformers cannot load it as {kind.__name__} ({reason})") from err
+        raise BundleError(f"{folder}: transformers cannot load it as {kind.__name__} ({one_line(err)})") from err

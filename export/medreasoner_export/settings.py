@@ -90,7 +90,7 @@ def reasoner_settings(folder: Path, config: QwenConfig, overrides: Mapping[str, 
     for key in ("max_length", "max_query_tokens", "max_think_tokens"):
         if not isinstance(settings[key], int) or isinstance(settings[key], bool):
             raise BundleError(f"{key}: expected an integer, got {settings[key]!r:.80}")
-    if settings["resize"] == json.loads(json.dumps(defaults["resize"])):
+    if settings["resize"] == defaults["resize"]:
         settings["resize"]["max_pixels"] = _fitting(settings, factor)
     if settings["max_length"] > config.text.max_length:
         raise BundleError(

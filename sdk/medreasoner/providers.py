@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from medreasoner._text import one_line
 from medreasoner.errors import ProviderError
 
 __all__ = [
@@ -128,9 +129,8 @@ def require_runtime() -> None:
     try:
         import onnxruntime  # noqa: F401  # what is listed as installed may be damaged, or lack a library
     except Exception as err:
-        reason = " ".join(str(err).split())[:200]
         raise ProviderError(
-            f"{found[0]} is installed but cannot be imported ({type(err).__name__} {reason}): "
+            f"{found[0]} is installed but cannot be imported ({type(err).__name__} {one_line(err)}): "
             f"pip install --force-reinstall {found[0]}"
         ) from err
 

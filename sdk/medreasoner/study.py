@@ -19,6 +19,8 @@ from medreasoner.timing import Stopwatch
 
 __all__ = ["Study", "open_studies"]
 
+_CLOSED = "this Study is closed"
+
 
 class Study:
     """An image that has been read by both models; made by `Grounder.open`.
@@ -100,9 +102,7 @@ class Study:
         self, query: str, *, think: bool, unconstrained: bool, timings_ms: Mapping[str, float]
     ) -> Generator[Thought | Answer | Grounding, None, None]:
         watch = Stopwatch()
-        self._engine.check()
-        if self._closed:
-            raise MedReasonerError("this Study is closed")
+        self._check()
         decoded = yield from self._engine.reasoner.answer(self._prefix, query, think=think, unconstrained=unconstrained)
         timings = dict(timings_ms)
         for stage, spent in decoded.timings_ms.items():
@@ -133,21 +133,24 @@ class Study:
         MedReasonerError
             If the study or its Grounder is closed.
         """
-        self._engine.check()
-        if self._closed:
-            raise MedReasonerError("this Study is closed")
+        self._check()
         segmenter = self._engine.segmenter
         embedded, _ = self._embedding()
         corners, inside = np.array(box, np.float64).reshape(2, 2), np.array(points, np.float64).reshape(2, 2)
         logits, score = segmenter.decode(embedded, corners=corners, points=inside)
         return segmenter.mask(logits, embedded), score
 
+    def _check(self) -> None:
+        self._engine.check()
+        if self._closed:
+            raise MedReasonerError(_CLOSED)
+
     def _embedding(self) -> tuple[Embedded, float]:
         """The segmenter's reading of the image and the milliseconds that it took; waits for it."""
         try:
             return self._embedded.result()
         except CancelledError:  # closed by another thread, or between two events of a stream
-            raise MedReasonerError("this Study is closed") from None
+            raise MedReasonerError(_CLOSED) from None
 
     def _segment(self, decoded: Decoded, timings: dict[str, float]) -> tuple[NDArray[np.bool_], float]:
         if decoded.corners is None or decoded.points is None:

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from medreasoner.errors import BundleError
 from medreasoner_train import loop
-from medreasoner_train.loop import LoopOptions, Optimiser, batches, load_checkpoint, save_checkpoint, train
+from medreasoner_train.loop import (
+    LoopOptions,
+    Optimiser,
+    batches,
+    load_checkpoint,
+    load_modules,
+    save_checkpoint,
+    train,
+)
 
 
 class Net(nn.Module):
@@ -115,6 +123,13 @@ def test_a_checkpoint_of_other_modules_or_sizes_is_refused_by_name(tmp_path: Pat
             )
     with pytest.raises(BundleError, match=r"none\.pt: no such checkpoint"):
         load_checkpoint(tmp_path / "none.pt")
+
+
+def test_a_start_from_a_checkpoint_without_the_module_is_refused_by_name(tmp_path: Path) -> None:
+    run(tmp_path)
+    assert load_modules(tmp_path / "last.pt", {"net": Net()})["step"] == 12
+    with pytest.raises(BundleError, match=r"last\.pt: a checkpoint of another stage"):
+        load_modules(tmp_path / "last.pt", {"visual": Net()})
 
 
 def test_a_resumed_run_decays_weights_as_it_says(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from hypothesis import strategies
 from tokenizers import Tokenizer
 
 from medreasoner.errors import BundleError
+from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
-from medreasoner_train.tokenizer import SPECIAL_TOKENS, load_tokenizer, token_id, train_tokenizer
+from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id, train_tokenizer
 from medreasoner_train.vocabulary import Vocabulary
 
 TEXTS = ["Where is the heart? null [ ], ", ABSENT, PRESENT.replace("{{", "{")] * 3
@@ -87,7 +88,7 @@ def test_a_word_that_the_vocabulary_lacks_is_named(tokenizer: Tokenizer) -> None
 def test_a_tokenizer_comes_back_from_its_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     tokenizer.save(str(path))
-    assert load_tokenizer(path).to_str() == tokenizer.to_str()
+    assert load_tokenizer(str(path)).to_str() == tokenizer.to_str()
 
 
 @pytest.mark.parametrize("content", [None, "", "{}"])
@@ -96,4 +97,4 @@ def test_a_file_that_is_no_tokenizer_is_named(tmp_path: Path, content: str | Non
     if content is not None:
         path.write_text(content)
     with pytest.raises(BundleError, match=r"broken\.json"):
-        load_tokenizer(path)
+        load_tokenizer(str(path))

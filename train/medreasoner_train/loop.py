@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -13,10 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medreasoner._text import one_line
 from medreasoner.errors import BundleError
+from medreasoner_train.files import appearing
 from medreasoner_train.muon import Muon
 
-__all__ = ["LoopOptions", "Optimiser", "batches", "load_checkpoint", "save_checkpoint", "train", "write_settings"]
+__all__ = [
+    "LoopOptions",
+    "Optimiser",
+    "batches",
+    "load_checkpoint",
+    "load_modules",
+    "save_checkpoint",
+    "train",
+    "write_settings",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -95,11 +107,9 @@ class Optimiser:
 
 def save_checkpoint(path: Path, *, step: int, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> None:
     """Write a checkpoint beside and rename it, so that a killed run never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
     state = {name: module.state_dict() for name, module in modules.items()}
-    torch.save({"step": step, "modules": state, "optimiser": optimiser.state_dict()}, beside)
-    beside.replace(path)
+    with appearing(path) as beside:
+        torch.save({"step": step, "modules": state, "optimiser": optimiser.state_dict()}, beside)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -155,17 +165,36 @@ def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3
             queue.get_nowait()
 
 
-def _resume(last: Path, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> int:
-    """Restore everything from a checkpoint; returns the steps that were done."""
-    state = load_checkpoint(last)
+@contextmanager
+def _of_this_run(path: Path) -> Iterator[None]:
+    """Whatever does not fit while a checkpoint is restored is the checkpoint's fault."""
     try:
-        start = int(state["step"])
+        yield
+    except (KeyError, RuntimeError, ValueError, TypeError) as err:
+        raise BundleError(f"{path}: a checkpoint of another stage or of other sizes ({one_line(err)})") from err
+
+
+def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Restore modules by the names under which a checkpoint holds them; returns all that it holds.
+
+    Raises
+    ------
+    BundleError
+        If it is damaged, lacks a module or holds one of other sizes; the message names the file.
+    """
+    state = load_checkpoint(path)
+    with _of_this_run(path):
         for name, module in modules.items():
             module.load_state_dict(state["modules"][name])
+    return state
+
+
+def _resume(last: Path, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> int:
+    """Restore everything from a checkpoint; returns the steps that were done."""
+    state = load_modules(last, modules)
+    with _of_this_run(last):
+        start = int(state["step"])
         optimiser.load_state_dict(state["optimiser"])
-    except (KeyError, RuntimeError, ValueError, TypeError) as err:
-        reason = " ".join(str(err).split())[:200]
-        raise BundleError(f"{last}: a checkpoint of another stage or of other sizes ({reason})") from err
     logger.info("resumed from %s at step %d", last, start)
     return start
 

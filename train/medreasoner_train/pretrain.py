@@ -13,7 +13,7 @@ from medreasoner_train.anatomy import AbsentRule
 from medreasoner_train.augment import NO_CHANGE, Options, augment
 from medreasoner_train.data import Sample, by_image, load_index, split
 from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou, pooled_geometry
-from medreasoner_train.loop import LoopOptions, load_checkpoint, train
+from medreasoner_train.loop import LoopOptions, load_modules, train
 from medreasoner_train.model import NANO, build_reasoner, to_tensor, tower
 from medreasoner_train.store import Stored, load_store, sampling_weights
 from medreasoner_train.targets import box_of
@@ -144,9 +144,7 @@ def run(options: DenseOptions) -> None:
     model = build_reasoner(NANO, vocab_size=64, tokens={n: i for i, n in enumerate(SPECIAL_TOKENS)})
     visual, heads = model.model.visual, DenseHeads(NANO.hidden_dim, len(train_data.categories))
     if options.start is not None:
-        state = load_checkpoint(options.start)["modules"]
-        visual.load_state_dict(state["visual"])
-        heads.load_state_dict(state["heads"])
+        load_modules(options.start, {"visual": visual, "heads": heads})
     forward = torch.compile(lambda x: tower(visual, x)) if options.compiled else (lambda x: tower(visual, x))
     train(
         modules={"visual": visual, "heads": heads},

@@ -20,7 +20,7 @@ from medreasoner_train.augment import NO_CHANGE, Augmented, Options, augment
 from medreasoner_train.data import by_image, load_index, split
 from medreasoner_train.loop import LoopOptions, train, write_settings
 from medreasoner_train.model import to_tensor
-from medreasoner_train.store import Stored, load_store, sampling_weights
+from medreasoner_train.store import DRAWS, Stored, load_store, redraws, sampling_weights
 from medreasoner_train.targets import box_of, depth_at
 
 __all__ = ["SegmenterOptions", "build_segmenter", "run"]
@@ -29,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 SIZE = 256
 BOTH, BOX, POINTS = 0, 1, 2
-_DRAWS = 50  # images tried for one that shows something
 
 
 def build_segmenter() -> Any:
@@ -106,8 +105,8 @@ class SegmenterData:
 
     def _shown(self, index: int, rng: np.random.Generator) -> tuple[Augmented, list[int]]:
         """An augmented image and which of its masks are left; another one where all vanish at this size."""
-        for _ in range(_DRAWS):
-            item = self.stored[index]
+        for chosen in redraws(index, self.weights, rng):
+            item = self.stored[chosen]
             changed = augment(
                 item.pixels, item.masks, item.points,
                 size=SIZE, modality=item.record.modality, source=item.record.source, rng=rng, options=Options(),
@@ -115,8 +114,7 @@ class SegmenterData:
             kept = [k for k in range(len(changed.masks)) if changed.masks[k].any()]
             if kept:
                 return changed, kept
-            index = int(rng.choice(len(self.stored), p=self.weights))
-        raise MedReasonerError(f"no structure is left in {_DRAWS} images drawn at {SIZE} px")
+        raise MedReasonerError(f"no structure is left in {DRAWS} images drawn at {SIZE} px")
 
 
 def disturb(

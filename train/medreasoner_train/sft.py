@@ -15,17 +15,19 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import save_reasoner
 from medreasoner_train.data import by_image, load_index, split
 from medreasoner_train.decoder import block_mask, language_pass
 from medreasoner_train.dense import DenseHeads, dense_loss, giou, mean_or_zero
+from medreasoner_train.files import appearing
 from medreasoner_train.language import load_phrasings
-from medreasoner_train.loop import LoopOptions, load_checkpoint, train
+from medreasoner_train.loop import LoopOptions, load_modules, train
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.sft_data import IGNORED, SftBatch, SftData, SftOptions
 from medreasoner_train.store import load_store
 from medreasoner_train.teacher import embed_queries
-from medreasoner_train.tokenizer import SPECIAL_TOKENS, load_tokenizer, token_id
+from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id
 from medreasoner_train.validation import validate
 from medreasoner_train.vocabulary import Vocabulary, make_tokenizer
 
@@ -181,9 +183,7 @@ def run(settings: SftRun) -> None:
     heads = SftHeads(NANO.hidden_dim, len(data.categories), meaning_dim)
     dense_heads = DenseHeads(NANO.hidden_dim, len(data.categories))
     if settings.start is not None:
-        modules = load_checkpoint(settings.start)["modules"]
-        model.model.visual.load_state_dict(modules["visual"])
-        dense_heads.load_state_dict(modules["heads"])
+        load_modules(settings.start, {"visual": model.model.visual, "heads": dense_heads})
     passes = Passes()
     if settings.compiled:  # rows differ in length from step to step
         passes = Passes(vision=torch.compile(tower), language=torch.compile(language_pass, dynamic=True))
@@ -205,11 +205,9 @@ def _tokenizer(settings: SftRun) -> Tokenizer:
     """
     kept = settings.loop.out / "tokenizer.json"
     source = settings.tokenizer or (kept if kept.exists() else None)
-    tokenizer = make_tokenizer(settings.vocab_size, NANO.image_size) if source is None else load_tokenizer(source)
-    settings.loop.out.mkdir(parents=True, exist_ok=True)
-    beside = kept.with_suffix(".part")
-    tokenizer.save(str(beside))
-    beside.replace(kept)
+    tokenizer = make_tokenizer(settings.vocab_size, NANO.image_size) if source is None else load_tokenizer(str(source))
+    with appearing(kept) as beside:
+        tokenizer.save(str(beside))
     return tokenizer
 
 

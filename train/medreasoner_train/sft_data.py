@@ -17,13 +17,12 @@ from medreasoner_train.dense import DenseTargets
 from medreasoner_train.language import Phrasings, answer_text, keys_by_category, thought_text, vary
 from medreasoner_train.model import NANO
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
-from medreasoner_train.store import Stored
+from medreasoner_train.store import DRAWS, Stored, redraws
 from medreasoner_train.vocabulary import Vocabulary
 
 __all__ = ["IGNORED", "Mark", "SftBatch", "SftData", "SftOptions"]
 
 IGNORED = -100
-_DRAWS = 50  # images tried for one that shows something
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,13 +119,12 @@ class SftData(DenseData):
         self, index: int, rng: np.random.Generator
     ) -> tuple[int, tuple[Tensor, ImageTargets, dict[str, npt.NDArray[np.bool_]]]]:
         """An image about which something can be asked: the one drawn, unless its structures vanish at this size."""
-        for _ in range(_DRAWS):
-            made = self.image(index, self._options.size, rng, Options())
-            record = self.stored[index].record
+        for chosen in redraws(index, self.weights, rng):
+            made = self.image(chosen, self._options.size, rng, Options())
+            record = self.stored[chosen].record
             if made[2] or self._rule.same_region(record) or self._rule.other_region(record):
-                return index, made
-            index = int(rng.choice(len(self.stored), p=self.weights))
-        raise QueryError(f"no structure is left in {_DRAWS} images drawn at {self._options.size} px")
+                return chosen, made
+        raise QueryError(f"no structure is left in {DRAWS} images drawn at {self._options.size} px")
 
     def _thinking(self, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
         """Which of an image's questions are thought about; their number hardly varies, so that rows are as long."""

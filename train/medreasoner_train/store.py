@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,9 +11,13 @@ import numpy.typing as npt
 
 from medreasoner.errors import MedReasonerError
 from medreasoner_train.data import ImageRecord, load_mask, load_pixels
+from medreasoner_train.files import appearing
 from medreasoner_train.targets import box_of, inscribed_points
 
-__all__ = ["Stored", "load_store", "sampling_weights"]
+__all__ = ["DRAWS", "Stored", "load_store", "redraws", "sampling_weights"]
+
+DRAWS = 50
+"""Images that are tried for one that shows something."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +63,16 @@ def load_store(records: Sequence[ImageRecord], *, cache: Path | None = None) -> 
     }
     if cache is not None and not found.keys() <= known.keys():
         known.update(found)
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        beside = cache.with_suffix(".part.npz")
-        np.savez(beside, ids=np.array(list(known)), points=np.stack(list(known.values())))
-        beside.replace(cache)
+        with appearing(cache) as beside, beside.open("wb") as file:  # savez would put an ending of its own to a name
+            np.savez(file, ids=np.array(list(known)), points=np.stack(list(known.values())))
     return stored
+
+
+def redraws(index: int, weights: npt.NDArray[np.float64], rng: np.random.Generator) -> Iterator[int]:
+    """An image drawn, and others to try in its place, fifty in all: at the training size its structures may vanish."""
+    yield index
+    for _ in range(DRAWS - 1):
+        yield int(rng.choice(len(weights), p=weights))
 
 
 def sampling_weights(stored: Sequence[Stored], emphasis: Mapping[str, float] | None = None) -> npt.NDArray[np.float64]:

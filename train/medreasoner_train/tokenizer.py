@@ -1,13 +1,12 @@
 """nano's own tokenizer: byte-level BPE with Qwen's special tokens and one token for each integer coordinate."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from medreasoner.errors import BundleError
 
-__all__ = ["SPECIAL_TOKENS", "load_tokenizer", "token_id", "train_tokenizer"]
+__all__ = ["SPECIAL_TOKENS", "token_id", "train_tokenizer"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -58,20 +57,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, largest: int) -> T
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(str(value), normalized=False) for value in range(largest + 1)])
     return tokenizer
-
-
-def load_tokenizer(path: Path) -> Tokenizer:
-    """Tokenizer of a ``tokenizer.json``.
-
-    Raises
-    ------
-    BundleError
-        If the file is none; the message names it.
-    """
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as err:  # tokenizers raises Exception itself
-        raise BundleError(f"{path}: not a tokenizer.json ({err!s:.200})") from err
 
 
 def token_id(tokenizer: Tokenizer, name: str) -> int:

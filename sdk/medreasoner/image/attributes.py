@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-__all__ = ["first_number", "functional_group", "items", "numbers", "text"]
+__all__ = ["first_number", "functional_group", "is_filled", "items", "numbers", "text"]
 
 
 def _value(dataset: "Dataset", keyword: str) -> Any:
@@ -33,6 +33,11 @@ def first_number(dataset: "Dataset", keyword: str) -> float | None:
     """First value of a numeric attribute, or None if it is absent or malformed."""
     found = numbers(dataset, keyword)
     return found[0] if found else None
+
+
+def is_filled(dataset: "Dataset", keyword: str) -> bool:
+    """Whether an attribute is there with a value, be it one that cannot be read."""
+    return keyword in dataset and bool(dataset.get_item(keyword).value)
 
 
 def text(dataset: "Dataset", keyword: str) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medreasoner._text import one_line
 from medreasoner.errors import CodecError, ImageReadError
 from medreasoner.image.attributes import first_number
 from medreasoner.image.codestream import codestream_size
@@ -129,8 +130,7 @@ def _decode(
         except Exception as err:
             error = err
     assert error is not None
-    reason = " ".join(str(error).split())[:200]
-    raise ImageReadError(f"frame {frame} in {_name(syntax)} cannot be decoded: {reason}") from error
+    raise ImageReadError(f"frame {frame} in {_name(syntax)} cannot be decoded: {one_line(error)}") from error
 
 
 def _check_native_length(dataset: "Dataset", header: PixelHeader) -> list[str]:

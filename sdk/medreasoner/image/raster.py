@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, SupportsIndex
 import numpy as np
 from numpy.typing import NDArray
 
+from medreasoner._text import one_line
 from medreasoner.errors import ImageReadError
 from medreasoner.image.arrays import array_to_u8, over_black
 from medreasoner.image.limits import check_size, select_frame
@@ -79,8 +80,7 @@ def read_picture(picture: "PilImage.Image", *, source: str, frame: SupportsIndex
     except ImageReadError:
         raise
     except Exception as err:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, ValueError and others
-        reason = " ".join(str(err).split())[:200]
-        raise ImageReadError(f"the {picture.format or 'picture'} cannot be decoded: {reason}") from err
+        raise ImageReadError(f"the {picture.format or 'picture'} cannot be decoded: {one_line(err)}") from err
     finally:
         with suppress(Exception):  # the picture is the caller's; what may be wrong with it has been told
             picture.seek(place)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, SupportsIndex, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from medreasoner._text import printable
 from medreasoner.errors import ImageReadError, MissingExtraError
 from medreasoner.image.arrays import read_array
 from medreasoner.image.quiet import quiet
@@ -78,7 +79,7 @@ def _name(source: ImageSource) -> str:
     if isinstance(source, str | os.PathLike):
         text = os.fsdecode(source)
         name = text if text.startswith("sample:") else Path(text).name
-        return "".join(letter if letter.isprintable() else "?" for letter in name)
+        return printable(name)
     if isinstance(source, bytes | bytearray | memoryview):
         return "bytes"
     return {"ndarray": "array"}.get(type(source).__name__, type(source).__name__)

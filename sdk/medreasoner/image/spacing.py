@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from medreasoner.image.attributes import first_number, functional_group, items, numbers, text
+from medreasoner.image.attributes import first_number, functional_group, is_filled, items, numbers, text
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -59,7 +59,7 @@ def _pair(dataset: "Dataset", keyword: str) -> tuple[Spacing | None, bool]:
     found = numbers(dataset, keyword)
     if len(found) == 2 and min(found) >= _SMALLEST and max(found) <= _LARGEST:
         return (found[0], found[1]), False
-    return None, keyword in dataset and bool(dataset.get_item(keyword).value)
+    return None, is_filled(dataset, keyword)
 
 
 def _close(a: Spacing, b: Spacing) -> bool:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medreasoner.image.attributes import first_number, functional_group, items, text
+from medreasoner.image.attributes import first_number, functional_group, is_filled, items, text
 from medreasoner.image.header import PixelHeader
 from medreasoner.image.limits import finite, min_max_u8
 from medreasoner.image.lut import read_lut
@@ -166,7 +166,7 @@ def _modality(
         return table(values), []
     slope, intercept = first_number(source, "RescaleSlope"), first_number(source, "RescaleIntercept")
     for keyword, found in (("RescaleSlope", slope), ("RescaleIntercept", intercept)):
-        if found is None and keyword in source and source.get_item(keyword).value:
+        if found is None and is_filled(source, keyword):
             return values, ["the rescale slope or intercept is no number; rescaling was not applied"]
     if slope is None and intercept is None:
         return values, []

@@ -58,9 +58,7 @@ def encode_seg(grounding: "Grounding", *, include_query: bool) -> bytes:
     DICOM PS3.3 A.51 (Segmentation IOD), C.8.20.2 (Segmentation Image module), C.7.6.16.2.6 (Derivation Image macro).
     """
     highdicom = require("highdicom", extra="dicom", feature="Writing DICOM SEG")
-    check_reference(grounding.image)
-    source = grounding.image.dicom
-    assert source is not None
+    source = check_reference(grounding.image)
     try:
         with quiet():
             segmentation = _segmentation(highdicom, grounding, source, include_query)

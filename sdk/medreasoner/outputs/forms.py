@@ -11,6 +11,8 @@ from medreasoner.errors import OutputError
 from medreasoner.image.quiet import quiet
 
 if TYPE_CHECKING:
+    from pydicom import Dataset
+
     from medreasoner.image import Image
 
 __all__ = ["FORMS", "check_output", "check_reference", "form_of"]
@@ -68,8 +70,8 @@ def form_of(path: str | os.PathLike[str], *, format: str | None = None) -> str:
     raise OutputError(f"{name}: unknown ending; known: {known}")
 
 
-def check_reference(image: "Image") -> None:
-    """Refuse an image that a DICOM SEG cannot refer to.
+def check_reference(image: "Image") -> "Dataset":
+    """Header of an image that a DICOM SEG can refer to.
 
     Raises
     ------
@@ -84,6 +86,7 @@ def check_reference(image: "Image") -> None:
         raise OutputError(
             f"DICOM SEG needs {', '.join(missing)}, and {image.source} has none; write a .nii or mask.png"
         )
+    return image.dicom
 
 
 def check_output(path: str | os.PathLike[str], *, format: str | None = None, image: "Image | None" = None) -> str:
@@ -109,16 +112,15 @@ def check_output(path: str | os.PathLike[str], *, format: str | None = None, ima
     form = form_of(path, format=format)
     target = Path(path)
     try:
-        if not target.parent.is_dir():
-            raise OutputError(f"{target}: there is no folder {str(target.parent)!r}; create it first")
-        if target.exists() and not target.is_file():
-            raise OutputError(f"{target}: it exists and is not a file")
-        if not os.access(target.parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{target}: the folder {str(target.parent)!r} cannot be written to")
+        has_folder, is_taken = target.parent.is_dir(), target.exists() and not target.is_file()
     except (OSError, ValueError) as err:  # a name that is too long, or holds a zero
-        if isinstance(err, OutputError):
-            raise
         raise OutputError(f"{str(target)[:80]}: {getattr(err, 'strerror', None) or err}") from err
+    if not has_folder:
+        raise OutputError(f"{target}: there is no folder {str(target.parent)!r}; create it first")
+    if is_taken:
+        raise OutputError(f"{target}: it exists and is not a file")
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{target}: the folder {str(target.parent)!r} cannot be written to")
     if form == "seg":
         require("highdicom", extra="dicom", feature="Writing DICOM SEG")
         if image is not None:

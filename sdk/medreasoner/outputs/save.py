@@ -44,17 +44,19 @@ def save(
     """
     form = check_output(path, format=format, image=grounding.image)
     target = Path(path)
-    try:
-        with quiet():  # libraries quote the header's values in their warnings
-            data = _encode(grounding, form, target.name.lower(), include_query)
-    except _TooLargeError as err:
-        raise OutputError(f"{target}: {err}") from None
+    with quiet():  # libraries quote the header's values in their warnings
+        data = _encode(grounding, form, target, include_query)
     _write(target, data)
 
 
-def _encode(grounding: "Grounding", form: str, name: str, include_query: bool) -> bytes:
+def _encode(grounding: "Grounding", form: str, target: Path, include_query: bool) -> bytes:
+    name = target.name.lower()
     if form == "overlay":
-        return _picture(grounding.overlay(), "JPEG" if name.endswith((".jpg", ".jpeg")) else "PNG")
+        picture, is_jpeg = grounding.overlay(), name.endswith((".jpg", ".jpeg"))
+        if is_jpeg and max(picture.size) > _JPEG_SIDE:
+            width, height = picture.size
+            raise OutputError(f"{target}: JPEG holds no picture of {width} x {height} pixels; name a .png file")
+        return _picture(picture, "JPEG" if is_jpeg else "PNG")
     if form == "mask":
         from PIL import Image
 
@@ -72,14 +74,7 @@ def _encode(grounding: "Grounding", form: str, name: str, include_query: bool) -
     return encode_seg(grounding, include_query=include_query)
 
 
-class _TooLargeError(Exception):
-    """A picture that the form cannot hold."""
-
-
 def _picture(picture: Any, kind: str) -> bytes:
-    if kind == "JPEG" and max(picture.size) > _JPEG_SIDE:
-        width, height = picture.size
-        raise _TooLargeError(f"JPEG holds no picture of {width} x {height} pixels; name a .png file")
     stream = io.BytesIO()
     picture.save(stream, kind, **({"quality": 92} if kind == "JPEG" else {}))
     return stream.getvalue()

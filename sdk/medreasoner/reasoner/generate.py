@@ -170,10 +170,11 @@ def free_text(
         Text that came along after `stop`; None if `stop` was not reached.
     """
     ids: list[int] = []
+    unfed: list[int] = []
     given = 0
     text = ""
     while len(ids) < limit:
-        states = sequencer.feed(pending)
+        states = sequencer.feed(unfed or pending)
         if len(ids) == 0:
             sequencer.lap("prefill")
         logits = lm_head.logits(states[-1])
@@ -181,21 +182,20 @@ def free_text(
         if not np.isfinite(logits[token]):
             raise GenerationError(_NOT_FINITE)
         if token == end:
-            if len(text) > given:
-                yield text[given:]
-            return ids, [], None
+            unfed = []
+            break
         ids.append(token)
-        pending = [token]
+        unfed = [token]
         text = tokenizer.decode(ids, skip_special_tokens=False)
         before, found, rest = text.partition(stop)
         if found:
             if len(before) > given:
                 yield before[given:]
-            return ids, ids[-1:], rest
+            return ids, unfed, rest
         safe = len(text) - held_back(text, stop)
         if safe > given:
             yield text[given:safe]
             given = safe
     if len(text) > given:
         yield text[given:]
-    return ids, ids[-1:], None
+    return ids, unfed, None

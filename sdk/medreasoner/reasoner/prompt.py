@@ -19,14 +19,14 @@ def load_tokenizer(path: str) -> "Tokenizer":
     Raises
     ------
     BundleError
-        If the file is not one.
+        If the file is not one; the message names it.
     """
     from tokenizers import Tokenizer
 
     try:
         tokenizer = Tokenizer.from_file(path)
     except Exception as err:  # tokenizers raises the bare class
-        raise BundleError(f"reasoner.tokenizer: {err!s:.200}") from err
+        raise BundleError(f"{path}: not a tokenizer.json ({err!s:.200})") from err
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
