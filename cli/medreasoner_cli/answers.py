@@ -1,6 +1,7 @@
 """What is printed about an image."""
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ class Printer:
     def __init__(self, n_images: int, *, as_json: bool) -> None:
         self._n_images, self._as_json = n_images, as_json
         self._shows_progress = n_images > 1 and sys.stderr.isatty()
+        self._in_thought = False
 
     def progress(self, done: int, name: str) -> None:
         """Tell on a terminal how far it is and what comes next."""
@@ -48,8 +50,22 @@ class Printer:
             bar = "#" * filled + "." * (24 - filled)
             print(f"\r\x1b[K[{bar}] {done}/{self._n_images} {name:.40}", end="", file=sys.stderr, flush=True)
 
+    def thought(self, piece: str) -> None:
+        """Print the next piece of the thought about a single image; several show theirs behind the answer."""
+        if self._n_images > 1 or self._as_json:
+            return
+        shown = printable(re.sub(r"\s+", " ", piece))
+        if not self._in_thought:
+            print("  thought  ", end="")
+            shown = shown.lstrip()
+            self._in_thought = True
+        print(shown, end="", flush=True)
+
     def clear(self) -> None:
-        """Take the progress away, before anything else is printed."""
+        """Take the progress away and end the thought, before anything else is printed."""
+        if self._in_thought:
+            print(flush=True)
+            self._in_thought = False
         if self._shows_progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
@@ -78,7 +94,7 @@ class Printer:
         elif self._n_images > 1:
             print("  ".join([shown, *_short(result)]), flush=True)
             if result.reasoning is not None:
-                print(_thought(result.reasoning), flush=True)
+                print(f"  thought  {printable(' '.join(result.reasoning.split()))}", flush=True)
         else:
             for line in _long(shown, result, written):
                 print(line)
@@ -93,10 +109,6 @@ def _print_json(value: dict[str, object]) -> None:
     print(text, flush=True)
 
 
-def _thought(reasoning: str) -> str:
-    return f"  thought  {' '.join(reasoning.split())}"
-
-
 def _short(result: "Grounding") -> list[str]:
     time = f"{result.timings_ms['total']:.0f} ms"
     if not result.found or result.box is None:
@@ -106,8 +118,6 @@ def _short(result: "Grounding") -> list[str]:
 
 def _long(name: str, result: "Grounding", written: Sequence[Path]) -> list[str]:
     lines = [f"{name}: {'found' if result.found else 'the answer is that it is not in this image'}"]
-    if result.reasoning is not None:
-        lines.append(_thought(result.reasoning))
     if result.box is not None and result.points is not None:
         lines.append(f"  box      {' '.join(f'{edge:.0f}' for edge in result.box)}   (x1 y1 x2 y2, pixels)")
         lines.append(f"  points   {'   '.join(f'{x:.0f} {y:.0f}' for x, y in result.points)}")

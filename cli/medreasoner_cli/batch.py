@@ -30,14 +30,22 @@ class Question:
     max_pixels: int
     unconstrained: bool
 
-    def ask(self, grounder: "Grounder", image: "Image", targets: Sequence[Target], written: list[Path]) -> "Grounding":
+    def ask(
+        self, grounder: "Grounder", image: "Image", targets: Sequence[Target], written: list[Path], printer: Printer
+    ) -> "Grounding":
         """Answer about one image and write the files, which join `written` as soon as they exist.
 
-        What cannot be written is refused before the work.
+        The thought goes to `printer` while it comes. What cannot be written is refused before the work.
         """
+        from medreasoner import Grounding, Thought
+
         for target in targets:
             target.check(image)
-        result = grounder.ground(image, self.query, think=self.think, unconstrained=self.unconstrained)
+        for event in grounder.stream(image, self.query, think=self.think, unconstrained=self.unconstrained):
+            if isinstance(event, Thought):
+                printer.thought(event.text)
+            elif isinstance(event, Grounding):
+                result = event
         for target in targets:
             result.save(target.path, format=target.form)
             written.append(target.path)
@@ -68,7 +76,7 @@ def answer_all(question: Question, inputs: Sequence[Input], plan: Sequence[Seque
                 written: list[Path] = []
                 try:
                     image = (first if index == 0 else next(images)).result()
-                    result = question.ask(grounder, image, targets, written)
+                    result = question.ask(grounder, image, targets, written, printer)
                     printer.result(each.name, result, written)
                     worst = max(worst, FOUND if result.found else ABSENT)
                 except QueryError:

@@ -30,6 +30,7 @@ def measure(
     start = time.perf_counter()
     with Grounder.load(bundle_path(bundle), device=device, n_threads=threads) as grounder:  # type: ignore[arg-type]
         load = (time.perf_counter() - start) * 1000
+        providers = dict(grounder.providers)
         first, sample = _repeat(lambda: grounder.ground(image, query, think=think), runs)
         with grounder.open(image) as study:
             further, _ = _repeat(lambda: study.ground(query, think=think), runs)
@@ -37,6 +38,7 @@ def measure(
         "medreasoner": __version__,
         "bundle": {"name": sample.model_name, "version": sample.model_version, "digest": sample.model_digest},
         "device": device,
+        "providers": providers,
         "threads": threads or usable_cores(),
         "simd": simd_level(),
         "image": [sample.image.height, sample.image.width],
@@ -70,8 +72,9 @@ def _repeat(ask: "Callable[[], Grounding]", runs: int) -> "tuple[dict[str, dict[
 def table(report: Mapping[str, Any]) -> str:
     """Report as text."""
     model, first, further = report["bundle"], report["first"], report["further"]
+    runs_on = ", ".join(dict.fromkeys(report["providers"].values()))
     lines = [
-        f"{model['name']} {model['version']} on {report['device']}, {report['threads']} threads, {report['simd']}; "
+        f"{model['name']} {model['version']} on {runs_on}, {report['threads']} threads, {report['simd']}; "
         f"image {report['image'][1]} x {report['image'][0]}; {report['runs']} runs; load {report['load_ms']:.0f} ms",
         *(f"note: {warning}" for warning in report["warnings"]),
         f"{'ms':<16}{'first p50':>12}{'p95':>10}{'further p50':>14}{'p95':>10}",

@@ -1,7 +1,7 @@
 """A loaded bundle: the two models, the threads that they share, and what is known about them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
@@ -36,6 +36,7 @@ class Engine:
     model_name: str
     model_version: str
     model_digest: str
+    providers: Mapping[str, str]  # of each graph, the one that runs it
     warnings: tuple[str, ...]
     process: int = field(default_factory=os.getpid)
     closed: bool = False
@@ -96,8 +97,9 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
         lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)
-        vision, encoder, decoder, mask_decoder = (session.result() for session in sessions)
-        warnings = dict.fromkeys(line for session in sessions for line in session.result().warnings)
+        loaded = {name: session.result() for (name, _), session in zip(graphs, sessions, strict=True)}
+        vision, encoder, decoder, mask_decoder = loaded.values()
+        warnings = dict.fromkeys(line for session in loaded.values() for line in session.warnings)
         return Engine(
             reasoner=Reasoner(
                 reasoner,
@@ -112,5 +114,6 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
             model_name=spec.name,
             model_version=spec.version,
             model_digest=bundle.digest,
+            providers={name: session.providers[0] for name, session in loaded.items()},
             warnings=tuple(warnings),
         )

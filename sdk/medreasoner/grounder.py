@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import lru_cache
@@ -84,6 +84,11 @@ class Grounder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def providers(self) -> Mapping[str, str]:
+        """Of each graph, by its path in the bundle, ONNX Runtime's execution provider that runs it."""
+        return self._engine.providers
 
     def close(self) -> None:
         """Let go of the models; queries are refused from now on, also those of open studies."""
@@ -180,7 +185,13 @@ class Grounder:
         return results[0] if isinstance(query, str) else results
 
     def stream(
-        self, image: ImageSource, query: str, *, think: bool = True, frame: int | None = None
+        self,
+        image: ImageSource,
+        query: str,
+        *,
+        think: bool = True,
+        frame: int | None = None,
+        unconstrained: bool = False,
     ) -> Iterator[Thought | Answer | Grounding]:
         """Answer a question, and tell on the way: pieces of the thought, the answer, and the result at the end.
 
@@ -189,7 +200,7 @@ class Grounder:
         self._engine.check()
         self._engine.reasoner.prompt.check(query)
         with self.open(image, frame=frame) as study:
-            yield from study.stream_first(query, think=think)
+            yield from study.stream_first(query, think=think, unconstrained=unconstrained)
 
 
 def ground(image: ImageSource, query: str, *, think: bool = False, frame: int | None = None) -> Grounding:

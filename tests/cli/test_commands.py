@@ -176,6 +176,8 @@ def test_bench_reports_percentiles_of_each_stage(cli, picture, finding_bundle):
     report = json.loads(done.out)
     assert report["runs"] == 3
     assert report["bundle"]["name"] == "toy"
+    assert len(report["providers"]) == 4
+    assert set(report["providers"].values()) == {"CPUExecutionProvider"}
     for part in ("first", "further"):
         assert all(0 <= stage["p50"] <= stage["p95"] for stage in report[part].values())
         assert "wall" in report[part]
@@ -185,6 +187,7 @@ def test_bench_reports_percentiles_of_each_stage(cli, picture, finding_bundle):
 
 def test_bench_prints_a_table(cli, picture, finding_bundle):
     done = cli("bench", picture, "Where?", "-b", finding_bundle, "-n", "1")
+    assert " on CPUExecutionProvider, " in done.out.splitlines()[0]
     assert done.out.splitlines()[1].split() == ["ms", "first", "p50", "p95", "further", "p50", "p95"]
 
 

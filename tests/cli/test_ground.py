@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,41 @@ def test_thought_is_shown_when_asked_for(cli, picture, finding_bundle):
     done = cli("ground", picture, QUERY, "-b", finding_bundle, "--think")
     # Random weights may think up to the limit, which is an error of the model's; both are answers to the flag.
     assert "thought" in done.out or done.code == 4
+
+
+def test_thought_about_one_image_is_printed_while_it_comes(cli, picture, finding_bundle, monkeypatch, capfd):
+    import medreasoner
+
+    told = []
+
+    def stream(self, image, query, **options):
+        assert options["think"] is True
+        yield medreasoner.Thought("  It is\n")
+        yield medreasoner.Thought("the\x1b[31m liver. ")
+        told.append(capfd.readouterr().out)
+        yield self.ground(image, query)
+
+    monkeypatch.setattr(medreasoner.Grounder, "stream", stream)
+    done = cli("ground", picture, QUERY, "-b", finding_bundle, "--think")
+    assert told == ["  thought  It is the?[31m liver. "]
+    assert done.code == 0
+    assert done.out.startswith(f"\n{picture}: found\n")  # the end of the thought's line
+    assert "  thought" not in done.out
+
+
+def test_thought_that_ends_in_an_error_ends_its_line(cli, picture, finding_bundle, monkeypatch):
+    import medreasoner
+
+    def stream(*_args, **_options):
+        yield medreasoner.Thought("It is")
+        raise medreasoner.GenerationError("no answer")
+
+    monkeypatch.setattr(medreasoner.Grounder, "stream", stream)
+    done = cli("ground", picture, QUERY, "-b", finding_bundle, "--think")
+    assert (done.code, done.out) == (4, "  thought  It is\n")
+    assert "no answer" in done.err
+    done = cli("ground", picture, QUERY, "-b", finding_bundle, "--think", "--json")
+    assert json.loads(done.out)["error"]  # nothing before the object
 
 
 def test_standard_input_is_read(cli, picture, finding_bundle, monkeypatch):
@@ -307,7 +343,7 @@ def test_dicom_gives_an_area_and_a_segmentation(cli, finding_bundle, tmp_path):
 
 def _program(*arguments, **options):
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MEDREASONER")}
-    code = "from medreasoner_cli.main import main; main()"
+    code = "from medreasoner_cli.start import main; main()"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], env=environment, **options)
 
 
@@ -328,7 +364,7 @@ def test_file_names_that_the_output_cannot_hold_are_escaped(finding_bundle, pict
     for name in (b"J\xc3\xb6rg.png", b"\xff\xfe.png", b"\x1b[31m.png"):
         Path(os.fsdecode(bytes(folder) + b"/" + name)).write_bytes(picture.read_bytes())
     environment = os.environ | {"PYTHONIOENCODING": encoding}
-    code = "from medreasoner_cli.main import main; main()"
+    code = "from medreasoner_cli.start import main; main()"
     options = ["--json"] if as_json else []
     done = subprocess.run(
         [sys.executable, "-c", code, "ground", str(folder), QUERY, "-b", finding_bundle, *options],
@@ -341,6 +377,21 @@ def test_file_names_that_the_output_cannot_hold_are_escaped(finding_bundle, pict
     if as_json:
         names = {Path(json.loads(line)["image"]).name for line in lines}
         assert names == {"J\xf6rg.png", "\udcff\udcfe.png", "\x1b[31m.png"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_interrupt_while_the_program_is_imported_ends_it_quietly():
+    code = (
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from medreasoner_cli.start import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code, "samples"], capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of pipes")

@@ -86,7 +86,7 @@ def test_the_drawn_box_is_positive_inside_and_grows_to_its_middle() -> None:
     assert float(drawn.max()) <= 2.0
 
 
-def test_a_third_of_the_prompts_stay_exact_and_all_stay_in_the_image() -> None:
+def test_a_quarter_of_the_prompts_stay_exact_and_all_stay_in_the_image() -> None:
     rng = np.random.default_rng(0)
     box, points = np.array([10.0, 20.0, 250.0, 200.0]), np.array([[12.0, 30.0], [240.0, 190.0]])
     exact = 0
@@ -96,7 +96,7 @@ def test_a_third_of_the_prompts_stay_exact_and_all_stay_in_the_image() -> None:
         assert ((moved >= 0) & (moved <= SIZE)).all()
         assert ((shifted >= 0) & (shifted <= SIZE)).all()
         assert (moved[2:] - moved[:2] >= 4).all()
-    assert 70 < exact < 130
+    assert 50 < exact < 100
 
 
 def test_points_of_thin_targets_stay_near() -> None:
@@ -112,6 +112,18 @@ def test_points_of_thin_targets_stay_near() -> None:
     assert np.abs(moves[80.0]).max() > 40
 
 
+def test_points_follow_a_box_that_is_off() -> None:
+    box, points = np.array([80.0, 80.0, 176.0, 176.0]), np.full((2, 2), 128.0)
+    off = []
+    for seed in range(400):
+        moved, shifted = disturb(box, points, np.full(2, 48.0), np.random.default_rng(seed))
+        off.append([*(moved - box).reshape(2, 2).mean(0), *(shifted - points).mean(0)])
+    together = np.corrcoef(np.array(off).T)
+    assert together[0, 2] > 0.3  # x with x
+    assert together[1, 3] > 0.3
+    assert abs(together[0, 3]) < 0.15  # x with y
+
+
 def test_a_box_that_would_become_too_small_stays() -> None:
     box = np.array([10.0, 10.0, 13.0, 40.0])
     stayed = 0
@@ -119,7 +131,7 @@ def test_a_box_that_would_become_too_small_stays() -> None:
         moved, _ = disturb(box, np.full((2, 2), 11.0), np.ones(2), np.random.default_rng(seed))
         stayed += bool((moved == box).all())
         assert (moved == box).all() or (moved[2:] - moved[:2] >= 4).all()
-    assert stayed > 40  # a third stays in any case
+    assert stayed > 40  # a quarter stays in any case
 
 
 def test_a_batch_holds_prompts_of_its_images_and_depends_on_its_step_alone(data: SegmenterData) -> None:
