@@ -1,6 +1,7 @@
 """`medreasoner-cli export`: reasoner, segmenter, bundle and verify."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 
 Weights = Literal["source", "float32", "float16", "bfloat16"]
+Arch = Literal["auto", "sam", "medsam"]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 WeightsOption = Annotated[Weights, typer.Option(help="Element type of the weights; source keeps the checkpoint's.")]
@@ -45,19 +47,25 @@ def reasoner(
 
 @app.command()
 def segmenter(
-    checkpoint: CheckpointArgument,
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint, or a .pth file of SAM.")
+    ],
     output: OutOption,
+    arch: Annotated[Arch, typer.Option(help="auto reads it from the weights; MedSAM's look like SAM's.")] = "auto",
     weights: WeightsOption = "source",
     settings: SettingsOption = None,
 ) -> None:
     """Export a SAM checkpoint: image encoder and mask decoder.
 
     \b
-    medreasoner-cli export segmenter medsam-vit-base/ -o build/segmenter
+    medreasoner-cli export segmenter sam_vit_b_01ec64.pth -o build/segmenter
+    medreasoner-cli export segmenter medsam_vit_b.pth --arch medsam -o build/segmenter
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
-    options = package.SegmenterOptions(weights=weights, settings=_read_json(settings))
-    print(package.export_segmenter(checkpoint, output, options=options).folder)
+    options = package.SegmenterOptions(arch=arch, weights=weights, settings=_read_json(settings))
+    export = package.export_segmenter(checkpoint, output, options=options)
+    print(f"note: {export.recognised}", file=sys.stderr)
+    print(export.folder)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: ``config.json`` and safetensors, tensor by tensor, without torch.
+"""Named weights, and those of a checkpoint folder: ``config.json`` and safetensors, tensor by tensor, without torch.
 
 A safetensors file is an 8-byte little-endian length, a JSON header of that length and the raw tensors. Tensors are
 mapped, not loaded: an export holds one of them in memory at a time.
@@ -11,8 +11,9 @@ https://github.com/huggingface/safetensors (README, "Format")
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy.typing as npt
 
 from medreasoner.errors import BundleError
 
-__all__ = ["Checkpoint", "read_json", "sha256_of"]
+__all__ = ["Checkpoint", "Entry", "Weights", "read_json", "sha256_of"]
 
 DTYPES: Mapping[str, Any] = {
     "F64": np.dtype("<f8"),
@@ -37,41 +38,42 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Entry:
+class Entry:
+    """A tensor in a file: its element type as safetensors calls it, its shape, and how to read it."""
+
     file: Path
     dtype: str
     shape: tuple[int, ...]
-    offset: int
+    read: Callable[[], npt.NDArray[Any]]
 
 
-class Checkpoint:
-    """A folder with ``config.json`` and ``model.safetensors``, or shards named by ``model.safetensors.index.json``.
+class Weights:
+    """Named tensors with the configuration of the model that they belong to.
 
     Parameters
     ----------
-    folder
-        As written by ``save_pretrained``.
-
-    Attributes
-    ----------
-    folder : Path
-    config : dict
-        Content of ``config.json``.
-
-    Raises
-    ------
-    BundleError
-        If a file is missing, truncated or malformed; the message names it.
+    path
+        Folder or file, for messages.
+    config
+        In the form of a ``config.json`` that transformers writes.
+    entries
+        The tensors by their names in transformers.
+    files
+        That hold them.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.config = read_json(self.folder / "config.json")
-        self._files = _weight_files(self.folder)
-        self._entries: dict[str, _Entry] = {}
-        for file in self._files:
-            self._entries.update(_read_header(file))
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], entries: Mapping[str, Entry], files: Sequence[Path]
+    ) -> None:
+        self.path = path
+        self.config = dict(config)
+        self._entries, self._files = dict(entries), list(files)
         self._unread = set(self._entries)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: entry.shape for name, entry in self._entries.items()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -88,7 +90,7 @@ class Checkpoint:
         for name in names:
             if name in self._entries:
                 return name[: len(name) - len(probe)]
-        raise BundleError(f"{self.folder}: none of the tensors {', '.join(names)} is in the checkpoint")
+        raise BundleError(f"{self.path}: none of the tensors {', '.join(names)} is in the checkpoint")
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[Any]:
         """The tensor `name`, read-only, in its stored type (float64, float32, float16 or bfloat16).
@@ -100,14 +102,12 @@ class Checkpoint:
         """
         entry = self._entries.get(name)
         if entry is None:
-            raise BundleError(f"{self.folder}: tensor {name} is missing")
+            raise BundleError(f"{self.path}: tensor {name} is missing")
         if entry.shape != shape:
             raise BundleError(f"{entry.file}: tensor {name}: expected shape {shape}, got {entry.shape}")
         if entry.dtype not in DTYPES:
             raise BundleError(f"{entry.file}: tensor {name}: expected one of {sorted(DTYPES)}, got {entry.dtype}")
-        array: npt.NDArray[Any] = np.memmap(
-            entry.file, dtype=DTYPES[entry.dtype], mode="r", offset=entry.offset, shape=shape
-        )
+        array = entry.read()
         if not np.isfinite(array).all():
             raise BundleError(f"{entry.file}: tensor {name} holds values that are not finite")
         self._unread.discard(name)
@@ -123,7 +123,7 @@ class Checkpoint:
         """
         entry = self._entries.get(name)
         if entry is None:
-            raise BundleError(f"{self.folder}: tensor {name} is missing")
+            raise BundleError(f"{self.path}: tensor {name} is missing")
         if entry.dtype not in DTYPES:
             raise BundleError(f"{entry.file}: tensor {name}: expected one of {sorted(DTYPES)}, got {entry.dtype}")
         return str(DTYPES[entry.dtype].name)
@@ -143,7 +143,7 @@ class Checkpoint:
         """
         left = sorted(name for name in self._unread if not any(part in name for part in ignore))
         if left:
-            raise BundleError(f"{self.folder}: {len(left)} tensors are not part of this architecture, first {left[0]}")
+            raise BundleError(f"{self.path}: {len(left)} tensors are not part of this architecture, first {left[0]}")
 
     def sha256(self) -> str:
         """Digest of the weights: of the file, or of the lines ``digest  name`` of the shards."""
@@ -152,6 +152,26 @@ class Checkpoint:
             return digests[0][0]
         text = "".join(f"{digest}  {name}\n" for digest, name in digests)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Checkpoint(Weights):
+    """A folder with ``config.json`` and ``model.safetensors``, or shards named by ``model.safetensors.index.json``.
+
+    Parameters
+    ----------
+    folder
+        As written by ``save_pretrained``.
+
+    Raises
+    ------
+    BundleError
+        If a file is missing, truncated or malformed; the message names it.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        config, files = read_json(folder / "config.json"), _weight_files(folder)
+        super().__init__(folder, config, {k: v for file in files for k, v in _read_header(file).items()}, files)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -197,7 +217,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _read_header(path: Path) -> dict[str, Entry]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -213,7 +233,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
     return {name: _entry(path, name, value, start=8 + length, size=size) for name, value in header.items()}
 
 
-def _entry(path: Path, name: str, value: Any, *, start: int, size: int) -> _Entry:
+def _entry(path: Path, name: str, value: Any, *, start: int, size: int) -> Entry:
     try:
         dtype, shape, (begin, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         numbers = (*shape, begin, end)
@@ -225,4 +245,6 @@ def _entry(path: Path, name: str, value: Any, *, start: int, size: int) -> _Entr
         raise BundleError(f"{path} is truncated: tensor {name} ends at byte {start + end} of {size}")
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise BundleError(f"{path}: tensor {name}: {end - begin} bytes do not hold {dtype} of shape {shape}")
-    return _Entry(file=path, dtype=dtype, shape=shape, offset=start + begin)
+    stored = DTYPES.get(dtype, np.dtype("u1"))  # of another type it is refused before it is read
+    read = partial(np.memmap, path, dtype=stored, mode="r", offset=start + begin, shape=shape)
+    return Entry(file=path, dtype=dtype, shape=shape, read=read)

@@ -10,6 +10,8 @@ import numpy.typing as npt
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
 from medreasoner_export.report import ParityStage, compare, load_reference
+from medreasoner_export.sam_original import open_sam
+from medreasoner_export.segmenter import TWICE
 
 __all__ = ["segmenter_stages"]
 
@@ -18,14 +20,14 @@ N_IMAGES = 2
 Array = npt.NDArray[Any]
 
 
-def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, seed: int) -> Iterator[ParityStage]:
+def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float, seed: int) -> Iterator[ParityStage]:
     """Compare image embeddings, mask logits and predicted IoU for a box with two points, and the final masks.
 
     Parameters
     ----------
     bundle
         A loaded bundle.
-    checkpoint_dir
+    checkpoint_path
         The checkpoint that the bundle was made of.
     tolerance
         Largest accepted error, relative to the reference's largest value; for masks, of the lost IoU.
@@ -36,7 +38,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, 
     transformers = require("transformers", extra="export", feature="The parity check")
     ort = require("onnxruntime", extra="cpu", feature="The parity check")
     spec = bundle.spec.segmenter
-    sam = load_reference(transformers.SamModel, checkpoint_dir, dtype=torch.float32).eval()
+    sam = _reference(torch, transformers, checkpoint_path)
     size = sam.config.vision_config.image_size
     generator = np.random.default_rng(seed)
     pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)
@@ -65,6 +67,18 @@ def segmenter_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, 
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
     yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
+
+
+def _reference(torch: Any, transformers: Any, path: Path) -> Any:
+    """The checkpoint as transformers runs it."""
+    if path.is_dir():
+        return load_reference(transformers.SamModel, path, dtype=torch.float32).eval()
+    weights = open_sam(path)
+    state = {name: torch.from_numpy(weights.tensor(name, shape).copy()) for name, shape in weights.shapes.items()}
+    state[TWICE] = state["shared_image_embedding.positional_embedding"]
+    sam = transformers.SamModel(transformers.SamConfig.from_dict(weights.config))
+    sam.load_state_dict(state)
+    return sam.float().eval()
 
 
 def _prompts(generator: np.random.Generator, size: int) -> tuple[Array, Array]:

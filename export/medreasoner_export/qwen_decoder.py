@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Storage
 from medreasoner_export.qwen_config import QwenConfig, QwenTextConfig
 
@@ -21,7 +21,7 @@ TEXT_PREFIXES = ("model.language_model.", "model.")
 
 
 def decoder_graph(
-    checkpoint: Checkpoint, config: QwenConfig, *, storage: Storage, metadata: Mapping[str, str]
+    checkpoint: Weights, config: QwenConfig, *, storage: Storage, metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
     """The graph from embeddings to the last hidden states, with a key-value cache.
 
@@ -40,7 +40,7 @@ def decoder_graph(
 
 
 class _Decoder:
-    def __init__(self, checkpoint: Checkpoint, config: QwenTextConfig, storage: Storage) -> None:
+    def __init__(self, checkpoint: Weights, config: QwenTextConfig, storage: Storage) -> None:
         self.config = config
         self.checkpoint = checkpoint
         self.prefix = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight")

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Storage
 from medreasoner_export.qwen_config import QwenConfig, QwenVisionConfig
 
@@ -24,7 +24,7 @@ EPSILON = 1e-6
 
 
 def vision_graph(
-    checkpoint: Checkpoint, config: QwenConfig, *, storage: Storage, metadata: Mapping[str, str]
+    checkpoint: Weights, config: QwenConfig, *, storage: Storage, metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
     """The graph from patches to image embeddings.
 
@@ -42,7 +42,7 @@ def vision_graph(
 
 
 class _VisionTower:
-    def __init__(self, checkpoint: Checkpoint, config: QwenConfig, storage: Storage) -> None:
+    def __init__(self, checkpoint: Weights, config: QwenConfig, storage: Storage) -> None:
         self.config: QwenVisionConfig = config.vision
         self.out_dim = config.text.hidden_dim
         self.checkpoint = checkpoint

@@ -11,7 +11,7 @@ import numpy as np
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
-from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.checkpoint import Checkpoint, Weights
 from medreasoner_export.graph import Storage, save_graph, store
 from medreasoner_export.qwen_config import QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
@@ -75,7 +75,7 @@ def export_reasoner(
     options = options or ReasonerOptions()
     checkpoint = Checkpoint(checkpoint_dir)
     config = QwenConfig.from_json(checkpoint.config)
-    settings = reasoner_settings(checkpoint.folder, config, options.settings)
+    settings = reasoner_settings(checkpoint.path, config, options.settings)
     embedding = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight") + "embed_tokens.weight"
     storage = source_storage(checkpoint, embedding, options.weights)
     sha256 = checkpoint.sha256()
@@ -87,7 +87,7 @@ def export_reasoner(
     section |= _matrices(checkpoint, config, embedding, storage, out)
     section |= {"tokenizer": "tokenizer.json"} | _sizes(config, settings)
     checkpoint.check_all_read(ignore=("inv_freq",))
-    _copy_tokenizer(checkpoint.folder, out)
+    _copy_tokenizer(checkpoint.path, out)
     export = ReasonerExport(folder=out, section=section, sha256=sha256, storage=storage)
     description = {"section": section, "sha256": sha256, "storage": storage}
     (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
@@ -105,7 +105,7 @@ def open_export(out_dir: str | Path) -> Path:
     return out
 
 
-def source_storage(checkpoint: Checkpoint, probe: str, weights: Storage | Literal["source"]) -> Storage:
+def source_storage(checkpoint: Weights, probe: str, weights: Storage | Literal["source"]) -> Storage:
     """`weights`, or for ``"source"`` the element type of the tensor `probe`."""
     if weights != "source":
         return weights
@@ -113,9 +113,7 @@ def source_storage(checkpoint: Checkpoint, probe: str, weights: Storage | Litera
     return dtype if dtype in ("float16", "bfloat16") else "float32"  # type: ignore[return-value]
 
 
-def _matrices(
-    checkpoint: Checkpoint, config: QwenConfig, embedding: str, storage: Storage, out: Path
-) -> dict[str, Any]:
+def _matrices(checkpoint: Weights, config: QwenConfig, embedding: str, storage: Storage, out: Path) -> dict[str, Any]:
     """Write the token embedding and, if it is another matrix, the output projection."""
     shape = (config.text.vocab_size, config.text.hidden_dim)
 

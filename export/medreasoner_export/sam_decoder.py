@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import FLOAT, INT64, GraphBuilder, Storage
 from medreasoner_export.sam_config import SamConfig
 
@@ -23,7 +23,7 @@ UPSCALE_EPSILON = 1e-6
 
 
 def sam_decoder_graph(
-    checkpoint: Checkpoint,
+    checkpoint: Weights,
     config: SamConfig,
     *,
     multimask: bool,
@@ -64,7 +64,7 @@ def sam_decoder_graph(
 
 
 class _Decoder:
-    def __init__(self, checkpoint: Checkpoint, config: SamConfig, storage: Storage, *, box_mask: bool) -> None:
+    def __init__(self, checkpoint: Weights, config: SamConfig, storage: Storage, *, box_mask: bool) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.box_mask = box_mask

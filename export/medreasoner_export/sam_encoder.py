@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from medreasoner_export.checkpoint import Checkpoint
+from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import FLOAT, GraphBuilder, Storage
 from medreasoner_export.sam_config import SamConfig
 
@@ -23,7 +23,7 @@ NECK_EPSILON = 1e-6
 
 
 def encoder_graph(
-    checkpoint: Checkpoint, config: SamConfig, *, storage: Storage, metadata: Mapping[str, str]
+    checkpoint: Weights, config: SamConfig, *, storage: Storage, metadata: Mapping[str, str]
 ) -> onnx.ModelProto:
     """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, grid, grid), float32.
 
@@ -36,7 +36,7 @@ def encoder_graph(
 
 
 class _Encoder:
-    def __init__(self, checkpoint: Checkpoint, config: SamConfig, storage: Storage) -> None:
+    def __init__(self, checkpoint: Weights, config: SamConfig, storage: Storage) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.g = GraphBuilder("encoder", storage=storage)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medreasoner._version import __version__
-from medreasoner_export.checkpoint import Checkpoint
 from medreasoner_export.graph import Storage, save_graph
 from medreasoner_export.reasoner import DESCRIPTION, open_export, source_storage
 from medreasoner_export.sam_config import SamConfig
 from medreasoner_export.sam_decoder import sam_decoder_graph
 from medreasoner_export.sam_encoder import encoder_graph
-from medreasoner_export.settings import segmenter_settings
+from medreasoner_export.sam_original import open_sam
+from medreasoner_export.settings import SamArch, segmenter_settings
 
 __all__ = ["SegmenterExport", "SegmenterOptions", "export_segmenter"]
 
@@ -29,6 +29,9 @@ class SegmenterOptions:
 
     Attributes
     ----------
+    arch
+        ``"medsam"`` for MedSAM, whose weights look like those of SAM but want other images; ``"auto"`` takes what the
+        weights are.
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     settings
@@ -37,29 +40,35 @@ class SegmenterOptions:
         also draws a box into SAM's mask prompt, as a segmenter was trained with).
     """
 
+    arch: SamArch = "auto"
     weights: Storage | Literal["source"] = "source"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmenterExport:
-    """An exported segmenter: its folder, and the ``segmenter`` section of a manifest with paths relative to it."""
+    """An exported segmenter: its folder, and the ``segmenter`` section of a manifest with paths relative to it.
+
+    `recognised` says in words which architecture and size was found.
+    """
 
     folder: Path
     section: Mapping[str, Any]
     sha256: str
     storage: Storage
+    recognised: str
 
 
 def export_segmenter(
-    checkpoint_dir: str | Path, out_dir: str | Path, *, options: SegmenterOptions | None = None
+    checkpoint_path: str | Path, out_dir: str | Path, *, options: SegmenterOptions | None = None
 ) -> SegmenterExport:
     """Write ``encoder.onnx``, ``decoder.onnx`` and ``export.json``.
 
     Parameters
     ----------
-    checkpoint_dir
+    checkpoint_path
         Folder of a transformers ``SamModel``: ``config.json`` and safetensors weights, optionally ``medreasoner.json``.
+        Or the ``.pth`` file of a SAM or MedSAM as ``segment-anything`` stores it; its sizes are read from the weights.
     out_dir
         Folder to write into, made if absent.
     options
@@ -71,9 +80,9 @@ def export_segmenter(
         If the checkpoint is incomplete, malformed or of another architecture; the message names the file or tensor.
     """
     options = options or SegmenterOptions()
-    checkpoint = Checkpoint(checkpoint_dir)
+    checkpoint = open_sam(checkpoint_path)
     config = SamConfig.from_json(checkpoint.config)
-    settings = segmenter_settings(checkpoint.folder, config.image_size, options.settings)
+    settings = segmenter_settings(checkpoint.path, config.image_size, options.arch, options.settings)
     storage = source_storage(checkpoint, "vision_encoder.patch_embed.projection.weight", options.weights)
     multimask, box_mask = bool(settings["multimask"]), bool(settings["box_mask"])
     sha256 = checkpoint.sha256()
@@ -103,4 +112,6 @@ def export_segmenter(
     }
     description = {"section": section, "sha256": sha256, "storage": storage}
     (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    return SegmenterExport(folder=out, section=section, sha256=sha256, storage=storage)
+    form = "as transformers stores it" if checkpoint.path.is_dir() else "as segment-anything stores it"
+    recognised = f"SAM {form}, {config.n_layers} layers of {config.hidden_dim}, images of {config.image_size} px"
+    return SegmenterExport(folder=out, section=section, sha256=sha256, storage=storage, recognised=recognised)

@@ -11,13 +11,15 @@ MedReasoner, arXiv 2508.08177, section on the output format; Qwen2.5-VL's ``chat
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import read_json
 from medreasoner_export.qwen_config import QwenConfig
 
-__all__ = ["reasoner_settings", "segmenter_settings"]
+__all__ = ["SamArch", "reasoner_settings", "segmenter_settings"]
+
+SamArch: TypeAlias = Literal["auto", "sam", "medsam"]
 
 FILE = "medreasoner.json"
 
@@ -99,8 +101,11 @@ def reasoner_settings(folder: Path, config: QwenConfig, overrides: Mapping[str, 
     return settings
 
 
-def segmenter_settings(folder: Path, image_size: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a SAM checkpoint.
+def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a SAM checkpoint: `overrides`, before ``medreasoner.json``, before those of `arch`.
+
+    A single file has none of its own beside it. MedSAM's weights look like SAM's, but were trained on images stretched
+    to the whole square, with pixels from 0 to 1, and on boxes alone.
 
     Returns
     -------
@@ -112,8 +117,9 @@ def segmenter_settings(folder: Path, image_size: int, overrides: Mapping[str, An
     BundleError
         If a key is unknown, or the file is malformed.
     """
-    images = _preprocessor(folder)
-    defaults = {
+    folder = path if path.is_dir() else None
+    images = _preprocessor(folder) if folder is not None else {}
+    defaults: dict[str, Any] = {
         "resize": {"rule": "longest_pad", "size": image_size},
         "image_mean": images.get("image_mean", IMAGENET_MEAN),
         "image_std": images.get("image_std", IMAGENET_STD),
@@ -121,12 +127,15 @@ def segmenter_settings(folder: Path, image_size: int, overrides: Mapping[str, An
         "multimask": False,
         "box_mask": False,
     }
+    if arch == "medsam":
+        stretched = {"rule": "stretch", "width": image_size, "height": image_size}
+        defaults |= {"resize": stretched, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "prompts": "box"}
     return _merge(folder, defaults, overrides)
 
 
-def _merge(folder: Path, defaults: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / FILE
-    stated = read_json(path) if path.is_file() else {}
+def _merge(folder: Path | None, defaults: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / FILE if folder is not None else None
+    stated = read_json(path) if path is not None and path.is_file() else {}
     for source, values in ((str(path), stated), ("options", overrides)):
         unknown = sorted(set(values) - set(defaults))
         if unknown:

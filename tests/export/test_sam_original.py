@@ -1,0 +1,237 @@
+"""SAM as ``segment-anything`` stores it, against that package."""
+
+import importlib.util
+import pickle
+import sys
+import types
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+import torch
+
+from medreasoner.bundle import load_bundle
+from medreasoner.errors import BundleError
+from medreasoner_export import SegmenterOptions, build_bundle, export_reasoner, export_segmenter
+from medreasoner_export.parity_segmenter import segmenter_stages
+from medreasoner_export.sam_original import open_sam
+
+TOLERANCE = 1e-5
+BuildSam = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def build_sam() -> BuildSam:
+    """Make a random SAM of the ``segment_anything`` package.
+
+    The package itself asks for torchvision, its models do not: they are imported below a package that is empty.
+    """
+    found = importlib.util.find_spec("segment_anything")
+    if found is None:
+        pytest.skip("segment-anything is not installed")
+    package = types.ModuleType("segment_anything")
+    package.__path__ = list(found.submodule_search_locations or [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "segment_anything", package)
+        modeling = importlib.import_module("segment_anything.modeling")
+
+    def build(
+        *, size: int = 64, patch: int = 8, dim: int = 48, depth: int = 3, heads: int = 3,
+        window: int = 3, global_layers: tuple[int, ...] = (1,), channels: int = 32, mlp_dim: int = 64,
+    ) -> Any:  # fmt: skip
+        torch.manual_seed(0)
+        grid = size // patch
+        sam = modeling.Sam(
+            image_encoder=modeling.ImageEncoderViT(
+                depth=depth, embed_dim=dim, img_size=size, num_heads=heads, patch_size=patch, mlp_ratio=4,
+                norm_layer=partial(torch.nn.LayerNorm, eps=1e-6), qkv_bias=True, use_rel_pos=True,
+                global_attn_indexes=global_layers, window_size=window, out_chans=channels,
+            ),
+            prompt_encoder=modeling.PromptEncoder(
+                embed_dim=channels, image_embedding_size=(grid, grid), input_image_size=(size, size), mask_in_chans=16
+            ),
+            mask_decoder=modeling.MaskDecoder(
+                num_multimask_outputs=3, transformer_dim=channels, iou_head_depth=3, iou_head_hidden_dim=channels,
+                transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=channels, mlp_dim=mlp_dim, num_heads=8),
+            ),
+        ).eval()  # fmt: skip
+        for parameter in sam.parameters():  # its zeros would hide positions, its small numbers the order of attention
+            if parameter.ndim > 1 or not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.15)
+        return sam
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def sam(build_sam: BuildSam) -> Any:
+    return build_sam()
+
+
+@pytest.fixture(scope="module")
+def file(sam: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sam") / "sam.pth"
+    torch.save(sam.state_dict(), path)
+    return path
+
+
+def _compare(sam: Any, folder: Path, *, multimask: bool) -> dict[str, float]:
+    """Largest differences of the graphs in `folder` from the package, by stage, relative to the largest value."""
+    size = sam.image_encoder.img_size
+    rng = np.random.default_rng(0)
+    pixels = rng.standard_normal((2, 3, size, size), dtype=np.float32)
+    points = rng.uniform(0, size, (2, 2, 2)).astype(np.float32)
+    box = np.sort(rng.uniform(0, size, (2, 2, 2)), axis=1).astype(np.float32)
+    with torch.inference_mode():
+        embedding = sam.image_encoder(torch.from_numpy(pixels))
+        masks, scores = [], []
+        for row in range(2):
+            sparse, dense = sam.prompt_encoder(
+                points=(torch.from_numpy(points[row : row + 1]), torch.ones(1, 2)),
+                boxes=torch.from_numpy(box[row].reshape(1, 4)),
+                masks=None,
+            )
+            low, iou = sam.mask_decoder(
+                image_embeddings=embedding[row : row + 1],
+                image_pe=sam.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask,
+            )
+            masks.append(low.numpy())
+            scores.append(iou.numpy())
+    encoder, decoder = (
+        ort.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
+        for name in ("encoder.onnx", "decoder.onnx")
+    )
+    found = encoder.run(None, {"pixel_values": pixels})[0]
+    labels = np.tile([1, 1, 2, 3], (2, 1))
+    prompts = {"points": np.concatenate([points, box], axis=1), "labels": labels}
+    logits, iou = decoder.run(["mask_logits", "predicted_iou"], {"image_embedding": found, **prompts})
+    pairs = {
+        "embedding": (found, embedding.numpy()),
+        "logits": (logits, np.concatenate(masks)),
+        "score": (iou, np.concatenate(scores)),
+    }
+    return {name: float(np.abs(a - b).max() / np.abs(b).max()) for name, (a, b) in pairs.items()}
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+def test_graphs_equal_the_package(sam: Any, file: Path, tmp_path: Path, multimask: bool) -> None:
+    options = SegmenterOptions(settings={"multimask": multimask})
+    export = export_segmenter(file, tmp_path, options=options)
+    assert export.section["n_masks"] == (3 if multimask else 1)
+    assert export.recognised == "SAM as segment-anything stores it, 3 layers of 48, images of 64 px"
+    assert max(_compare(sam, tmp_path, multimask=multimask).values()) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_graphs_of_the_true_vit_b_equal_the_package(build_sam: BuildSam, tmp_path: Path) -> None:
+    sam = build_sam(
+        size=1024, patch=16, dim=768, depth=12, heads=12, window=14, global_layers=(2, 5, 8, 11), channels=256,
+        mlp_dim=2048,
+    )  # fmt: skip
+    torch.save(sam.state_dict(), tmp_path / "sam_vit_b.pth")
+    export = export_segmenter(tmp_path / "sam_vit_b.pth", tmp_path / "out")
+    assert export.recognised.endswith("12 layers of 768, images of 1024 px")
+    assert max(_compare(sam, tmp_path / "out", multimask=False).values()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "image_encoder.pos_embed",
+        "image_encoder.blocks.1.attn.rel_pos_w",
+        "image_encoder.blocks.2.norm2.weight",
+        "image_encoder.neck.3.bias",
+        "prompt_encoder.point_embeddings.2.weight",
+        "prompt_encoder.pe_layer.positional_encoding_gaussian_matrix",
+        "mask_decoder.transformer.layers.1.norm3.bias",
+        "mask_decoder.transformer.norm_final_attn.weight",
+        "mask_decoder.output_upscaling.1.weight",
+        "mask_decoder.output_hypernetworks_mlps.0.layers.1.weight",
+        "mask_decoder.iou_prediction_head.layers.1.bias",
+    ],
+)
+def test_parity_breaks_when_a_weight_is_disturbed(sam: Any, tmp_path: Path, name: str) -> None:
+    state = {key: value.clone() for key, value in sam.state_dict().items()}
+    state[name] += 0.1 * torch.randn_like(state[name])
+    torch.save(state, tmp_path / "sam.pth")
+    export_segmenter(tmp_path / "sam.pth", tmp_path / "out")
+    assert max(_compare(sam, tmp_path / "out", multimask=False).values()) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("form", ["nested", "parallel", "old"])
+def test_other_forms_of_the_file_hold_the_same(sam: Any, file: Path, tmp_path: Path, form: str) -> None:
+    state: Any = sam.state_dict()
+    if form == "nested":
+        state = {"model": state, "epoch": 3}
+    elif form == "parallel":
+        state = {f"module.{name}": value for name, value in state.items()}
+    torch.save(state, tmp_path / "sam.pth", _use_new_zipfile_serialization=form != "old")
+    expected, found = open_sam(file), open_sam(tmp_path / "sam.pth")
+    assert found.shapes == expected.shapes
+    for name, shape in found.shapes.items():
+        np.testing.assert_array_equal(found.tensor(name, shape), expected.tensor(name, shape))
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float16"])
+def test_short_weights_stay_as_they_are(sam: Any, tmp_path: Path, kind: str) -> None:
+    short = {name: value.to(getattr(torch, kind)) for name, value in sam.state_dict().items()}
+    torch.save(short, tmp_path / "sam.pth")
+    assert export_segmenter(tmp_path / "sam.pth", tmp_path / "out").storage == kind
+
+
+def test_a_bundle_of_it_is_verified_and_medsam_wants_other_images(
+    sam: Any, file: Path, toy: Path, tmp_path: Path
+) -> None:
+    export = export_segmenter(file, tmp_path / "segmenter", options=SegmenterOptions(arch="medsam"))
+    assert export.section["resize"] == {"rule": "stretch", "width": 64, "height": 64}
+    assert (export.section["image_mean"], export.section["image_std"]) == ([0.0] * 3, [1.0] * 3)
+    assert export.section["prompts"] == "box"
+    export_reasoner(toy / "reasoner", tmp_path / "reasoner")
+    folder = build_bundle(tmp_path / "reasoner", tmp_path / "segmenter", tmp_path / "bundle", name="original")
+    stages = list(segmenter_stages(load_bundle(folder), file, tolerance=1e-4, seed=0))
+    assert len(stages) == 4
+    assert [stage.name for stage in stages if not stage.passed] == []
+
+
+class _Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (print, ("this ran",))
+
+
+def test_files_that_hold_no_sam_are_refused_by_name(
+    sam: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "sam.pth"
+    state = sam.state_dict()
+
+    def refused(words: str) -> None:
+        with pytest.raises(BundleError, match=words) as failure:
+            export_segmenter(path, tmp_path / "out")
+        assert str(path) in str(failure.value)
+        assert not (tmp_path / "out").exists()
+
+    refused("is missing")
+    path.write_bytes(pickle.dumps({"model": _Code()}))
+    refused("could run code")
+    torch.save({"model": state, "args": _Code()}, path)
+    refused("could run code")
+    assert "this ran" not in capfd.readouterr().out
+    torch.save(state, path)
+    path.write_bytes(path.read_bytes()[:-5000])
+    refused("cannot be read as PyTorch weights")
+    torch.save([1, 2], path)
+    refused("expected named weights, got list")
+    torch.save({"encoder.weight": torch.zeros(2)}, path)
+    refused("not recognised: .*image_encoder.patch_embed.proj.weight, this file encoder.weight")
+    torch.save({name: value for name, value in state.items() if "blocks.1.attn.rel_pos_h" not in name}, path)
+    refused("rel_pos_h")
+    torch.save(state | {"image_encoder.blocks.0.Adapter.channel.0.weight": torch.zeros(2, 2)}, path)
+    with pytest.raises(BundleError, match=r"not part of this architecture, first .*Adapter"):
+        export_segmenter(path, tmp_path / "out")
