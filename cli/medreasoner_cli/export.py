@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 Weights = Literal["source", "float32", "float16", "bfloat16"]
-Arch = Literal["auto", "sam", "medsam"]
+Arch = Literal["auto", "sam", "medsam", "sam-med2d"]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 WeightsOption = Annotated[Weights, typer.Option(help="Element type of the weights; source keeps the checkpoint's.")]
@@ -51,7 +51,7 @@ def segmenter(
         Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint, or a .pth file of SAM.")
     ],
     output: OutOption,
-    arch: Annotated[Arch, typer.Option(help="auto reads it from the weights; MedSAM's look like SAM's.")] = "auto",
+    arch: Annotated[Arch, typer.Option(help="auto reads it from the weights, but MedSAM's look like SAM's.")] = "auto",
     weights: WeightsOption = "source",
     settings: SettingsOption = None,
 ) -> None:

@@ -1,6 +1,7 @@
 """Comparisons of a bundle's segmenter with transformers, stage by stage."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,28 @@ def _reference(torch: Any, transformers: Any, path: Path) -> Any:
     weights = open_sam(path)
     state = {name: torch.from_numpy(weights.tensor(name, shape).copy()) for name, shape in weights.shapes.items()}
     state[TWICE] = state["shared_image_embedding.positional_embedding"]
+    adapters = [name for name in state if ".Adapter." in name]
+    branches = {name: state.pop(name).float() for name in adapters}
     sam = transformers.SamModel(transformers.SamConfig.from_dict(weights.config))
     sam.load_state_dict(state)
+    if adapters:
+        for index, layer in enumerate(sam.vision_encoder.layers):
+            start = f"vision_encoder.layers.{index}.Adapter."
+            own = {name.removeprefix(start): value for name, value in branches.items() if name.startswith(start)}
+            layer.mlp.register_forward_hook(partial(_with_adapter, torch.nn.functional, own))
     return sam.float().eval()
+
+
+def _with_adapter(nn: Any, weights: Mapping[str, Any], _mlp: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    """Output of a layer's MLP with that of SAM-Med2D's adapter beside it, of images (B, H, W, C)."""
+    (x,) = inputs
+    planes = x.permute(0, 3, 1, 2)
+    gate = nn.linear(nn.relu(nn.linear(x.mean((1, 2)), weights["channel.0.weight"])), weights["channel.2.weight"])
+    y = planes * gate.sigmoid()[:, :, None, None]
+    y = nn.relu(nn.conv2d(y, weights["spatial.0.weight"], stride=2, padding=1))
+    y = nn.relu(nn.conv_transpose2d(y, weights["spatial.2.weight"], stride=2, padding=1))
+    y = (planes + y).permute(0, 2, 3, 1)
+    return output + nn.layer_norm(y, y.shape[-1:], weights["norm.weight"], weights["norm.bias"])
 
 
 def _prompts(generator: np.random.Generator, size: int) -> tuple[Array, Array]:

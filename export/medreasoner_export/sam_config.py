@@ -13,7 +13,8 @@ __all__ = ["SamConfig"]
 class SamConfig:
     """Image, patch and window sizes: `image_size` in pixels, `window_size` in patches.
 
-    Layers and sizes of the image encoder come first, those of the mask decoder begin with ``decoder_``.
+    Layers and sizes of the image encoder come first, those of the mask decoder begin with ``decoder_``. `adapter_dim`:
+    hidden size of SAM-Med2D's adapters, 0 without them.
     """
 
     image_size: int
@@ -28,6 +29,7 @@ class SamConfig:
     qkv_bias: bool
     absolute_positions: bool
     relative_positions: bool
+    adapter_dim: int
     n_channels: int
     decoder_mlp_dim: int
     decoder_layers: int
@@ -98,6 +100,7 @@ def _sizes(vision: ConfigSection, prompts: ConfigSection, decoder: ConfigSection
         qkv_bias=bool(vision.data.get("qkv_bias", True)),
         absolute_positions=bool(vision.data.get("use_abs_pos", True)),
         relative_positions=bool(vision.data.get("use_rel_pos", True)),
+        adapter_dim=vision.integer("adapter_dim", 1) if "adapter_dim" in vision.data else 0,
         n_channels=vision.integer("output_channels", 256),
         decoder_mlp_dim=decoder.integer("mlp_dim", 2048),
         decoder_layers=decoder.integer("num_hidden_layers", 2),

@@ -3,6 +3,10 @@
 Relative positions add ``rel_h[q, row of k] + rel_w[q, column of k]`` to the scores. Written as a dot product of the
 query, lengthened by its two rows of offsets, with the key, lengthened by one-hot codes of its row and column, they need
 no tensor of the size of the scores.
+
+References
+----------
+SAM-Med2D, arXiv 2308.16184, section 3.2: the adapters.
 """
 
 from collections.abc import Mapping
@@ -20,6 +24,7 @@ __all__ = ["encoder_graph"]
 
 # SamVisionNeck's norms hold this number in code, not in the configuration.
 NECK_EPSILON = 1e-6
+ADAPTER_EPSILON = 1e-5
 
 
 def encoder_graph(
@@ -60,6 +65,8 @@ class _Encoder:
             attended = self._windowed_attention(h, layer, c.window_size if index not in c.global_layers else c.grid)
             x, h = self._add(x, attended, layer + "attn.proj.bias", layer + "layer_norm2")
             y, bias = self._mlp(h, layer + "mlp."), layer + "mlp.lin2.bias"
+            if c.adapter_dim:
+                y = g.op("Add", y, self._adapter(h, layer + "Adapter."))
             if index + 1 < c.n_layers:
                 x, h = self._add(x, y, bias, f"layers.{index + 1}.layer_norm1")
             else:
@@ -155,6 +162,23 @@ class _Encoder:
         )
         hidden = g.op("Gelu", g.linear(h, name + "lin1", weight, bias))
         return g.linear(hidden, name + "lin2", self.tensor(name + "lin2.weight", c.hidden_dim, c.mlp_dim))
+
+    def _adapter(self, h: str, name: str) -> str:
+        """SAM-Med2D's branch beside the MLP: a gate on the channels, then two convolutions at half the resolution."""
+        g, c = self.g, self.config
+        dim, hidden = c.hidden_dim, c.adapter_dim
+        gate = g.op("ReduceMean", h, g.ints(1), keepdims=1)
+        gate = g.linear(gate, name + "channel.0", self.tensor(name + "channel.0.weight", hidden, dim))
+        gate = g.linear(g.op("Relu", gate), name + "channel.2", self.tensor(name + "channel.2.weight", dim, hidden))
+        x = g.op("Transpose", g.op("Mul", h, g.op("Sigmoid", gate)), perm=[0, 2, 1])
+        x = g.op("Reshape", x, g.ints(0, dim, c.grid, c.grid))
+        for index, kind, side in ((0, "Conv", 3), (2, "ConvTranspose", 4)):
+            kernel = f"{name}spatial.{index}.weight"
+            weight = g.weight(kernel, self.tensor(kernel, dim, dim, side, side))
+            x = g.op("Relu", g.op(kind, x, weight, strides=[2, 2], pads=[1, 1, 1, 1]))
+        x = g.op("Transpose", g.op("Reshape", x, g.ints(0, dim, -1)), perm=[0, 2, 1])
+        norm = [self.vector(f"{name}norm.{part}", dim) for part in ("weight", "bias")]
+        return g.op("LayerNormalization", g.op("Add", h, x), *norm, epsilon=ADAPTER_EPSILON)
 
     def _add(self, x: str, y: str, bias: str, norm: str) -> tuple[str, str]:
         """``x + y + bias`` and its normalisation by `norm`."""

@@ -2,7 +2,8 @@
 
 References
 ----------
-The names and shapes are those of ``segment_anything.modeling`` (facebookresearch/segment-anything), which MedSAM keeps.
+The names and shapes are those of ``segment_anything.modeling`` (facebookresearch/segment-anything), which MedSAM keeps
+and SAM-Med2D (OpenGVLab/SAM-Med2D) extends by adapters.
 """
 
 import re
@@ -115,6 +116,9 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]
     channels = shape(ENCODER + "neck.0.weight", 4)[0]
     first = DECODER + "transformer.layers.0."
     iou = DECODER + "iou_prediction_head.layers."
+    adapter = shapes.get(block.format(0) + "Adapter.channel.0.weight", ())
+    if adapter and grid % 2:
+        raise BundleError(f"{path}: adapters want an even number of patches along a side, got {grid}")
     attended = shape(first + "cross_attn_token_to_image.q_proj.weight", 2)[0]
     if attended == 0:
         raise BundleError(f"{path}: attention of no channels")
@@ -132,6 +136,7 @@ def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]
             "window_size": windows[0] if windows else grid,
             "global_attn_indexes": [index for index, side in enumerate(sides) if side == grid],
             "qkv_bias": block.format(0) + "attn.qkv.bias" in shapes,
+            **({"adapter_dim": adapter[0]} if adapter else {}),  # of SAM-Med2D; transformers knows none
         },
         "prompt_encoder_config": {
             "hidden_size": channels,

@@ -31,7 +31,7 @@ class SegmenterOptions:
     ----------
     arch
         ``"medsam"`` for MedSAM, whose weights look like those of SAM but want other images; ``"auto"`` takes what the
-        weights are.
+        weights are: SAM-Med2D if they have adapters, else SAM.
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     settings
@@ -68,7 +68,8 @@ def export_segmenter(
     ----------
     checkpoint_path
         Folder of a transformers ``SamModel``: ``config.json`` and safetensors weights, optionally ``medreasoner.json``.
-        Or the ``.pth`` file of a SAM or MedSAM as ``segment-anything`` stores it; its sizes are read from the weights.
+        Or the ``.pth`` file of a SAM, MedSAM or SAM-Med2D as ``segment-anything`` stores it; its sizes are read from
+        the weights.
     out_dir
         Folder to write into, made if absent.
     options
@@ -82,7 +83,8 @@ def export_segmenter(
     options = options or SegmenterOptions()
     checkpoint = open_sam(checkpoint_path)
     config = SamConfig.from_json(checkpoint.config)
-    settings = segmenter_settings(checkpoint.path, config.image_size, options.arch, options.settings)
+    arch = "sam-med2d" if options.arch == "auto" and config.adapter_dim else options.arch
+    settings = segmenter_settings(checkpoint.path, config.image_size, arch, options.settings)
     storage = source_storage(checkpoint, "vision_encoder.patch_embed.projection.weight", options.weights)
     multimask, box_mask = bool(settings["multimask"]), bool(settings["box_mask"])
     sha256 = checkpoint.sha256()
@@ -113,5 +115,6 @@ def export_segmenter(
     description = {"section": section, "sha256": sha256, "storage": storage}
     (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     form = "as transformers stores it" if checkpoint.path.is_dir() else "as segment-anything stores it"
-    recognised = f"SAM {form}, {config.n_layers} layers of {config.hidden_dim}, images of {config.image_size} px"
+    family = "SAM-Med2D" if config.adapter_dim else "SAM"
+    recognised = f"{family} {form}, {config.n_layers} layers of {config.hidden_dim}, images of {config.image_size} px"
     return SegmenterExport(folder=out, section=section, sha256=sha256, storage=storage, recognised=recognised)

@@ -19,7 +19,7 @@ from medreasoner_export.qwen_config import QwenConfig
 
 __all__ = ["SamArch", "reasoner_settings", "segmenter_settings"]
 
-SamArch: TypeAlias = Literal["auto", "sam", "medsam"]
+SamArch: TypeAlias = Literal["auto", "sam", "medsam", "sam-med2d"]
 
 FILE = "medreasoner.json"
 
@@ -105,7 +105,8 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
     """The settings of a SAM checkpoint: `overrides`, before ``medreasoner.json``, before those of `arch`.
 
     A single file has none of its own beside it. MedSAM's weights look like SAM's, but were trained on images stretched
-    to the whole square, with pixels from 0 to 1, and on boxes alone.
+    to the whole square, with pixels from 0 to 1, and on boxes alone. SAM-Med2D stretches too, and takes the best of its
+    alternatives.
 
     Returns
     -------
@@ -127,8 +128,10 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
         "multimask": False,
         "box_mask": False,
     }
+    stretched = {"rule": "stretch", "width": image_size, "height": image_size}
+    if arch == "sam-med2d":
+        defaults |= {"resize": stretched, "multimask": True}
     if arch == "medsam":
-        stretched = {"rule": "stretch", "width": image_size, "height": image_size}
         defaults |= {"resize": stretched, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "prompts": "box"}
     return _merge(folder, defaults, overrides)
 

@@ -200,6 +200,58 @@ def test_a_bundle_of_it_is_verified_and_medsam_wants_other_images(
     assert [stage.name for stage in stages if not stage.passed] == []
 
 
+class Adapter(torch.nn.Module):
+    """SAM-Med2D's, arXiv 2308.16184 figure 3, beside the MLP that it wraps."""
+
+    def __init__(self, mlp: torch.nn.Module, dim: int) -> None:
+        super().__init__()
+        nn = torch.nn
+        self.mlp = mlp
+        self.norm = nn.LayerNorm(dim)
+        self.channel = nn.Sequential(
+            nn.Linear(dim, dim // 4, bias=False), nn.ReLU(), nn.Linear(dim // 4, dim, bias=False), nn.Sigmoid()
+        )
+        self.spatial = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, 2, 1, bias=False), nn.ReLU(),
+            nn.ConvTranspose2d(dim, dim, 4, 2, 1, bias=False), nn.ReLU(),
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        planes = x.movedim(-1, 1)
+        gated = planes * self.channel(planes.mean((2, 3)))[..., None, None]
+        return self.mlp(x) + self.norm((planes + self.spatial(gated)).movedim(1, -1))  # type: ignore[no-any-return]
+
+
+def test_adapters_of_sam_med2d_are_recognised(build_sam: BuildSam, toy: Path, tmp_path: Path) -> None:
+    sam = build_sam()
+    for block in sam.image_encoder.blocks:
+        block.mlp = Adapter(block.mlp, 48)
+        for parameter in block.mlp.parameters():
+            torch.nn.init.normal_(parameter, std=0.15)
+    stored = {
+        name.replace(".mlp.mlp.", ".mlp.") if ".mlp.mlp." in name else name.replace(".mlp.", ".Adapter.")
+        if "image_encoder.blocks" in name else name: value
+        for name, value in sam.state_dict().items()
+    }  # fmt: skip
+    torch.save({"model": stored, "optimizer": {"state": {}}}, tmp_path / "sam-med2d_b.pth")
+    export = export_segmenter(tmp_path / "sam-med2d_b.pth", tmp_path / "segmenter")
+    assert export.recognised.startswith("SAM-Med2D as segment-anything stores it")
+    assert export.section["resize"]["rule"] == "stretch"
+    assert export.section["n_masks"] == 3
+    assert max(_compare(sam, tmp_path / "segmenter", multimask=True).values()) < TOLERANCE
+    export_reasoner(toy / "reasoner", tmp_path / "reasoner")
+    folder = build_bundle(tmp_path / "reasoner", tmp_path / "segmenter", tmp_path / "bundle", name="med2d")
+    stages = list(segmenter_stages(load_bundle(folder), tmp_path / "sam-med2d_b.pth", tolerance=1e-4, seed=0))
+    assert [stage.name for stage in stages if not stage.passed] == []
+    for name in ("norm.bias", "channel.2.weight", "spatial.0.weight"):
+        changed = stored | {
+            f"image_encoder.blocks.1.Adapter.{name}": torch.zeros_like(stored[f"image_encoder.blocks.1.Adapter.{name}"])
+        }
+        torch.save(changed, tmp_path / "changed.pth")
+        export_segmenter(tmp_path / "changed.pth", tmp_path / "changed")
+        assert max(_compare(sam, tmp_path / "changed", multimask=True).values()) > 10 * TOLERANCE
+
+
 class _Code:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("this ran",))
@@ -232,6 +284,6 @@ def test_files_that_hold_no_sam_are_refused_by_name(
     refused("not recognised: .*image_encoder.patch_embed.proj.weight, this file encoder.weight")
     torch.save({name: value for name, value in state.items() if "blocks.1.attn.rel_pos_h" not in name}, path)
     refused("rel_pos_h")
-    torch.save(state | {"image_encoder.blocks.0.Adapter.channel.0.weight": torch.zeros(2, 2)}, path)
-    with pytest.raises(BundleError, match=r"not part of this architecture, first .*Adapter"):
+    torch.save(state | {"image_encoder.blocks.0.attn.lora_a": torch.zeros(2, 2)}, path)
+    with pytest.raises(BundleError, match=r"not part of this architecture, first .*lora_a"):
         export_segmenter(path, tmp_path / "out")
