@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 Weights = Literal["source", "float32", "float16", "bfloat16"]
-Arch = Literal["auto", "sam", "medsam", "sam-med2d"]
+Arch = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam"]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 WeightsOption = Annotated[Weights, typer.Option(help="Element type of the weights; source keeps the checkpoint's.")]
@@ -55,7 +55,7 @@ def segmenter(
     weights: WeightsOption = "source",
     settings: SettingsOption = None,
 ) -> None:
-    """Export a SAM checkpoint: image encoder and mask decoder.
+    """Export a SAM, MedSAM, SAM-Med2D or LiteMedSAM: image encoder and mask decoder.
 
     \b
     medreasoner-cli export segmenter sam_vit_b_01ec64.pth -o build/segmenter

@@ -1,7 +1,6 @@
 """Comparisons of a bundle's segmenter with transformers, stage by stage."""
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,7 @@ import numpy.typing as npt
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
-from medreasoner_export.report import ParityStage, compare, load_reference
-from medreasoner_export.sam_original import open_sam
-from medreasoner_export.segmenter import TWICE
+from medreasoner_export.report import ParityStage, compare
 
 __all__ = ["segmenter_stages"]
 
@@ -36,10 +33,12 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
         Of the images and prompts.
     """
     torch = require("torch", extra="export", feature="The parity check")
-    transformers = require("transformers", extra="export", feature="The parity check")
+    require("transformers", extra="export", feature="The parity check")
     ort = require("onnxruntime", extra="cpu", feature="The parity check")
     spec = bundle.spec.segmenter
-    sam = _reference(torch, transformers, checkpoint_path)
+    from medreasoner_export.sam_reference import load_sam
+
+    sam, embed = load_sam(checkpoint_path)
     size = sam.config.vision_config.image_size
     generator = np.random.default_rng(seed)
     pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)
@@ -51,7 +50,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     box_mask = decoder.get_modelmeta().custom_metadata_map.get("box_mask") == "true"
     box, points = _prompts(generator, size)
     with torch.inference_mode():
-        expected = sam.get_image_embeddings(torch.from_numpy(pixels))
+        expected = embed(torch.from_numpy(pixels))
         result = sam(
             image_embeddings=expected,
             input_points=torch.from_numpy(points)[:, None],
@@ -68,37 +67,6 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
     yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
-
-
-def _reference(torch: Any, transformers: Any, path: Path) -> Any:
-    """The checkpoint as transformers runs it."""
-    if path.is_dir():
-        return load_reference(transformers.SamModel, path, dtype=torch.float32).eval()
-    weights = open_sam(path)
-    state = {name: torch.from_numpy(weights.tensor(name, shape).copy()) for name, shape in weights.shapes.items()}
-    state[TWICE] = state["shared_image_embedding.positional_embedding"]
-    adapters = [name for name in state if ".Adapter." in name]
-    branches = {name: state.pop(name).float() for name in adapters}
-    sam = transformers.SamModel(transformers.SamConfig.from_dict(weights.config))
-    sam.load_state_dict(state)
-    if adapters:
-        for index, layer in enumerate(sam.vision_encoder.layers):
-            start = f"vision_encoder.layers.{index}.Adapter."
-            own = {name.removeprefix(start): value for name, value in branches.items() if name.startswith(start)}
-            layer.mlp.register_forward_hook(partial(_with_adapter, torch.nn.functional, own))
-    return sam.float().eval()
-
-
-def _with_adapter(nn: Any, weights: Mapping[str, Any], _mlp: Any, inputs: tuple[Any, ...], output: Any) -> Any:
-    """Output of a layer's MLP with that of SAM-Med2D's adapter beside it, of images (B, H, W, C)."""
-    (x,) = inputs
-    planes = x.permute(0, 3, 1, 2)
-    gate = nn.linear(nn.relu(nn.linear(x.mean((1, 2)), weights["channel.0.weight"])), weights["channel.2.weight"])
-    y = planes * gate.sigmoid()[:, :, None, None]
-    y = nn.relu(nn.conv2d(y, weights["spatial.0.weight"], stride=2, padding=1))
-    y = nn.relu(nn.conv_transpose2d(y, weights["spatial.2.weight"], stride=2, padding=1))
-    y = (planes + y).permute(0, 2, 3, 1)
-    return output + nn.layer_norm(y, y.shape[-1:], weights["norm.weight"], weights["norm.bias"])
 
 
 def _prompts(generator: np.random.Generator, size: int) -> tuple[Array, Array]:

@@ -19,7 +19,10 @@ from medreasoner_export.torch_file import read_torch_file
 __all__ = ["open_sam"]
 
 ENCODER, DECODER, PROMPTS = "image_encoder.", "mask_decoder.", "prompt_encoder."
-PROBES = (ENCODER + "patch_embed.proj.weight", DECODER + "iou_token.weight", PROMPTS + "no_mask_embed.weight")
+PROBES = (DECODER + "iou_token.weight", PROMPTS + "no_mask_embed.weight", ENCODER + "neck.0.weight")
+TINY_VIT = ENCODER + "patch_embed.seq.0.c.weight"
+# LiteMedSAM's code holds these.
+TINY_VIT_IMAGE, TINY_VIT_GRID = 256, 64
 # Not in the weights, and one number in every published model.
 DECODER_HEADS = 8
 # torch's default, which the decoder's norms have there; transformers' classes say 1e-6.
@@ -61,10 +64,10 @@ def open_sam(path: str | Path) -> Weights:
     missing = [name for name in PROBES if name not in entries]
     if missing:
         raise BundleError(
-            f"{path}: the architecture is not recognised: a SAM of segment-anything has {missing[0]}, "
+            f"{path}: the architecture is not recognised: every SAM of segment-anything has {missing[0]}, "
             f"this file {next(iter(entries), 'nothing')}"
         )
-    config = _config(path, {name: entry.shape for name, entry in entries.items()})
+    config = _config(_Shapes(path, {name: entry.shape for name, entry in entries.items()}))
     last = {name: str(depth - 1) for name, depth in _heads(entries).items()}
     return Weights(path, config, {_renamed(name, last): entry for name, entry in entries.items()}, [path])
 
@@ -91,68 +94,95 @@ def _renamed(name: str, last: Mapping[str, str]) -> str:
     return re.sub(r"(\.layers\.\d+\.)norm(\d)\.", r"\1layer_norm\2.", name)
 
 
-def _config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What ``config.json`` of the same model says in transformers."""
+class _Shapes:
+    """Sizes of the tensors of a file, refused by name if one is not as expected."""
 
-    def shape(name: str, rank: int) -> tuple[int, ...]:
-        found = shapes.get(name)
-        if found is None or len(found) != rank:
-            raise BundleError(f"{path}: {name}: expected {rank} dimensions, got {found}")
+    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.path, self.shapes = path, shapes
+
+    def of(self, name: str, rank: int) -> tuple[int, ...]:
+        found = self.shapes.get(name)
+        if found is None or len(found) != rank or 0 in found:
+            raise BundleError(f"{self.path}: {name}: expected {rank} dimensions, got {found}")
         return found
 
-    def count(start: str) -> int:
-        return len({name[len(start) :].partition(".")[0] for name in shapes if name.startswith(start)})
+    def count(self, start: str) -> int:
+        return len({name[len(start) :].partition(".")[0] for name in self.shapes if name.startswith(start)})
 
-    hidden, _, patch, _ = shape(ENCODER + "patch_embed.proj.weight", 4)
-    grid = shape(ENCODER + "pos_embed", 4)[1]
-    layers = count(ENCODER + "blocks.")
-    block = ENCODER + "blocks.{}."
-    offsets = [shape(block.format(index) + "attn.rel_pos_h", 2) for index in range(layers)]
-    sides = [(rows + 1) // 2 for rows, _ in offsets]
-    windows = sorted({side for side in sides if side != grid})
-    head = offsets[0][1]
-    if len(windows) > 1 or head == 0 or hidden % head:
-        raise BundleError(f"{path}: attention windows of {windows} patches and heads of {head} do not fit one SAM")
-    channels = shape(ENCODER + "neck.0.weight", 4)[0]
+
+def _config(shapes: _Shapes) -> dict[str, Any]:
+    """What ``config.json`` of the same model says in transformers."""
+    vision = _tiny_vit(shapes) if TINY_VIT in shapes.shapes else _vit(shapes)
+    channels = shapes.of(ENCODER + "neck.0.weight", 4)[0]
+    grid = {"hidden_size": channels, "image_size": vision["image_size"], "patch_size": vision["patch_size"]}
     first = DECODER + "transformer.layers.0."
+    attended = shapes.of(first + "cross_attn_token_to_image.q_proj.weight", 2)[0]
     iou = DECODER + "iou_prediction_head.layers."
-    adapter = shapes.get(block.format(0) + "Adapter.channel.0.weight", ())
-    if adapter and grid % 2:
-        raise BundleError(f"{path}: adapters want an even number of patches along a side, got {grid}")
-    attended = shape(first + "cross_attn_token_to_image.q_proj.weight", 2)[0]
-    if attended == 0:
-        raise BundleError(f"{path}: attention of no channels")
     return {
         "model_type": "sam",
-        "vision_config": {
-            "image_size": grid * patch,
-            "patch_size": patch,
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": hidden // head,
-            "mlp_dim": shape(block.format(0) + "mlp.lin1.weight", 2)[0],
-            "output_channels": channels,
-            "num_pos_feats": channels // 2,
-            "window_size": windows[0] if windows else grid,
-            "global_attn_indexes": [index for index, side in enumerate(sides) if side == grid],
-            "qkv_bias": block.format(0) + "attn.qkv.bias" in shapes,
-            **({"adapter_dim": adapter[0]} if adapter else {}),  # of SAM-Med2D; transformers knows none
-        },
+        "vision_config": {**vision, "output_channels": channels, "num_pos_feats": channels // 2},
         "prompt_encoder_config": {
-            "hidden_size": channels,
-            "image_size": grid * patch,
-            "patch_size": patch,
-            "mask_input_channels": shape(PROMPTS + "mask_downscaling.3.weight", 4)[0],
+            **grid,
+            "mask_input_channels": shapes.of(PROMPTS + "mask_downscaling.3.weight", 4)[0],
         },
         "mask_decoder_config": {
             "hidden_size": channels,
-            "mlp_dim": shape(first + "mlp.lin1.weight", 2)[0],
-            "num_hidden_layers": count(DECODER + "transformer.layers."),
+            "mlp_dim": shapes.of(first + "mlp.lin1.weight", 2)[0],
+            "num_hidden_layers": shapes.count(DECODER + "transformer.layers."),
             "num_attention_heads": DECODER_HEADS,
             "attention_downsample_rate": channels // attended,
-            "num_multimask_outputs": shape(DECODER + "mask_tokens.weight", 2)[0] - 1,
-            "iou_head_depth": count(iou),
-            "iou_head_hidden_dim": shape(iou + "0.weight", 2)[0],
+            "num_multimask_outputs": shapes.of(DECODER + "mask_tokens.weight", 2)[0] - 1,
+            "iou_head_depth": shapes.count(iou),
+            "iou_head_hidden_dim": shapes.of(iou + "0.weight", 2)[0],
             "layer_norm_eps": DECODER_EPSILON,
         },
+    }
+
+
+def _vit(shapes: _Shapes) -> dict[str, Any]:
+    """The sizes of SAM's image encoder."""
+    hidden, _, patch, _ = shapes.of(ENCODER + "patch_embed.proj.weight", 4)
+    grid = shapes.of(ENCODER + "pos_embed", 4)[1]
+    block = ENCODER + "blocks.{}."
+    layers = shapes.count(ENCODER + "blocks.")
+    offsets = [shapes.of(block.format(index) + "attn.rel_pos_h", 2) for index in range(layers)]
+    sides = [(rows + 1) // 2 for rows, _ in offsets]
+    windows = sorted({side for side in sides if side != grid})
+    head = offsets[0][1]
+    if len(windows) > 1 or hidden % head:
+        raise BundleError(
+            f"{shapes.path}: attention windows of {windows} patches and heads of {head} do not fit one SAM"
+        )
+    sizes: dict[str, Any] = {
+        "image_size": grid * patch,
+        "patch_size": patch,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // head,
+        "mlp_dim": shapes.of(block.format(0) + "mlp.lin1.weight", 2)[0],
+        "window_size": windows[0] if windows else grid,
+        "global_attn_indexes": [index for index, side in enumerate(sides) if side == grid],
+        "qkv_bias": block.format(0) + "attn.qkv.bias" in shapes.shapes,
+    }
+    adapter = shapes.shapes.get(block.format(0) + "Adapter.channel.0.weight")
+    if adapter is not None:  # of SAM-Med2D; transformers knows none
+        if grid % 2:
+            raise BundleError(f"{shapes.path}: adapters want an even number of patches along a side, got {grid}")
+        sizes["adapter_dim"] = adapter[0]
+    return sizes
+
+
+def _tiny_vit(shapes: _Shapes) -> dict[str, Any]:
+    """Those of LiteMedSAM's that the decoder and a description need; its graph measures the rest."""
+    if shapes.of(TINY_VIT, 4)[2:] != (1, 1):
+        raise BundleError(
+            f"{shapes.path}: a TinyViT that shrinks the image first, such as MobileSAM's, is not supported"
+        )
+    blocks = sum(shapes.count(f"{ENCODER}layers.{index}.blocks.") for index in range(shapes.count(ENCODER + "layers.")))
+    return {
+        "image_size": TINY_VIT_IMAGE,
+        "patch_size": TINY_VIT_IMAGE // TINY_VIT_GRID,
+        "hidden_size": shapes.of(ENCODER + "neck.0.weight", 4)[1],
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 1,  # it differs from stage to stage
     }

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medreasoner._version import __version__
+from medreasoner.errors import BundleError
+from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import Storage, save_graph
 from medreasoner_export.reasoner import DESCRIPTION, open_export, source_storage
 from medreasoner_export.sam_config import SamConfig
@@ -14,11 +16,14 @@ from medreasoner_export.sam_decoder import sam_decoder_graph
 from medreasoner_export.sam_encoder import encoder_graph
 from medreasoner_export.sam_original import open_sam
 from medreasoner_export.settings import SamArch, segmenter_settings
+from medreasoner_export.tiny_vit import is_tiny_vit, tiny_vit_graph
 
 __all__ = ["SegmenterExport", "SegmenterOptions", "export_segmenter"]
 
-# Weights of the architecture that the graphs leave out: mask prompts, and the masks that were not asked for.
-UNUSED = ("prompt_encoder.mask_embed.", "mask_decoder.output_hypernetworks_mlps.")
+# Weights of the architecture that the graphs leave out: mask prompts, masks that were not asked for, and counters.
+UNUSED = ("prompt_encoder.mask_embed.", "mask_decoder.output_hypernetworks_mlps.", "num_batches_tracked")
+# A matrix that every family has.
+PROBE = "mask_decoder.mask_tokens.weight"
 # Older files hold the positions of the prompt encoder a second time.
 TWICE = "prompt_encoder.shared_embedding.positional_embedding"
 
@@ -35,9 +40,9 @@ class SegmenterOptions:
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     settings
-        Entries that replace those of ``medreasoner.json``: ``resize``, ``image_mean``, ``image_std``, ``prompts``,
-        ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask`` (the decoder
-        also draws a box into SAM's mask prompt, as a segmenter was trained with).
+        Entries that replace those of ``medreasoner.json``: ``resize``, ``rescale``, ``image_mean``, ``image_std``,
+        ``prompts``, ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask``
+        (the decoder also draws a box into SAM's mask prompt, as a segmenter was trained with).
     """
 
     arch: SamArch = "auto"
@@ -83,9 +88,9 @@ def export_segmenter(
     options = options or SegmenterOptions()
     checkpoint = open_sam(checkpoint_path)
     config = SamConfig.from_json(checkpoint.config)
-    arch = "sam-med2d" if options.arch == "auto" and config.adapter_dim else options.arch
+    family, arch = _family(checkpoint, config, options.arch)
     settings = segmenter_settings(checkpoint.path, config.image_size, arch, options.settings)
-    storage = source_storage(checkpoint, "vision_encoder.patch_embed.projection.weight", options.weights)
+    storage = source_storage(checkpoint, PROBE, options.weights)
     multimask, box_mask = bool(settings["multimask"]), bool(settings["box_mask"])
     sha256 = checkpoint.sha256()
     metadata = {
@@ -95,7 +100,8 @@ def export_segmenter(
         "box_mask": str(box_mask).lower(),
     }
     out = open_export(out_dir)
-    encoder = encoder_graph(checkpoint, config, storage=storage, metadata=metadata)
+    make_encoder = tiny_vit_graph if is_tiny_vit(checkpoint) else encoder_graph
+    encoder = make_encoder(checkpoint, config, storage=storage, metadata=metadata)
     decoder = sam_decoder_graph(
         checkpoint, config, multimask=multimask, box_mask=box_mask, storage=storage, metadata=metadata
     )
@@ -106,6 +112,7 @@ def export_segmenter(
         "architecture": "sam",
         "graphs": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
         "resize": settings["resize"],
+        "rescale": settings["rescale"],
         "image_mean": settings["image_mean"],
         "image_std": settings["image_std"],
         "mask_size": config.mask_size,
@@ -115,6 +122,25 @@ def export_segmenter(
     description = {"section": section, "sha256": sha256, "storage": storage}
     (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     form = "as transformers stores it" if checkpoint.path.is_dir() else "as segment-anything stores it"
-    family = "SAM-Med2D" if config.adapter_dim else "SAM"
     recognised = f"{family} {form}, {config.n_layers} layers of {config.hidden_dim}, images of {config.image_size} px"
     return SegmenterExport(folder=out, section=section, sha256=sha256, storage=storage, recognised=recognised)
+
+
+def _family(weights: Weights, config: SamConfig, asked: SamArch) -> tuple[str, SamArch]:
+    """Name of what the weights are, and whose images and prompts they want.
+
+    Raises
+    ------
+    BundleError
+        If something else was asked for.
+    """
+    found: tuple[str, SamArch] = ("SAM", "sam")
+    if is_tiny_vit(weights):
+        found = ("LiteMedSAM", "litemedsam")
+    elif config.adapter_dim:
+        found = ("SAM-Med2D", "sam-med2d")
+    if asked == "medsam" and found[1] == "sam":  # only their training differs
+        return "MedSAM", "medsam"
+    if asked not in ("auto", found[1]):
+        raise BundleError(f"{weights.path}: it was called {asked}, but the weights are those of {found[0]}")
+    return found

@@ -19,7 +19,7 @@ from medreasoner_export.qwen_config import QwenConfig
 
 __all__ = ["SamArch", "reasoner_settings", "segmenter_settings"]
 
-SamArch: TypeAlias = Literal["auto", "sam", "medsam", "sam-med2d"]
+SamArch: TypeAlias = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam"]
 
 FILE = "medreasoner.json"
 
@@ -105,13 +105,13 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
     """The settings of a SAM checkpoint: `overrides`, before ``medreasoner.json``, before those of `arch`.
 
     A single file has none of its own beside it. MedSAM's weights look like SAM's, but were trained on images stretched
-    to the whole square, with pixels from 0 to 1, and on boxes alone. SAM-Med2D stretches too, and takes the best of its
-    alternatives.
+    to the whole square, with values from 0 to 1 in each, and on boxes alone; LiteMedSAM on such values and boxes too.
+    SAM-Med2D stretches, and takes the best of its alternatives.
 
     Returns
     -------
     settings
-        Keys ``resize``, ``image_mean``, ``image_std``, ``prompts``, ``multimask``, ``box_mask``.
+        Keys ``resize``, ``rescale``, ``image_mean``, ``image_std``, ``prompts``, ``multimask``, ``box_mask``.
 
     Raises
     ------
@@ -122,6 +122,7 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
     images = _preprocessor(folder) if folder is not None else {}
     defaults: dict[str, Any] = {
         "resize": {"rule": "longest_pad", "size": image_size},
+        "rescale": "fixed",
         "image_mean": images.get("image_mean", IMAGENET_MEAN),
         "image_std": images.get("image_std", IMAGENET_STD),
         "prompts": "joint",
@@ -131,8 +132,10 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
     stretched = {"rule": "stretch", "width": image_size, "height": image_size}
     if arch == "sam-med2d":
         defaults |= {"resize": stretched, "multimask": True}
+    if arch in ("medsam", "litemedsam"):
+        defaults |= {"rescale": "minmax", "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "prompts": "box"}
     if arch == "medsam":
-        defaults |= {"resize": stretched, "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "prompts": "box"}
+        defaults["resize"] = stretched
     return _merge(folder, defaults, overrides)
 
 

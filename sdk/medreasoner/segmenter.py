@@ -13,6 +13,7 @@ from medreasoner.spec import SegmenterSpec
 
 __all__ = ["Embedded", "Segmenter"]
 
+_SMALLEST_RANGE = 1e-8  # of an image of one grey, as MedSAM has it
 _PAD, _POSITIVE, _TOP_LEFT, _BOTTOM_RIGHT = -1, 1, 2, 3  # labels of SAM's own ONNX decoder
 
 
@@ -41,14 +42,22 @@ class Segmenter:
     def encode(self, image: Image) -> Embedded:
         """Read an image."""
         placement = place(self._spec.resize, height=image.height, width=image.width)
+        fixed = self._spec.rescale == "fixed"
         planes = ops.preprocess_planes(
             image.pixels,
             placement.grid_height,
             placement.grid_width,
             content=(placement.content_height, placement.content_width),
-            mean=self._spec.image_mean,
-            std=self._spec.image_std,
+            mean=self._spec.image_mean if fixed else (0.0, 0.0, 0.0),
+            std=self._spec.image_std if fixed else (1.0, 1.0, 1.0),
         )
+        if not fixed:  # padding stays 0
+            content = planes[:, : placement.content_height, : placement.content_width]
+            low, high = float(content.min()), float(content.max())
+            mean, std = (
+                np.array(each, np.float32)[:, None, None] for each in (self._spec.image_mean, self._spec.image_std)
+            )
+            content[:] = ((content - low) / max(high - low, _SMALLEST_RANGE) - mean) / std
         outputs = self._encoder.bind({}, {}).run({"pixel_values": planes[None]})
         return Embedded(embedding=outputs["image_embedding"], placement=placement)
 

@@ -267,11 +267,16 @@ class SegmenterGraphs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmenterSpec:
-    """The promptable segmenter: graphs, input grid and mask grid (pixels), mean and deviation on the scale 0 to 1."""
+    """The promptable segmenter: graphs, input grid and mask grid (pixels), mean and deviation on the scale 0 to 1.
+
+    `rescale` says what becomes 0 and 1 there: ``"fixed"`` the ends of the eight bits, ``"minmax"`` the smallest and the
+    largest value of the resized image.
+    """
 
     architecture: Literal["sam"]
     graphs: SegmenterGraphs
     resize: Resize
+    rescale: Literal["fixed", "minmax"]
     image_mean: Triple
     image_std: Triple
     mask_size: int

@@ -77,6 +77,7 @@ MANIFEST: dict[str, Any] = {
         "image_std": [0.229, 0.224, 0.225],
         "mask_size": 16,
         "n_masks": 1,
+        "rescale": "fixed",
         "prompts": "joint",
     },
     "precision": "fp32",

@@ -1,0 +1,218 @@
+"""The image encoder of LiteMedSAM, a TinyViT, as an ONNX graph, built without tracing.
+
+Convolutions first, then stages of windowed attention with a table of offsets, each followed by a depthwise convolution;
+batch norms are folded into the convolutions before them. The sizes are read from the weights.
+
+References
+----------
+TinyViT, arXiv 2207.10666; MedSAM's branch LiteMedSAM (``tiny_vit_sam.py``), which keeps the image's full resolution in
+the first stage.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from medreasoner.errors import BundleError
+from medreasoner_export.checkpoint import Weights
+from medreasoner_export.graph import FLOAT, GraphBuilder, Storage
+from medreasoner_export.sam_config import SamConfig
+
+__all__ = ["FIRST", "is_tiny_vit", "merge_stride", "offset_rows", "tiny_vit_graph"]
+
+FIRST = "vision_encoder.patch_embed.seq.0.c.weight"
+# Numbers that its code holds, not its weights.
+NORM_EPSILON = 1e-5
+NECK_EPSILON = 1e-6
+KEEPS_RESOLUTION = (320, 448, 576)
+
+
+def is_tiny_vit(weights: Weights) -> bool:
+    """Whether the image encoder among `weights` is a TinyViT."""
+    return FIRST in weights
+
+
+def merge_stride(channels: int) -> int:
+    """By how much the step between two stages shrinks the grid: TinyViT's code tells it by the channels behind it."""
+    return 1 if channels in KEEPS_RESOLUTION else 2
+
+
+def offset_rows(side: int) -> npt.NDArray[np.int64]:
+    """(side ** 2, side ** 2): which entry of an attention's table belongs to a query and a key of one window.
+
+    >>> offset_rows(2).tolist()
+    [[0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1], [3, 2, 1, 0]]
+    """
+    rows, columns = np.divmod(np.arange(side * side), side)
+    rows_apart, columns_apart = np.abs(rows[:, None] - rows), np.abs(columns[:, None] - columns)
+    return np.asarray(rows_apart * side + columns_apart, np.int64)
+
+
+def tiny_vit_graph(
+    weights: Weights, config: SamConfig, *, storage: Storage, metadata: Mapping[str, str]
+) -> onnx.ModelProto:
+    """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, grid, grid), float32.
+
+    Raises
+    ------
+    BundleError
+        If a tensor is missing, misshapen or does not fit `storage`, or the stages do not end in the decoder's grid.
+    """
+    return _Encoder(weights, config, storage).build(metadata)
+
+
+class _Encoder:
+    def __init__(self, weights: Weights, config: SamConfig, storage: Storage) -> None:
+        self.weights = weights
+        self.config = config
+        self.g = GraphBuilder("encoder", storage=storage)
+        self.side = config.image_size
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        found = self.weights.shapes.get("vision_encoder." + name)
+        if found is None:
+            raise BundleError(f"{self.weights.path}: tensor vision_encoder.{name} is missing")
+        return found
+
+    def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
+        return self.weights.tensor("vision_encoder." + name, shape)
+
+    def vector(self, name: str, size: int) -> str:
+        return self.g.weight(name, self.tensor(name, size))
+
+    def count(self, start: str) -> int:
+        start = "vision_encoder." + start
+        return len({name[len(start) :].partition(".")[0] for name in self.weights.shapes if name.startswith(start)})
+
+    def build(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        g, c = self.g, self.config
+        x = g.input("pixel_values", FLOAT, ("batch", 3, c.image_size, c.image_size))
+        x = self._conv(x, "patch_embed.seq.0", 3)
+        x = self._conv(g.op("Gelu", x), "patch_embed.seq.2", self.shape("patch_embed.seq.0.c.weight")[0])
+        dim = self.shape("patch_embed.seq.2.c.weight")[0]
+        for stage in range(self.count("layers.")):
+            layer = f"layers.{stage}."
+            for index in range(self.count(layer + "blocks.")):
+                block = f"{layer}blocks.{index}."
+                x = self._block(x, block, dim) if stage else self._convolutions(x, block, dim)
+            if "vision_encoder." + layer + "downsample.conv1.c.weight" in self.weights:
+                x, dim = self._merge(x, layer + "downsample.", dim)
+        if self.side != c.grid:
+            raise BundleError(f"{self.weights.path}: stages end in {self.side} patches, the decoder wants {c.grid}")
+        self._neck(self._tokens(x, dim), dim)
+        g.output("image_embedding", FLOAT, ("batch", c.n_channels, c.grid, c.grid))
+        return g.model(metadata)
+
+    def _conv(self, x: str, name: str, channels: int, *, stride: int = 1, depthwise: bool = False) -> str:
+        """A convolution that keeps the grid but for `stride`, with the batch norm behind it."""
+        out, _, side, _ = self.shape(name + ".c.weight")
+        kernel = self.tensor(name + ".c.weight", out, 1 if depthwise else channels, side, side).astype(np.float64)
+        scale, shift, mean, variance = (
+            self.tensor(f"{name}.bn.{part}", out).astype(np.float64)
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = scale / np.sqrt(variance + NORM_EPSILON)
+        folded = (kernel * scale[:, None, None, None]).astype(np.float32)
+        return self.g.op(
+            "Conv",
+            x,
+            self.g.weight(name + ".weight", folded, exact=True),
+            self.g.weight(name + ".bias", (shift - mean * scale).astype(np.float32)),
+            strides=[stride, stride],
+            pads=[side // 2] * 4,
+            group=channels if depthwise else 1,
+        )
+
+    def _convolutions(self, x: str, name: str, dim: int) -> str:
+        """A block of the first stage: wider, depthwise, narrower, on (batch, D, side, side)."""
+        g, hidden = self.g, self.shape(name + "conv1.c.weight")[0]
+        y = g.op("Gelu", self._conv(x, name + "conv1", dim))
+        y = g.op("Gelu", self._conv(y, name + "conv2", hidden, depthwise=True))
+        return g.op("Gelu", g.op("Add", self._conv(y, name + "conv3", hidden), x))
+
+    def _merge(self, x: str, name: str, dim: int) -> tuple[str, int]:
+        """The step to the next stage, and its channels."""
+        g, out = self.g, self.shape(name + "conv1.c.weight")[0]
+        stride = merge_stride(out)
+        y = g.op("Gelu", self._conv(x, name + "conv1", dim))
+        y = g.op("Gelu", self._conv(y, name + "conv2", out, stride=stride, depthwise=True))
+        self.side = -(-self.side // stride)
+        return self._conv(y, name + "conv3", out), out
+
+    def _block(self, x: str, name: str, dim: int) -> str:
+        """A block of a later stage, from and to (batch, D, side, side)."""
+        g = self.g
+        tokens = self._tokens(x, dim)
+        tokens = g.op("Add", tokens, self._windowed_attention(tokens, name + "attn.", dim))
+        x = self._conv(self._planes(tokens, dim), name + "local_conv", dim, depthwise=True)
+        tokens = self._tokens(x, dim)
+        hidden = self.shape(name + "mlp.fc1.weight")[0]
+        y = self._norm(tokens, name + "mlp.norm", dim)
+        y = g.op("Gelu", self._linear(y, name + "mlp.fc1", hidden, dim))
+        return self._planes(g.op("Add", tokens, self._linear(y, name + "mlp.fc2", dim, hidden)), dim)
+
+    def _windowed_attention(self, h: str, name: str, dim: int) -> str:
+        """(batch, side ** 2, D) to the same. Padding takes part in the attention, as zeros before the norm."""
+        g, side = self.g, self.side
+        heads, offsets = self.shape(name + "attention_biases")
+        window = math.isqrt(offsets)
+        if window * window != offsets or heads == 0 or dim % heads:
+            raise BundleError(f"{self.weights.path}: {name}attention_biases: {heads} heads, {offsets} offsets")
+        count = -(-side // window)
+        padded = count * window
+        if padded > side:
+            h = g.op("Reshape", h, g.ints(0, side, side, dim))
+            h = g.op("Pad", h, g.ints(0, 0, 0, 0, 0, padded - side, padded - side, 0))
+        if count > 1:
+            h = g.op("Reshape", h, g.ints(-1, count, window, count, window * dim))
+            h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])
+        h = self._attention(g.op("Reshape", h, g.ints(-1, window * window, dim)), name, dim, heads, window)
+        if count > 1:
+            h = g.op("Reshape", h, g.ints(-1, count, count, window, window * dim))
+            h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])
+        if padded > side:
+            h = g.op("Reshape", h, g.ints(-1, padded, padded, dim))
+            h = g.op("Slice", h, g.ints(0, 0), g.ints(side, side), g.ints(1, 2))
+        return g.op("Reshape", h, g.ints(-1, side * side, dim))
+
+    def _attention(self, h: str, name: str, dim: int, heads: int, window: int) -> str:
+        g, head = self.g, dim // heads
+        qkv = self._linear(self._norm(h, name + "norm", dim), name + "qkv", 3 * dim, dim)
+        # Query, key and value lie side by side within each head.
+        qkv = g.op("Transpose", g.op("Reshape", qkv, g.ints(0, 0, heads, 3 * head)), perm=[0, 2, 1, 3])
+        q, k, v = g.ops("Split", qkv, outputs=3, axis=3, num_outputs=3)
+        scores = g.op("com.microsoft.FusedMatMul", q, k, transB=1, alpha=head**-0.5)
+        table = self.tensor(name + "attention_biases", heads, window * window)
+        scores = g.op("Add", scores, g.weight(name + "offsets", table[:, offset_rows(window)][None]))
+        attended = g.op("Transpose", g.op("MatMul", g.op("Softmax", scores, axis=-1), v), perm=[0, 2, 1, 3])
+        return self._linear(g.op("Reshape", attended, g.ints(0, 0, dim)), name + "proj", dim, dim)
+
+    def _linear(self, x: str, name: str, out: int, size: int) -> str:
+        return self.g.linear(x, name, self.tensor(name + ".weight", out, size), self.tensor(name + ".bias", out))
+
+    def _norm(self, x: str, name: str, size: int, epsilon: float = NORM_EPSILON) -> str:
+        vectors = [self.vector(f"{name}.{part}", size) for part in ("weight", "bias")]
+        return self.g.op("LayerNormalization", x, *vectors, epsilon=epsilon)
+
+    def _tokens(self, x: str, dim: int) -> str:
+        """(batch, D, side, side) to (batch, side ** 2, D)."""
+        return self.g.op("Transpose", self.g.op("Reshape", x, self.g.ints(0, dim, -1)), perm=[0, 2, 1])
+
+    def _planes(self, x: str, dim: int, *, out: str | None = None) -> str:
+        """(batch, side ** 2, D) to (batch, D, side, side)."""
+        g = self.g
+        return g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1]), g.ints(0, dim, self.side, self.side), out=out)
+
+    def _neck(self, x: str, dim: int) -> None:
+        g, channels = self.g, self.config.n_channels
+        narrow = self.tensor("neck.conv1.weight", channels, dim, 1, 1).reshape(channels, dim)
+        y = self._planes(
+            self._norm(g.linear(x, "neck.conv1", narrow), "neck.layer_norm1", channels, NECK_EPSILON), channels
+        )
+        kernel = g.weight("neck.conv2.weight", self.tensor("neck.conv2.weight", channels, channels, 3, 3))
+        y = self._tokens(g.op("Conv", y, kernel, pads=[1, 1, 1, 1]), channels)
+        self._planes(self._norm(y, "neck.layer_norm2", channels, NECK_EPSILON), channels, out="image_embedding")

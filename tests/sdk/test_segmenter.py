@@ -1,0 +1,78 @@
+"""What the segmenter's encoder is shown."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from medreasoner import read_image
+from medreasoner.segmenter import Segmenter
+
+
+class Recorder:
+    """A session that keeps its inputs."""
+
+    providers = ("NumPy",)
+
+    def __init__(self) -> None:
+        self.shown = np.empty(0)
+
+    def bind(self, _inputs: Mapping[str, Any], _outputs: Mapping[str, Any]) -> "Recorder":
+        return self
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        self.shown = inputs["pixel_values"][0].copy()
+        return {"image_embedding": np.zeros((1, 2, 4, 4), np.float32)}
+
+
+@pytest.fixture
+def shown(spec):
+    """Pixels (3, 64, 64) that an image becomes, with these entries of the segmenter's section."""
+
+    def show(pixels: np.ndarray, **changes: Any) -> np.ndarray:
+        encoder = Recorder()
+        Segmenter(dataclasses.replace(spec.segmenter, **changes), encoder=encoder, decoder=encoder).encode(
+            read_image(pixels)
+        )
+        return encoder.shown
+
+    return show
+
+
+PIXELS = np.random.default_rng(0).integers(40, 91, (32, 48), np.uint8)
+
+
+def test_fixed_values_do_not_depend_on_the_image(shown):
+    seen = shown(PIXELS)
+    plain = shown(PIXELS, image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))[:, :43]
+    assert 0.1 < plain.min() < plain.max() < 0.4  # a bicubic resize may overshoot a little
+    mean, std = np.array([0.485, 0.456, 0.406])[:, None, None], np.array([0.229, 0.224, 0.225])[:, None, None]
+    np.testing.assert_allclose(seen[:, :43], (plain - mean) / std, atol=1e-5)
+    assert not seen[:, 43:].any()
+
+
+def test_minmax_stretches_what_the_image_holds_and_leaves_the_padding_at_zero(shown):
+    unit = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    seen, plain = (shown(PIXELS, rescale=kind, **unit) for kind in ("minmax", "fixed"))
+    content = plain[:, :43]
+    low, high = content.min(), content.max()
+    assert low > 0  # else the padding would take part unseen
+    np.testing.assert_allclose(seen[:, :43], (content - low) / (high - low), atol=1e-6)
+    assert (seen[:, :43].min(), seen[:, :43].max()) == (0.0, pytest.approx(1.0))
+    assert not seen[:, 43:].any()
+
+
+def test_minmax_normalises_after_it_has_stretched(shown):
+    unit = {"image_mean": (0.0, 0.0, 0.0), "image_std": (1.0, 1.0, 1.0)}
+    stretched = shown(PIXELS, rescale="minmax", **unit)[:, :43]
+    seen = shown(PIXELS, rescale="minmax", image_mean=(0.5, 0.4, 0.3), image_std=(0.5, 0.25, 0.1))[:, :43]
+    for plane, mean, std in ((0, 0.5, 0.5), (1, 0.4, 0.25), (2, 0.3, 0.1)):
+        np.testing.assert_allclose(seen[plane], (stretched[plane] - mean) / std, atol=1e-5)
+
+
+def test_an_image_of_one_grey_stays_finite(shown):
+    seen = shown(np.full((20, 20), 77, np.uint8), rescale="minmax", image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
+    assert np.isfinite(seen).all()
+    assert not seen.any()
