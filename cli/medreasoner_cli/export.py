@@ -33,15 +33,18 @@ def reasoner(
     checkpoint: CheckpointArgument,
     output: OutOption,
     weights: WeightsOption = "source",
+    precision: Annotated[
+        Literal["fp32", "int4"], typer.Option(help="int4 rounds the decoder's matrices to four bits.")
+    ] = "fp32",
     settings: SettingsOption = None,
 ) -> None:
     """Export a Qwen2.5-VL checkpoint: vision and decoder graphs, embedding, tokenizer.
 
     \b
-    medreasoner-cli export reasoner MedReasoner-7B/ -o build/reasoner --weights float16
+    medreasoner-cli export reasoner MedReasoner-7B/ -o build/reasoner --precision int4
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
-    options = package.ReasonerOptions(weights=weights, settings=_read_json(settings))
+    options = package.ReasonerOptions(weights=weights, precision=precision, settings=_read_json(settings))
     print(package.export_reasoner(checkpoint, output, options=options).folder)
 
 

@@ -1,8 +1,9 @@
 """A small typed builder of ONNX graphs, and the one place where weights enter them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -12,8 +13,20 @@ from onnx import TensorProto, helper, numpy_helper
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
+from medreasoner_export.quantise import BLOCK, quantise_int4
 
-__all__ = ["IR_VERSION", "MAX_GRAPH_BYTES", "OPSET", "GraphBuilder", "Storage", "save_graph", "store"]
+__all__ = [
+    "IR_VERSION",
+    "MAX_GRAPH_BYTES",
+    "OPSET",
+    "GraphBuilder",
+    "Precision",
+    "Storage",
+    "WeightsFile",
+    "save_graph",
+    "store",
+    "weights_file",
+]
 
 OPSET = 20
 IR_VERSION = 10
@@ -23,9 +36,48 @@ MAX_GRAPH_BYTES = 2**31 - 1
 Storage: TypeAlias = Literal["float32", "float16", "bfloat16"]
 """Element type of matrices in a file. Arithmetic is float32: the cast is folded when a session is made."""
 
+Precision: TypeAlias = Literal["fp32", "int4"]
+"""Arithmetic of matrix products: float32, or four-bit weights with eight-bit activations."""
+
 Shape: TypeAlias = Sequence[int | str]
 
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+
+
+class WeightsFile:
+    """Weights in a file beside their graph, written as they come: ONNX's external data.
+
+    The graph names the file, so both keep their names and stay in one folder.
+    """
+
+    ALIGNMENT = 4096  # ONNX Runtime maps the file by pages
+    LEAST_BYTES = 1024  # smaller ones stay in the graph, where its checks can see them
+
+    def __init__(self, name: str, file: BinaryIO) -> None:
+        self.name, self._file = name, file
+
+    def add(self, name: str, array: npt.NDArray[Any]) -> onnx.TensorProto:
+        """Append a contiguous array and return what stands for it in the graph."""
+        self._file.write(bytes(-self._file.tell() % self.ALIGNMENT))
+        start = self._file.tell()
+        self._file.write(array.data.cast("B") if array.dtype.kind != "V" else array.view(np.uint8).data.cast("B"))
+        proto = onnx.TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
+        proto.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
+        for key, value in (("location", self.name), ("offset", start), ("length", array.nbytes)):
+            proto.external_data.add(key=key, value=str(value))
+        return proto
+
+
+@contextmanager
+def weights_file(graph: Path, *, wanted: bool) -> Iterator[WeightsFile | None]:
+    """The file ``GRAPH.data`` for the weights of a graph, or None if it is not `wanted` and they stay inside."""
+    path = graph.with_name(graph.name + ".data")
+    if not wanted:
+        path.unlink(missing_ok=True)
+        yield None
+        return
+    with path.open("wb") as file:
+        yield WeightsFile(path.name, file)
 
 
 class GraphBuilder:
@@ -37,11 +89,24 @@ class GraphBuilder:
         Name of the graph, for error messages.
     storage
         Element type in which matrices are stored.
+    precision
+        Of the products in :meth:`linear`.
+    outside
+        File that takes the weights; None: they stay in the graph.
     """
 
-    def __init__(self, name: str, *, storage: Storage = "float32") -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        storage: Storage = "float32",
+        precision: Precision = "fp32",
+        outside: WeightsFile | None = None,
+    ) -> None:
         self.name = name
         self.storage = storage
+        self.precision = precision
+        self.outside = outside
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -112,6 +177,9 @@ class GraphBuilder:
         return self.op("Cast", stored, out=name, to=FLOAT)
 
     def _keep(self, name: str, array: npt.NDArray[Any]) -> None:
+        if self.outside is not None and array.nbytes >= self.outside.LEAST_BYTES:
+            self._initializers[name] = self.outside.add(name, array)
+            return
         self._n_bytes += array.nbytes
         if self._n_bytes > MAX_GRAPH_BYTES:  # told now, not after the whole model was copied into the message
             raise BundleError(f"{self.name}: its weights do not fit one ONNX file of 2 GiB")
@@ -119,8 +187,27 @@ class GraphBuilder:
 
     def linear(self, x: str, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None) -> str:
         """``x @ weight.T + bias``; `weight` is (out, in) as in torch and stored transposed."""
-        y = self.op("MatMul", x, self.weight(f"{name}.weight", weight.T))
+        if self.precision == "int4" and weight.shape[1] % BLOCK == 0:
+            y = self._int4_product(x, f"{name}.weight", weight)
+        else:
+            y = self.op("MatMul", x, self.weight(f"{name}.weight", weight.T))
         return y if bias is None else self.op("Add", y, self.weight(f"{name}.bias", bias))
+
+    def _int4_product(self, x: str, name: str, weight: npt.NDArray[Any]) -> str:
+        matrix = quantise_int4(weight, name)
+        for part, array in (("levels", matrix.levels), ("scales", matrix.scales), ("zeros", matrix.zero_points)):
+            self._keep(f"{name}.{part}", array)
+        rows, columns = weight.shape
+        return self.op(
+            "com.microsoft.MatMulNBits",
+            x,
+            *(f"{name}.{part}" for part in ("levels", "scales", "zeros")),
+            K=columns,
+            N=rows,
+            bits=4,
+            block_size=BLOCK,
+            accuracy_level=4,  # activations in eight bits, block by block
+        )
 
     def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
         """The finished model, with `metadata` and the versions of what made it as ``metadata_props``."""
@@ -130,7 +217,9 @@ class GraphBuilder:
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medreasoner")
         model.producer_version = __version__
-        helper.set_model_props(model, {"opset": str(OPSET), "storage": self.storage, **metadata})
+        helper.set_model_props(
+            model, {"opset": str(OPSET), "storage": self.storage, "precision": self.precision, **metadata}
+        )
         return model
 
     def fresh(self, kind: str) -> str:

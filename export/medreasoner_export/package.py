@@ -91,7 +91,7 @@ def build_bundle(
             "description": description,
             "reasoner": _prefixed(parts["reasoner"]["section"], "reasoner"),
             "segmenter": _prefixed(parts["segmenter"]["section"], "segmenter"),
-            "precision": "fp32",
+            "precision": parts["reasoner"].get("precision", "fp32"),
             "opset": OPSET,
             "producers": {package: importlib.metadata.version(package) for package in PRODUCERS},
             "source": {
@@ -112,7 +112,7 @@ def _copy_export(source: Path, target: Path) -> dict[str, Any]:
     """Copy the files that an export's description names; return the description."""
     description = read_json(source / DESCRIPTION)
     try:
-        names = sorted(set(_paths(description["section"])))
+        names = sorted({*_paths(description["section"]), *description.get("data", [])})
         _ = description["sha256"], description["storage"]  # must be there
     except (KeyError, TypeError, AttributeError) as err:
         raise BundleError(f"{source / DESCRIPTION} is malformed: {err!r}") from err

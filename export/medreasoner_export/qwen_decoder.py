@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Storage
+from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Precision, Storage, WeightsFile
 from medreasoner_export.qwen_config import QwenConfig, QwenTextConfig
 
 __all__ = ["TEXT_PREFIXES", "decoder_graph"]
@@ -21,7 +21,13 @@ TEXT_PREFIXES = ("model.language_model.", "model.")
 
 
 def decoder_graph(
-    checkpoint: Weights, config: QwenConfig, *, storage: Storage, metadata: Mapping[str, str]
+    checkpoint: Weights,
+    config: QwenConfig,
+    *,
+    storage: Storage,
+    metadata: Mapping[str, str],
+    precision: Precision = "fp32",
+    outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from embeddings to the last hidden states, with a key-value cache.
 
@@ -36,15 +42,16 @@ def decoder_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`.
     """
-    return _Decoder(checkpoint, config.text, storage).build(metadata)
+    builder = GraphBuilder("decoder", storage=storage, precision=precision, outside=outside)
+    return _Decoder(checkpoint, config.text, builder).build(metadata)
 
 
 class _Decoder:
-    def __init__(self, checkpoint: Weights, config: QwenTextConfig, storage: Storage) -> None:
+    def __init__(self, checkpoint: Weights, config: QwenTextConfig, builder: GraphBuilder) -> None:
         self.config = config
         self.checkpoint = checkpoint
         self.prefix = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight")
-        self.g = GraphBuilder("decoder", storage=storage)
+        self.g = builder
 
     def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
         return self.checkpoint.tensor(self.prefix + name, shape)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Storage
+from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Storage, WeightsFile
 from medreasoner_export.qwen_config import QwenConfig, QwenVisionConfig
 
 __all__ = ["vision_graph"]
@@ -24,7 +24,12 @@ EPSILON = 1e-6
 
 
 def vision_graph(
-    checkpoint: Weights, config: QwenConfig, *, storage: Storage, metadata: Mapping[str, str]
+    checkpoint: Weights,
+    config: QwenConfig,
+    *,
+    storage: Storage,
+    metadata: Mapping[str, str],
+    outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from patches to image embeddings.
 
@@ -38,16 +43,16 @@ def vision_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`.
     """
-    return _VisionTower(checkpoint, config, storage).build(metadata)
+    return _VisionTower(checkpoint, config, GraphBuilder("vision", storage=storage, outside=outside)).build(metadata)
 
 
 class _VisionTower:
-    def __init__(self, checkpoint: Weights, config: QwenConfig, storage: Storage) -> None:
+    def __init__(self, checkpoint: Weights, config: QwenConfig, builder: GraphBuilder) -> None:
         self.config: QwenVisionConfig = config.vision
         self.out_dim = config.text.hidden_dim
         self.checkpoint = checkpoint
         self.prefix = checkpoint.prefix(PREFIXES, "patch_embed.proj.weight")
-        self.g = GraphBuilder("vision", storage=storage)
+        self.g = builder
 
     def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
         return self.checkpoint.tensor(self.prefix + name, shape)

@@ -1,6 +1,7 @@
 """A Qwen2.5-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Checkpoint, Weights
-from medreasoner_export.graph import Storage, save_graph, store
+from medreasoner_export.graph import Precision, Storage, save_graph, store, weights_file
 from medreasoner_export.qwen_config import QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
 from medreasoner_export.qwen_vision import vision_graph
@@ -26,6 +27,9 @@ DESCRIPTION = "export.json"
 # Rows of the embedding converted at a time, to bound memory at vocabularies of 152k.
 ROWS = 8192
 
+# Protocol buffers hold 2 GiB; with all weights in half of that, no single graph comes near.
+LARGEST_INSIDE = 2**30
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonerOptions:
@@ -35,11 +39,18 @@ class ReasonerOptions:
     ----------
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
+    precision
+        ``"int4"`` rounds the decoder's matrices to four bits; vision tower, embedding and language head stay as they
+        are.
+    external_data
+        Whether the graphs' weights go into files beside them; None: where the checkpoint is too large for one file.
     settings
         Entries that replace those of ``medreasoner.json`` (see :mod:`medreasoner_export.settings`).
     """
 
     weights: Storage | Literal["source"] = "source"
+    precision: Precision = "fp32"
+    external_data: bool | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -81,15 +92,26 @@ def export_reasoner(
     sha256 = checkpoint.sha256()
     metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
     out = open_export(out_dir)
-    save_graph(vision_graph(checkpoint, config, storage=storage, metadata=metadata), out / "vision.onnx")
-    save_graph(decoder_graph(checkpoint, config, storage=storage, metadata=metadata), out / "decoder.onnx")
+    external = options.external_data
+    if external is None:
+        external = stored_bytes(checkpoint, storage) > LARGEST_INSIDE
+    common: dict[str, Any] = {"storage": storage, "metadata": metadata}
+    with weights_file(out / "vision.onnx", wanted=external) as outside:
+        graph = vision_graph(checkpoint, config, outside=outside, **common)
+    save_graph(graph, out / "vision.onnx")
+    with weights_file(out / "decoder.onnx", wanted=external) as outside:
+        graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)
+    save_graph(graph, out / "decoder.onnx")
     section = {"architecture": "qwen2_5_vl", "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"}}
     section |= _matrices(checkpoint, config, embedding, storage, out)
     section |= {"tokenizer": "tokenizer.json"} | _sizes(config, settings)
     checkpoint.check_all_read(ignore=("inv_freq",))
     _copy_tokenizer(checkpoint.path, out)
     export = ReasonerExport(folder=out, section=section, sha256=sha256, storage=storage)
-    description = {"section": section, "sha256": sha256, "storage": storage}
+    data = ["vision.onnx.data", "decoder.onnx.data"] if external else []
+    description = {
+        "section": section, "sha256": sha256, "storage": storage, "precision": options.precision, "data": data
+    }  # fmt: skip
     (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
     return export
 
@@ -103,6 +125,12 @@ def open_export(out_dir: str | Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     (out / DESCRIPTION).unlink(missing_ok=True)
     return out
+
+
+def stored_bytes(checkpoint: Weights, storage: Storage) -> int:
+    """What the tensors of a checkpoint take as `storage`."""
+    size = {"float32": 4, "float16": 2, "bfloat16": 2}[storage]
+    return sum(math.prod(shape) * size for shape in checkpoint.shapes.values())
 
 
 def source_storage(checkpoint: Weights, probe: str, weights: Storage | Literal["source"]) -> Storage:
