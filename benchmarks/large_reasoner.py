@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -187,24 +188,23 @@ def main() -> None:
     parser.add_argument("--size", choices=sorted(TEXT), default="7b")
     parser.add_argument("--layers", type=int, help="of the decoder, for a quick look; default: all")
     parser.add_argument("--precision", choices=("fp32", "int4"), default="int4")
-    parser.add_argument("--work", type=Path, required=True, help="folder for 30 GB of files; removed at the end")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the files, which are removed at the end")
     options = parser.parse_args()
     text = dict(TEXT[options.size])
     text["num_hidden_layers"] = options.layers or text["num_hidden_layers"]
-    work: Path = options.work
-    need = sum(2 * math.prod(shape) for _, shape in shapes(text)) * 2.2
-    work.mkdir(parents=True, exist_ok=True)
-    if shutil.disk_usage(work).free < need:
-        raise SystemExit(f"{work}: {need / 1e9:.0f} GB of free disk are needed")
-    try:
+    options.work.mkdir(parents=True, exist_ok=True)
+    # The checkpoint, the export and the bundle; in four bits the latter two are a third of it.
+    need = sum(2 * math.prod(shape) for _, shape in shapes(text)) * (3 if options.precision == "fp32" else 2)
+    if shutil.disk_usage(options.work).free < need:
+        raise SystemExit(f"{options.work}: {need / 1e9:.0f} GB of free disk are needed")
+    with tempfile.TemporaryDirectory(prefix="large-", dir=options.work) as scratch:
+        work = Path(scratch)
         measured("checkpoint", write_checkpoint, work / "checkpoint", text)
         measured("export", export, work, options.precision)
         measured("bundle", bundle, work)
         files = {path.name: path.stat().st_size / 1e9 for path in (work / "bundle" / "reasoner").iterdir()}
         print("    " + ", ".join(f"{name} {size:.2f} GB" for name, size in sorted(files.items()) if size > 0.01))
         measured("ask", ask, work)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":

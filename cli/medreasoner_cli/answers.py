@@ -41,7 +41,7 @@ class Printer:
     def __init__(self, n_images: int, *, as_json: bool) -> None:
         self._n_images, self._as_json = n_images, as_json
         self._shows_progress = n_images > 1 and sys.stderr.isatty()
-        self._in_thought = False
+        self._in_thought = self._after_blank = False
 
     def progress(self, done: int, name: str) -> None:
         """Tell on a terminal how far it is and what comes next."""
@@ -57,8 +57,11 @@ class Printer:
         shown = printable(re.sub(r"\s+", " ", piece))
         if not self._in_thought:
             print("  thought  ", end="")
+            self._in_thought = self._after_blank = True
+        if self._after_blank:
             shown = shown.lstrip()
-            self._in_thought = True
+        if shown:
+            self._after_blank = shown.endswith(" ")
         print(shown, end="", flush=True)
 
     def clear(self) -> None:

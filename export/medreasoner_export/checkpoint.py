@@ -21,9 +21,10 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from medreasoner._text import printable
 from medreasoner.errors import BundleError
 
-__all__ = ["Checkpoint", "Entry", "Weights", "read_json", "sha256_of"]
+__all__ = ["Checkpoint", "Entry", "Weights", "numbered", "read_json", "sha256_of"]
 
 DTYPES: Mapping[str, Any] = {
     "F64": np.dtype("<f8"),
@@ -74,6 +75,16 @@ class Weights:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor."""
         return {name: entry.shape for name, entry in self._entries.items()}
+
+    def count(self, start: str) -> int:
+        """How many numbered parts follow `start`, such as layers.
+
+        Raises
+        ------
+        BundleError
+            If one is missing among them.
+        """
+        return numbered(self.path, self._entries, start)
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries
@@ -143,7 +154,9 @@ class Weights:
         """
         left = sorted(name for name in self._unread if not any(part in name for part in ignore))
         if left:
-            raise BundleError(f"{self.path}: {len(left)} tensors are not part of this architecture, first {left[0]}")
+            raise BundleError(
+                f"{self.path}: {len(left)} tensors are not part of this architecture, first {printable(left[0])[:120]}"
+            )
 
     def sha256(self) -> str:
         """Digest of the weights: of the file, or of the lines ``digest  name`` of the shards."""
@@ -170,8 +183,24 @@ class Checkpoint(Weights):
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
+        if folder.is_file():
+            raise BundleError(f"{folder} is a file; give the folder of a checkpoint, with config.json in it")
         config, files = read_json(folder / "config.json"), _weight_files(folder)
         super().__init__(folder, config, {k: v for file in files for k, v in _read_header(file).items()}, files)
+
+
+def numbered(path: Path, names: Iterable[str], start: str) -> int:
+    """How many parts with numbers from 0 on follow `start` among the `names` in a file.
+
+    Raises
+    ------
+    BundleError
+        If one is missing among them; the message names the file.
+    """
+    found = {name[len(start) :].partition(".")[0] for name in names if name.startswith(start)}
+    if found != {str(index) for index in range(len(found))}:
+        raise BundleError(f"{path}: {start}: expected parts numbered from 0 on, found {', '.join(sorted(found)[:9])}")
+    return len(found)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """A small typed builder of ONNX graphs, and the one place where weights enter them."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -23,6 +24,8 @@ __all__ = [
     "Precision",
     "Storage",
     "WeightsFile",
+    "are_large",
+    "joined",
     "save_graph",
     "store",
     "weights_file",
@@ -32,6 +35,8 @@ OPSET = 20
 IR_VERSION = 10
 # Protocol buffers hold at most 2 GiB.
 MAX_GRAPH_BYTES = 2**31 - 1
+# With all weights of a checkpoint in half of that, no single graph of it comes near.
+LARGEST_INSIDE = 2**30
 
 Storage: TypeAlias = Literal["float32", "float16", "bfloat16"]
 """Element type of matrices in a file. Arithmetic is float32: the cast is folded when a session is made."""
@@ -73,11 +78,22 @@ def weights_file(graph: Path, *, wanted: bool) -> Iterator[WeightsFile | None]:
     """The file ``GRAPH.data`` for the weights of a graph, or None if it is not `wanted` and they stay inside."""
     path = graph.with_name(graph.name + ".data")
     if not wanted:
-        path.unlink(missing_ok=True)
         yield None
         return
     with path.open("wb") as file:
         yield WeightsFile(path.name, file)
+
+
+def are_large(shapes: Iterable[Sequence[int]], storage: Storage) -> bool:
+    """Whether tensors of these shapes belong into a file beside their graph."""
+    return sum(math.prod(shape) for shape in shapes) * {"float32": 4}.get(storage, 2) > LARGEST_INSIDE
+
+
+def joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
+    """Arrays one behind the other along the first axis; float32 if they are of several types."""
+    if len({part.dtype for part in parts}) > 1:  # NumPy has no common type for float16 and bfloat16
+        parts = [part.astype(np.float32) for part in parts]
+    return np.concatenate(parts)
 
 
 class GraphBuilder:
@@ -112,6 +128,7 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
         self._count = 0
+        self._n_rounded = 0
         self._n_bytes = 0  # of the weights
 
     def input(self, name: str, dtype: int, shape: Shape) -> str:
@@ -186,7 +203,10 @@ class GraphBuilder:
         self._initializers[name] = numpy_helper.from_array(array, name)
 
     def linear(self, x: str, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None) -> str:
-        """``x @ weight.T + bias``; `weight` is (out, in) as in torch and stored transposed."""
+        """``x @ weight.T + bias``; `weight` is (out, in) as in torch.
+
+        It is stored transposed, or in four bits if the precision says so and its columns divide into blocks.
+        """
         if self.precision == "int4" and weight.shape[1] % BLOCK == 0:
             y = self._int4_product(x, f"{name}.weight", weight)
         else:
@@ -197,6 +217,7 @@ class GraphBuilder:
         matrix = quantise_int4(weight, name)
         for part, array in (("levels", matrix.levels), ("scales", matrix.scales), ("zeros", matrix.zero_points)):
             self._keep(f"{name}.{part}", array)
+        self._n_rounded += 1
         rows, columns = weight.shape
         return self.op(
             "com.microsoft.MatMulNBits",
@@ -210,7 +231,15 @@ class GraphBuilder:
         )
 
     def model(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
-        """The finished model, with `metadata` and the versions of what made it as ``metadata_props``."""
+        """The finished model, with `metadata` and the versions of what made it as ``metadata_props``.
+
+        Raises
+        ------
+        BundleError
+            If four bits were asked for and no matrix has columns that divide into blocks.
+        """
+        if self.precision == "int4" and not self._n_rounded:
+            raise BundleError(f"{self.name}: no matrix has columns that are a multiple of {BLOCK}, as four bits need")
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
         )
@@ -241,14 +270,13 @@ def store(array: npt.NDArray[Any], storage: Storage, name: str) -> npt.NDArray[A
         stored = np.ascontiguousarray(array.astype(dtype, copy=False))
     if not np.isfinite(stored).all():
         largest = float(np.abs(array.astype(np.float64)).max())
-        raise BundleError(
-            f"weight {name}: {largest:.4g} does not fit {storage}; export with bfloat16 or float32 weights"
-        )
+        advice = "export with bfloat16 or float32 weights" if storage == "float16" else "the checkpoint is damaged"
+        raise BundleError(f"weight {name}: {largest:.4g} does not fit {storage}; {advice}")
     return stored
 
 
 def save_graph(model: onnx.ModelProto, path: Path) -> None:
-    """Write `model` with its weights inside.
+    """Write `model` with the weights that are inside.
 
     Raises
     ------

@@ -14,8 +14,8 @@ from medreasoner.errors import BundleError
 from medreasoner.manifest import manifest_sha256, parse_manifest
 from medreasoner.spec import SCHEMA_VERSION
 from medreasoner_export.checkpoint import read_json, sha256_of
+from medreasoner_export.folder import DESCRIPTION
 from medreasoner_export.graph import OPSET
-from medreasoner_export.reasoner import DESCRIPTION
 
 __all__ = ["Licence", "build_bundle"]
 
@@ -103,7 +103,10 @@ def build_bundle(
             "files": _hashes(folder),
         }
         text = json.dumps({**manifest, "sha256": manifest_sha256(manifest)}, indent=1, ensure_ascii=False) + "\n"
-        parse_manifest(text)
+        try:
+            parse_manifest(text)
+        except BundleError as err:  # such as a key that an export of another release lacks
+            raise BundleError(f"{reasoner_dir}, {segmenter_dir}: {err}; export them again with this release") from err
         (folder / MANIFEST).write_text(text, encoding="utf-8")
     return out
 

@@ -206,7 +206,8 @@ class _Check:
         for name, sizes in ways.items():
             run = DecoderRun(self.decoder_session, self.spec)
             found = _in_parts(run, inputs, positions, sizes)
-            yield compare(f"hidden states, {name} of {n} tokens", found, expected, tolerance)
+            kind = "" if exact else " against the checkpoint's matrices in four bits"
+            yield compare(f"hidden states, {name} of {n} tokens{kind}", found, expected, tolerance)
         if exact:  # else two tokens that lie close may change places
             yield self._greedy(run, found[-1], after, reference)
 

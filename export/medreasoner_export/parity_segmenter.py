@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
+from medreasoner.errors import BundleError
 from medreasoner_export.report import ParityStage, compare
 
 __all__ = ["segmenter_stages"]
@@ -40,6 +41,11 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
 
     sam, embed = load_sam(checkpoint_path)
     size = sam.config.vision_config.image_size
+    grid = 4 * size // sam.config.vision_config.patch_size
+    if grid != spec.mask_size:
+        raise BundleError(
+            f"{checkpoint_path}: its masks have {grid} pixels a side, those of the bundle {spec.mask_size}"
+        )
     generator = np.random.default_rng(seed)
     pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)
     encoder, decoder = (

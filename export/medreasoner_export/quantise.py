@@ -41,7 +41,7 @@ def quantise_int4(matrix: npt.NDArray[Any], name: str) -> Int4Matrix:
     Raises
     ------
     BundleError
-        If the columns do not divide into blocks.
+        If the columns do not divide into blocks, or the values are too large.
     """
     rows, columns = matrix.shape
     blocks, rest = divmod(columns, BLOCK)
@@ -52,9 +52,12 @@ def quantise_int4(matrix: npt.NDArray[Any], name: str) -> Int4Matrix:
     zeros = np.empty((rows, blocks), np.uint8)
     for start in range(0, rows, ROWS):
         part = slice(start, start + ROWS)
-        values = matrix[part].astype(np.float32).reshape(-1, blocks, BLOCK)
-        low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
-        scale = (high - low) / LEVELS
+        with np.errstate(over="ignore"):
+            values = matrix[part].astype(np.float32).reshape(-1, blocks, BLOCK)
+            low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
+            scale = (high - low) / LEVELS
+        if not np.isfinite(scale).all():
+            raise BundleError(f"weight {name}: values beyond what float32 holds cannot be rounded to four bits")
         scale = np.where(scale > 0, scale, np.float32(1))
         zero = np.clip(np.rint(-low / scale), 0, LEVELS)
         level = np.clip(np.rint(values / scale[..., None]) + zero[..., None], 0, LEVELS).astype(np.uint8)

@@ -7,12 +7,11 @@ positions come in as tables with one row a token, so that the three axes of an i
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Precision, Storage, WeightsFile
+from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Precision, Storage, WeightsFile, joined
 from medreasoner_export.qwen_config import QwenConfig, QwenTextConfig
 
 __all__ = ["TEXT_PREFIXES", "decoder_graph"]
@@ -109,8 +108,8 @@ class _Decoder:
         """Weight (hidden_dim + 2 * kv_dim, hidden_dim) and bias of the query, key and value projections."""
         c = self.config
         rows = {"q": c.hidden_dim, "k": c.n_kv_heads * c.head_dim, "v": c.n_kv_heads * c.head_dim}
-        weight = np.concatenate([self.tensor(f"{name}{part}_proj.weight", n, c.hidden_dim) for part, n in rows.items()])
-        return weight, np.concatenate([self.tensor(f"{name}{part}_proj.bias", n) for part, n in rows.items()])
+        weight = joined([self.tensor(f"{name}{part}_proj.weight", n, c.hidden_dim) for part, n in rows.items()])
+        return weight, joined([self.tensor(f"{name}{part}_proj.bias", n) for part, n in rows.items()])
 
     def _mlp(self, h: str, name: str) -> str:
         g, c = self.g, self.config

@@ -1,7 +1,5 @@
 """A Qwen2.5-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
 
-import json
-import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,22 +11,17 @@ import numpy as np
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Checkpoint, Weights
-from medreasoner_export.graph import Precision, Storage, save_graph, store, weights_file
+from medreasoner_export.folder import describe, writing_export
+from medreasoner_export.graph import Precision, Storage, are_large, save_graph, store, weights_file
 from medreasoner_export.qwen_config import QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
 from medreasoner_export.qwen_vision import vision_graph
 from medreasoner_export.settings import reasoner_settings
 
-__all__ = ["DESCRIPTION", "ReasonerExport", "ReasonerOptions", "export_reasoner", "open_export", "source_storage"]
-
-DESCRIPTION = "export.json"
-"""Name of the file in an export's folder that says what it is."""
+__all__ = ["ReasonerExport", "ReasonerOptions", "export_reasoner", "source_storage"]
 
 # Rows of the embedding converted at a time, to bound memory at vocabularies of 152k.
 ROWS = 8192
-
-# Protocol buffers hold 2 GiB; with all weights in half of that, no single graph comes near.
-LARGEST_INSIDE = 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,46 +84,28 @@ def export_reasoner(
     storage = source_storage(checkpoint, embedding, options.weights)
     sha256 = checkpoint.sha256()
     metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
-    out = open_export(out_dir)
     external = options.external_data
     if external is None:
-        external = stored_bytes(checkpoint, storage) > LARGEST_INSIDE
+        external = are_large(checkpoint.shapes.values(), storage)
     common: dict[str, Any] = {"storage": storage, "metadata": metadata}
-    with weights_file(out / "vision.onnx", wanted=external) as outside:
-        graph = vision_graph(checkpoint, config, outside=outside, **common)
-    save_graph(graph, out / "vision.onnx")
-    with weights_file(out / "decoder.onnx", wanted=external) as outside:
-        graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)
-    save_graph(graph, out / "decoder.onnx")
-    section = {"architecture": "qwen2_5_vl", "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"}}
-    section |= _matrices(checkpoint, config, embedding, storage, out)
-    section |= {"tokenizer": "tokenizer.json"} | _sizes(config, settings)
-    checkpoint.check_all_read(ignore=("inv_freq",))
-    _copy_tokenizer(checkpoint.path, out)
-    export = ReasonerExport(folder=out, section=section, sha256=sha256, storage=storage)
-    data = ["vision.onnx.data", "decoder.onnx.data"] if external else []
-    description = {
-        "section": section, "sha256": sha256, "storage": storage, "precision": options.precision, "data": data
-    }  # fmt: skip
-    (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
-    return export
-
-
-def open_export(out_dir: str | Path) -> Path:
-    """Folder of an export about to be written, without the description of an earlier one.
-
-    Should the export fail half-way, the folder is then known to be incomplete.
-    """
-    out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / DESCRIPTION).unlink(missing_ok=True)
-    return out
-
-
-def stored_bytes(checkpoint: Weights, storage: Storage) -> int:
-    """What the tensors of a checkpoint take as `storage`."""
-    size = {"float32": 4, "float16": 2, "bfloat16": 2}[storage]
-    return sum(math.prod(shape) * size for shape in checkpoint.shapes.values())
+    section: dict[str, Any] = {
+        "architecture": "qwen2_5_vl",
+        "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"},
+    }
+    with writing_export(out_dir) as out:
+        _copy_tokenizer(checkpoint.path, out)
+        with weights_file(out / "vision.onnx", wanted=external) as outside:
+            graph = vision_graph(checkpoint, config, outside=outside, **common)
+        save_graph(graph, out / "vision.onnx")
+        with weights_file(out / "decoder.onnx", wanted=external) as outside:
+            graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)
+        save_graph(graph, out / "decoder.onnx")
+        section |= _matrices(checkpoint, config, embedding, storage, out)
+        section |= {"tokenizer": "tokenizer.json"} | _sizes(config, settings)
+        checkpoint.check_all_read(ignore=("inv_freq",))
+        description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
+        describe(out, description)
+    return ReasonerExport(folder=Path(out_dir), section=section, sha256=sha256, storage=storage)
 
 
 def source_storage(checkpoint: Weights, probe: str, weights: Storage | Literal["source"]) -> Storage:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, INT64, GraphBuilder, Storage
+from medreasoner_export.graph import FLOAT, INT64, GraphBuilder, Storage, joined
 from medreasoner_export.sam_config import SamConfig
 
 __all__ = ["sam_decoder_graph"]
@@ -113,7 +113,7 @@ class _Decoder:
         # Row label + 1; a padding point is this row alone.
         names = ["not_a_point_embed", *(f"point_embed.{index}" for index in range(4))]
         rows = [self.tensor(f"prompt_encoder.{name}.weight", 1, c.n_channels) for name in names]
-        kinds = g.op("Gather", g.weight("point_kinds", np.concatenate(rows)), g.op("Add", labels, g.ints(1)))
+        kinds = g.op("Gather", g.weight("point_kinds", joined(rows)), g.op("Add", labels, g.ints(1)))
         prompts = g.op("Add", places, kinds)
         learned = [
             self.tensor("mask_decoder.iou_token.weight", 1, c.n_channels),
@@ -122,7 +122,7 @@ class _Decoder:
         self.batch = g.op("Shape", points, start=0, end=1)
         self.points, self.labels = points, labels
         shape = g.op("Concat", self.batch, g.ints(c.n_masks + 2, c.n_channels), axis=0)
-        tokens = g.op("Expand", g.weight("output_tokens", np.concatenate(learned)[None]), shape)
+        tokens = g.op("Expand", g.weight("output_tokens", joined(learned)[None]), shape)
         return g.op("Concat", tokens, prompts, axis=1)
 
     def _image_tokens(self, tokens: str) -> str:
@@ -218,7 +218,7 @@ class _Decoder:
             g.linear(x, f"{name}{part}_proj", self.tensor(f"{name}{part}_proj.weight", inner, c.n_channels))
             for part, x in (("q", q), ("k", k), ("v", v))
         ]
-        bias = np.concatenate([self.tensor(f"{name}{part}_proj.bias", inner) for part in "qkv"])
+        bias = joined([self.tensor(f"{name}{part}_proj.bias", inner) for part in "qkv"])
         attended = g.op(
             "com.microsoft.MultiHeadAttention",
             *projected,

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, GraphBuilder, Storage
+from medreasoner_export.graph import FLOAT, GraphBuilder, Storage, WeightsFile
 from medreasoner_export.sam_config import SamConfig
 
 __all__ = ["encoder_graph"]
@@ -28,7 +28,12 @@ ADAPTER_EPSILON = 1e-5
 
 
 def encoder_graph(
-    checkpoint: Weights, config: SamConfig, *, storage: Storage, metadata: Mapping[str, str]
+    checkpoint: Weights,
+    config: SamConfig,
+    *,
+    storage: Storage,
+    metadata: Mapping[str, str],
+    outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, grid, grid), float32.
 
@@ -37,14 +42,14 @@ def encoder_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`.
     """
-    return _Encoder(checkpoint, config, storage).build(metadata)
+    return _Encoder(checkpoint, config, GraphBuilder("encoder", storage=storage, outside=outside)).build(metadata)
 
 
 class _Encoder:
-    def __init__(self, checkpoint: Weights, config: SamConfig, storage: Storage) -> None:
+    def __init__(self, checkpoint: Weights, config: SamConfig, builder: GraphBuilder) -> None:
         self.checkpoint = checkpoint
         self.config = config
-        self.g = GraphBuilder("encoder", storage=storage)
+        self.g = builder
 
     def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
         return self.checkpoint.tensor("vision_encoder." + name, shape)

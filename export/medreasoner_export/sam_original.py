@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from medreasoner._text import printable
 from medreasoner.errors import BundleError
-from medreasoner_export.checkpoint import Checkpoint, Weights
+from medreasoner_export.checkpoint import Checkpoint, Weights, numbered
 from medreasoner_export.torch_file import read_torch_file
 
 __all__ = ["open_sam"]
@@ -65,11 +66,14 @@ def open_sam(path: str | Path) -> Weights:
     if missing:
         raise BundleError(
             f"{path}: the architecture is not recognised: every SAM of segment-anything has {missing[0]}, "
-            f"this file {next(iter(entries), 'nothing')}"
+            f"this file {printable(next(iter(entries), 'nothing'))[:120]}"
         )
     config = _config(_Shapes(path, {name: entry.shape for name, entry in entries.items()}))
     last = {name: str(depth - 1) for name, depth in _heads(entries).items()}
-    return Weights(path, config, {_renamed(name, last): entry for name, entry in entries.items()}, [path])
+    renamed = {_renamed(name, last): entry for name, entry in entries.items()}
+    if len(renamed) < len(entries):
+        raise BundleError(f"{path}: it holds a tensor twice, under two names that mean the same")
+    return Weights(path, config, renamed, [path])
 
 
 def _heads(names: Mapping[str, object]) -> dict[str, int]:
@@ -107,7 +111,10 @@ class _Shapes:
         return found
 
     def count(self, start: str) -> int:
-        return len({name[len(start) :].partition(".")[0] for name in self.shapes if name.startswith(start)})
+        found = numbered(self.path, self.shapes, start)
+        if not found:
+            raise BundleError(f"{self.path}: {start}: there are none")
+        return found
 
 
 def _config(shapes: _Shapes) -> dict[str, Any]:
@@ -164,11 +171,11 @@ def _vit(shapes: _Shapes) -> dict[str, Any]:
         "global_attn_indexes": [index for index, side in enumerate(sides) if side == grid],
         "qkv_bias": block.format(0) + "attn.qkv.bias" in shapes.shapes,
     }
-    adapter = shapes.shapes.get(block.format(0) + "Adapter.channel.0.weight")
-    if adapter is not None:  # of SAM-Med2D; transformers knows none
+    adapter = block.format(0) + "Adapter.channel.0.weight"
+    if adapter in shapes.shapes:  # of SAM-Med2D; transformers knows none
         if grid % 2:
             raise BundleError(f"{shapes.path}: adapters want an even number of patches along a side, got {grid}")
-        sizes["adapter_dim"] = adapter[0]
+        sizes["adapter_dim"] = shapes.of(adapter, 2)[0]
     return sizes
 
 

@@ -14,6 +14,8 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as nn
 
+from medreasoner._text import one_line
+from medreasoner.errors import BundleError
 from medreasoner_export.report import load_reference
 from medreasoner_export.sam_original import open_sam
 from medreasoner_export.tiny_vit import NECK_EPSILON, is_tiny_vit, merge_stride, offset_rows
@@ -46,7 +48,10 @@ def load_sam(path: Path) -> tuple[Any, Embed]:
     adapters = {name: state.pop(name) for name in list(state) if ".Adapter." in name}
     # transformers holds the positions twice.
     state["prompt_encoder.shared_embedding.positional_embedding"] = state["shared_image_embedding.positional_embedding"]
-    sam.load_state_dict(state)
+    try:
+        sam.load_state_dict(state)
+    except RuntimeError as err:
+        raise BundleError(f"{path}: it is no whole SAM ({one_line(err)})") from err
     for index, layer in enumerate(sam.vision_encoder.layers if adapters else ()):
         start = f"vision_encoder.layers.{index}.Adapter."
         branch = {name.removeprefix(start): value for name, value in adapters.items() if name.startswith(start)}

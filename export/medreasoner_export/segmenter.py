@@ -1,6 +1,5 @@
 """A SAM checkpoint as two ONNX graphs and a description."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,8 +8,9 @@ from typing import Any, Literal
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import Storage, save_graph
-from medreasoner_export.reasoner import DESCRIPTION, open_export, source_storage
+from medreasoner_export.folder import describe, writing_export
+from medreasoner_export.graph import Storage, are_large, save_graph, weights_file
+from medreasoner_export.reasoner import source_storage
 from medreasoner_export.sam_config import SamConfig
 from medreasoner_export.sam_decoder import sam_decoder_graph
 from medreasoner_export.sam_encoder import encoder_graph
@@ -36,7 +36,8 @@ class SegmenterOptions:
     ----------
     arch
         ``"medsam"`` for MedSAM, whose weights look like those of SAM but want other images; ``"auto"`` takes what the
-        weights are: SAM-Med2D if they have adapters, else SAM.
+        weights are: LiteMedSAM, SAM-Med2D if they have
+        adapters, else SAM.
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     settings
@@ -73,8 +74,8 @@ def export_segmenter(
     ----------
     checkpoint_path
         Folder of a transformers ``SamModel``: ``config.json`` and safetensors weights, optionally ``medreasoner.json``.
-        Or the ``.pth`` file of a SAM, MedSAM or SAM-Med2D as ``segment-anything`` stores it; its sizes are read from
-        the weights.
+        Or the ``.pth`` file of a SAM, MedSAM, SAM-Med2D or LiteMedSAM as ``segment-anything`` stores it; its sizes are
+        read from the weights.
     out_dir
         Folder to write into, made if absent.
     options
@@ -99,15 +100,6 @@ def export_segmenter(
         "multimask": str(multimask).lower(),
         "box_mask": str(box_mask).lower(),
     }
-    out = open_export(out_dir)
-    make_encoder = tiny_vit_graph if is_tiny_vit(checkpoint) else encoder_graph
-    encoder = make_encoder(checkpoint, config, storage=storage, metadata=metadata)
-    decoder = sam_decoder_graph(
-        checkpoint, config, multimask=multimask, box_mask=box_mask, storage=storage, metadata=metadata
-    )
-    checkpoint.check_all_read(ignore=(*UNUSED, TWICE))
-    save_graph(encoder, out / "encoder.onnx")
-    save_graph(decoder, out / "decoder.onnx")
     section = {
         "architecture": "sam",
         "graphs": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
@@ -119,11 +111,20 @@ def export_segmenter(
         "n_masks": config.n_masks if multimask else 1,
         "prompts": settings["prompts"],
     }
-    description = {"section": section, "sha256": sha256, "storage": storage}
-    (out / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")
+    make_encoder = tiny_vit_graph if is_tiny_vit(checkpoint) else encoder_graph
+    common: dict[str, Any] = {"storage": storage, "metadata": metadata}
+    with writing_export(out_dir) as out:
+        large = are_large(checkpoint.shapes.values(), storage)
+        with weights_file(out / "encoder.onnx", wanted=large) as outside:
+            encoder = make_encoder(checkpoint, config, outside=outside, **common)
+        save_graph(encoder, out / "encoder.onnx")
+        decoder = sam_decoder_graph(checkpoint, config, multimask=multimask, box_mask=box_mask, **common)
+        save_graph(decoder, out / "decoder.onnx")
+        checkpoint.check_all_read(ignore=(*UNUSED, TWICE))
+        describe(out, {"section": section, "sha256": sha256, "storage": storage})
     form = "as transformers stores it" if checkpoint.path.is_dir() else "as segment-anything stores it"
     recognised = f"{family} {form}, {config.n_layers} layers of {config.hidden_dim}, images of {config.image_size} px"
-    return SegmenterExport(folder=out, section=section, sha256=sha256, storage=storage, recognised=recognised)
+    return SegmenterExport(folder=Path(out_dir), section=section, sha256=sha256, storage=storage, recognised=recognised)
 
 
 def _family(weights: Weights, config: SamConfig, asked: SamArch) -> tuple[str, SamArch]:

@@ -19,7 +19,7 @@ import onnx
 
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, GraphBuilder, Storage
+from medreasoner_export.graph import FLOAT, GraphBuilder, Storage, WeightsFile
 from medreasoner_export.sam_config import SamConfig
 
 __all__ = ["FIRST", "is_tiny_vit", "merge_stride", "offset_rows", "tiny_vit_graph"]
@@ -53,7 +53,12 @@ def offset_rows(side: int) -> npt.NDArray[np.int64]:
 
 
 def tiny_vit_graph(
-    weights: Weights, config: SamConfig, *, storage: Storage, metadata: Mapping[str, str]
+    weights: Weights,
+    config: SamConfig,
+    *,
+    storage: Storage,
+    metadata: Mapping[str, str],
+    outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, grid, grid), float32.
 
@@ -62,20 +67,21 @@ def tiny_vit_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`, or the stages do not end in the decoder's grid.
     """
-    return _Encoder(weights, config, storage).build(metadata)
+    return _Encoder(weights, config, GraphBuilder("encoder", storage=storage, outside=outside)).build(metadata)
 
 
 class _Encoder:
-    def __init__(self, weights: Weights, config: SamConfig, storage: Storage) -> None:
+    def __init__(self, weights: Weights, config: SamConfig, builder: GraphBuilder) -> None:
         self.weights = weights
+        self.shapes = weights.shapes
         self.config = config
-        self.g = GraphBuilder("encoder", storage=storage)
+        self.g = builder
         self.side = config.image_size
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        found = self.weights.shapes.get("vision_encoder." + name)
-        if found is None:
-            raise BundleError(f"{self.weights.path}: tensor vision_encoder.{name} is missing")
+    def shape(self, name: str, rank: int = 4) -> tuple[int, ...]:
+        found = self.shapes.get("vision_encoder." + name)
+        if found is None or len(found) != rank or 0 in found:
+            raise BundleError(f"{self.weights.path}: vision_encoder.{name}: expected {rank} dimensions, got {found}")
         return found
 
     def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
@@ -85,8 +91,7 @@ class _Encoder:
         return self.g.weight(name, self.tensor(name, size))
 
     def count(self, start: str) -> int:
-        start = "vision_encoder." + start
-        return len({name[len(start) :].partition(".")[0] for name in self.weights.shapes if name.startswith(start)})
+        return self.weights.count("vision_encoder." + start)
 
     def build(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
         g, c = self.g, self.config
@@ -110,11 +115,15 @@ class _Encoder:
     def _conv(self, x: str, name: str, channels: int, *, stride: int = 1, depthwise: bool = False) -> str:
         """A convolution that keeps the grid but for `stride`, with the batch norm behind it."""
         out, _, side, _ = self.shape(name + ".c.weight")
+        if side % 2 == 0:
+            raise BundleError(f"{self.weights.path}: vision_encoder.{name}: a kernel of {side} x {side} moves the grid")
         kernel = self.tensor(name + ".c.weight", out, 1 if depthwise else channels, side, side).astype(np.float64)
         scale, shift, mean, variance = (
             self.tensor(f"{name}.bn.{part}", out).astype(np.float64)
             for part in ("weight", "bias", "running_mean", "running_var")
         )
+        if variance.min() < 0:
+            raise BundleError(f"{self.weights.path}: vision_encoder.{name}.bn.running_var is negative")
         scale = scale / np.sqrt(variance + NORM_EPSILON)
         folded = (kernel * scale[:, None, None, None]).astype(np.float32)
         return self.g.op(
@@ -150,7 +159,7 @@ class _Encoder:
         tokens = g.op("Add", tokens, self._windowed_attention(tokens, name + "attn.", dim))
         x = self._conv(self._planes(tokens, dim), name + "local_conv", dim, depthwise=True)
         tokens = self._tokens(x, dim)
-        hidden = self.shape(name + "mlp.fc1.weight")[0]
+        hidden = self.shape(name + "mlp.fc1.weight", 2)[0]
         y = self._norm(tokens, name + "mlp.norm", dim)
         y = g.op("Gelu", self._linear(y, name + "mlp.fc1", hidden, dim))
         return self._planes(g.op("Add", tokens, self._linear(y, name + "mlp.fc2", dim, hidden)), dim)
@@ -158,9 +167,9 @@ class _Encoder:
     def _windowed_attention(self, h: str, name: str, dim: int) -> str:
         """(batch, side ** 2, D) to the same. Padding takes part in the attention, as zeros before the norm."""
         g, side = self.g, self.side
-        heads, offsets = self.shape(name + "attention_biases")
+        heads, offsets = self.shape(name + "attention_biases", 2)
         window = math.isqrt(offsets)
-        if window * window != offsets or heads == 0 or dim % heads:
+        if window * window != offsets or dim % heads:
             raise BundleError(f"{self.weights.path}: {name}attention_biases: {heads} heads, {offsets} offsets")
         count = -(-side // window)
         padded = count * window

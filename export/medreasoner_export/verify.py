@@ -35,7 +35,7 @@ def verify_bundle(
     bundle_dir
         A bundle's folder.
     against_reasoner, against_segmenter
-        Checkpoint folders, as given to the exports.
+        The checkpoints, as given to the exports: folders, and for a segmenter also a ``.pth`` file.
     tolerance
         Largest accepted error, relative to the reference's largest value. Greedy tokens must be equal. A four-bit
         decoder is compared with the checkpoint's own rounded matrices, within 5 %: that shows a faulty graph, and not

@@ -75,11 +75,59 @@ def test_a_new_export_leaves_no_weights_of_the_old_one(toy: Path, tmp_path: Path
 def test_large_checkpoints_put_their_weights_outside(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import medreasoner_export.reasoner as module
+    import medreasoner_export.graph as module
 
     monkeypatch.setattr(module, "LARGEST_INSIDE", 1000)
     export_reasoner(toy / "reasoner", tmp_path)
     assert (tmp_path / "vision.onnx.data").is_file()
+    export_segmenter(toy / "segmenter", tmp_path / "segmenter")
+    assert (tmp_path / "segmenter" / "encoder.onnx.data").is_file()
+    folder = build_bundle(tmp_path, tmp_path / "segmenter", tmp_path / "bundle", name="large")
+    assert _answer(folder, tmp_path / "cache") == _answer(toy / "bundle", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("weights", ["float16", "bfloat16"])
+def test_short_weights_lie_beside_the_graph_too(toy: Path, segmenter: Path, tmp_path: Path, weights: Any) -> None:
+    answers = []
+    for external in (False, True):
+        out = tmp_path / str(external)
+        folder = _bundle(toy, segmenter, out, ReasonerOptions(weights=weights, external_data=external))
+        answers.append(_answer(folder, tmp_path / "cache"))
+    assert answers[0] == answers[1]
+
+
+def test_an_export_that_fails_leaves_nothing(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import medreasoner_export.reasoner as module
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "save_graph", full_disk)
+    with pytest.raises(BundleError, match=r"new: it cannot be written \(No space left on device\)"):
+        export_reasoner(toy / "reasoner", tmp_path / "new", options=ReasonerOptions(external_data=True))
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_export_that_fails_over_an_earlier_one_is_not_taken_for_it(
+    toy: Path, segmenter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_reasoner(toy / "reasoner", tmp_path / "out")
+    before = {path.name for path in (tmp_path / "out").iterdir()}
+    import medreasoner_export.reasoner as module
+
+    monkeypatch.setattr(module, "describe", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export_reasoner(toy / "reasoner", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == before - {"export.json"}
+    with pytest.raises(BundleError, match=r"export\.json is missing"):
+        build_bundle(tmp_path / "out", segmenter, tmp_path / "bundle", name="x")
+
+
+def test_an_output_that_is_a_file_is_refused(toy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BundleError, match="file: it cannot be written"):
+        export_reasoner(toy / "reasoner", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("external", [False, True])

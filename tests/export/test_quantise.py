@@ -18,15 +18,20 @@ from medreasoner_export.quantise import BLOCK, dequantise_int4, quantise_int4
 @given(
     rows=st.integers(1, 5), blocks=st.integers(1, 5), seed=st.integers(0, 99), shift=st.sampled_from([-3.0, 0.0, 3.0])
 )
-def test_values_are_off_by_half_a_step_at_most_and_zero_stays(rows: int, blocks: int, seed: int, shift: float) -> None:
+def test_values_are_rounded_to_the_nearest_level_and_zero_stays(
+    rows: int, blocks: int, seed: int, shift: float
+) -> None:
     rng = np.random.default_rng(seed)
     matrix = (rng.standard_normal((rows, blocks * BLOCK)) + shift).astype(np.float32)
     matrix[:, 3] = 0
     found = dequantise_int4(quantise_int4(matrix, "m"))
     parts = matrix.reshape(rows, blocks, BLOCK)
     step = (np.maximum(parts.max(-1), 0) - np.minimum(parts.min(-1), 0)) / 15
-    error = np.abs(found - matrix).reshape(rows, blocks, BLOCK).max(-1)
-    # Zero is a level, so that the ends of the range may lie half a step outside.
+    error, step = np.abs(found - matrix).reshape(rows, blocks, BLOCK), step[..., None]
+    # Zero is a level, so that the ends of the range may lie half a step outside of the levels: only they are off more.
+    low, high = (getattr(found.reshape(parts.shape), side)(-1)[..., None] for side in ("min", "max"))
+    inside = (parts >= low) & (parts <= high)
+    assert (error[inside] <= (0.501 * step + 1e-6).repeat(BLOCK, -1)[inside]).all()
     assert (error <= 1.01 * step + 1e-6).all()
     assert not found[:, 3].any()
 
@@ -42,6 +47,12 @@ def test_what_the_levels_hold_exactly_comes_back_exactly() -> None:
 @pytest.mark.parametrize("matrix", [np.zeros((3, 64), np.float32), np.full((3, 64), -2.5, np.float32)])
 def test_constant_blocks_are_exact(matrix: np.ndarray) -> None:
     np.testing.assert_allclose(dequantise_int4(quantise_int4(matrix, "m")), matrix, rtol=1e-6)
+
+
+@pytest.mark.parametrize("matrix", [np.full((2, 32), 1e39), np.array([[3e38, -3e38] * 16], np.float32)])
+def test_values_that_overflow_are_refused(matrix: np.ndarray) -> None:
+    with pytest.raises(BundleError, match="weight m: values beyond"):
+        quantise_int4(matrix, "m")
 
 
 def test_columns_must_divide_into_blocks() -> None:
@@ -78,6 +89,14 @@ def test_onnx_runtime_multiplies_with_the_levels(shape: tuple[int, int]) -> None
 
 
 def test_a_matrix_that_does_not_divide_stays_as_it_is() -> None:
-    weight = np.random.default_rng(0).standard_normal((8, 40)).astype(np.float32)
-    graph = _linear(weight, None, precision="int4")
-    assert [node.op_type for node in graph.graph.node] == ["MatMul", "Identity"]
+    rng = np.random.default_rng(0)
+    g = GraphBuilder("g", precision="int4")
+    x = g.linear(g.input("x", FLOAT, ("n", 40)), "odd", rng.standard_normal((64, 40)).astype(np.float32))
+    g.op("Identity", g.linear(x, "even", rng.standard_normal((8, 64)).astype(np.float32)), out="y")
+    g.output("y", TensorProto.FLOAT, ("n", 8))
+    assert [node.op_type for node in g.model({}).graph.node] == ["MatMul", "MatMulNBits", "Identity"]
+
+
+def test_four_bits_without_one_matrix_that_divides_are_refused() -> None:
+    with pytest.raises(BundleError, match="g: no matrix has columns that are a multiple of 32"):
+        _linear(np.zeros((8, 40), np.float32), None, precision="int4")

@@ -182,6 +182,17 @@ def test_other_tiny_vits_and_wrong_names_are_refused(file: Path, tmp_path: Path)
     )
     with pytest.raises(BundleError, match="attention_biases: 3 heads, 50 offsets"):
         export_segmenter(tmp_path / "odd.pth", tmp_path / "out")
+    start = "image_encoder.layers.1.blocks.0."
+    for name, value, words in (
+        ("attn.attention_biases", torch.zeros(3), "attention_biases: expected 2 dimensions"),
+        ("mlp.fc1.weight", torch.tensor(1.0), "fc1.weight: expected 2 dimensions"),
+        ("local_conv.c.weight", torch.zeros(24, 1, 2, 2), "a kernel of 2 x 2 moves the grid"),
+        ("local_conv.bn.running_var", torch.full((24,), -1.0), "running_var is negative"),
+    ):
+        torch.save(state | {start + name: value}, tmp_path / "odd.pth")
+        with pytest.raises(BundleError, match=words):
+            export_segmenter(tmp_path / "odd.pth", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
     with pytest.raises(BundleError, match="it was called medsam, but the weights are those of LiteMedSAM"):
         export_segmenter(file, tmp_path / "out", options=SegmenterOptions(arch="medsam"))
 
