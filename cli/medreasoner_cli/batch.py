@@ -47,7 +47,7 @@ class Question:
             elif isinstance(event, Grounding):
                 result = event
         for target in targets:
-            result.save(target.path, format=target.form)
+            target.write(result)
             written.append(target.path)
         return result
 
@@ -90,11 +90,19 @@ def answer_all(question: Question, inputs: Sequence[Input], plan: Sequence[Seque
     return worst
 
 
-def _read_ahead(reader: ThreadPoolExecutor, inputs: Sequence[Input], question: Question) -> "Iterator[Future[Image]]":
-    from medreasoner import read_image
+def _reading(source: object, **options: object) -> "Image":
+    """Read an image; a package that this lacks is a fault of the input, not of the model."""
+    from medreasoner import ImageReadError, MissingExtraError, read_image
 
+    try:
+        return read_image(source, **options)  # type: ignore[arg-type]
+    except MissingExtraError as err:
+        raise ImageReadError(str(err)) from err
+
+
+def _read_ahead(reader: ThreadPoolExecutor, inputs: Sequence[Input], question: Question) -> "Iterator[Future[Image]]":
     def read(each: Input) -> "Future[Image]":
-        return reader.submit(read_image, each.source, frame=question.frame, max_pixels=question.max_pixels)
+        return reader.submit(_reading, each.source, frame=question.frame, max_pixels=question.max_pixels)
 
     following = read(inputs[0])
     for each in inputs[1:]:

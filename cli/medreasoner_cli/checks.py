@@ -19,6 +19,10 @@ _OPTIONAL = {
     "nibabel": "nifti",
     "torch": "export",
 }
+_GPU_ADVICE = {
+    "cuda": "it wants an NVIDIA driver and CUDA's libraries: pip install 'onnxruntime-gpu[cuda,cudnn]'",
+    "tensorrt": "it wants what CUDA wants, and TensorRT's libraries: pip install 'medreasoner[tensorrt]'",
+}
 _PROVIDERS = {"CPUExecutionProvider": "cpu", "CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}
 _SYNTAXES = {
     "RLE": ("1.2.840.10008.1.2.5",),
@@ -101,11 +105,15 @@ def _devices() -> Iterator[Finding]:
         if provider in available:
             error = _try_provider(ort, provider)
             state: State = "ok" if error is None else "FAULT" if device == "cpu" else "note"
-            advice = "check the NVIDIA driver and the CUDA libraries" if error and device != "cpu" else ""
+            advice = _GPU_ADVICE[device] if error and device != "cpu" else ""
             yield Finding("device", state, f"{device} works" if error is None else f"{device}: {error}", advice)
-    if Path("/proc/driver/nvidia/version").exists() and "CUDAExecutionProvider" not in available:
-        advice = "pip uninstall -y onnxruntime, then pip install 'medreasoner[gpu]'"
-        yield Finding("device", "note", "there is an NVIDIA GPU, but this ONNX Runtime cannot use it", advice)
+    if "CUDAExecutionProvider" not in available:
+        seen = Path("/proc/driver/nvidia/version").exists()
+        found = "there is an NVIDIA GPU, but this ONNX Runtime cannot use it" if seen else "no NVIDIA GPU is seen here"
+        where = "" if seen else "on a machine with one: "
+        yield Finding(
+            "device", "note", found, f"{where}pip uninstall -y onnxruntime, then pip install 'medreasoner[gpu]'"
+        )
 
 
 def _try_provider(ort: Any, provider: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from medreasoner_cli.inputs import Input
 
 if TYPE_CHECKING:
-    from medreasoner import Image
+    from medreasoner import Grounding, Image
 
 __all__ = ["Target", "plan_targets"]
 
@@ -31,10 +31,18 @@ class Target:
     form: str | None
 
     def check(self, image: "Image | None" = None) -> None:
-        """Raise OutputError if it cannot be written, as far as can be known; MissingExtraError if a package lacks."""
+        """Raise OutputError if it cannot be written, as far as can be known."""
+        from medreasoner import MissingExtraError, OutputError
         from medreasoner.outputs import check_output
 
-        check_output(self.path, format=self.form, image=image)
+        try:
+            check_output(self.path, format=self.form, image=image)
+        except MissingExtraError as err:  # a fault of what was asked for, not of the model
+            raise OutputError(str(err)) from err
+
+    def write(self, result: "Grounding") -> None:
+        """Write the answer; errors are those of `Grounding.save`."""
+        result.save(self.path, format=self.form)
 
 
 def plan_targets(outputs: Sequence[str], inputs: Sequence[Input], form: str | None) -> list[list[Target]]:

@@ -4,8 +4,6 @@
 >>> result = mr.ground("sample:chest", "Where is the air-filled tissue?")              # doctest: +SKIP
 """
 
-import logging
-
 from medreasoner._version import __version__
 from medreasoner.errors import (
     ArrayError,
@@ -45,5 +43,3 @@ __all__ = [
     "ground",
     "read_image",
 ]
-
-logging.getLogger(__name__).addHandler(logging.NullHandler())

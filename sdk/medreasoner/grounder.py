@@ -203,11 +203,27 @@ class Grounder:
             yield from study.stream_first(query, think=think, unconstrained=unconstrained)
 
 
-def ground(image: ImageSource, query: str, *, think: bool = False, frame: int | None = None) -> Grounding:
-    """Answer one question about one image with the nano bundle, which is loaded once a process.
+@overload
+def ground(image: ImageSource, query: str, *, think: bool = ..., frame: int | None = ...) -> Grounding: ...
 
-    Parameters and errors are those of `Grounder.load` and `Grounder.ground`.
+
+@overload
+def ground(
+    image: "ImageSource | Images", query: Queries, *, think: bool = ..., frame: int | None = ...
+) -> list[Grounding]: ...
+
+
+def ground(
+    image: "ImageSource | Images", query: str | Queries, *, think: bool = False, frame: int | None = None
+) -> Grounding | list[Grounding]:
+    """Answer questions about images with the nano bundle, which is loaded once a process.
+
+    Parameters, lists among them, and errors are those of `Grounder.load` and `Grounder.ground`.
     """
+    if isinstance(image, list | tuple):
+        with _loading.lock:
+            grounder = _default_grounder(os.getpid())
+        return grounder.ground(image, query, think=think, frame=frame)
     with ThreadPoolExecutor(1) as pool:  # the image is read while the models load
         reading = pool.submit(read_image, image, frame=frame)
         with _loading.lock:  # several threads may ask at once for the first time

@@ -122,6 +122,13 @@ def test_doctor_finds_a_working_machine(cli, finding_bundle):
     assert {"python", "packages", "runtime", "device", "processor", "codec"} <= by_name.keys()
 
 
+def test_doctor_says_what_a_gpu_would_take(cli, finding_bundle):
+    findings = json.loads(cli("doctor", "-b", finding_bundle, "--json").out)
+    (finding,) = (each for each in findings if "NVIDIA GPU" in each["detail"])
+    assert finding["state"] == "note"
+    assert "medreasoner[gpu]" in finding["advice"]
+
+
 def test_doctor_in_words_has_a_line_for_each_finding(cli, finding_bundle):
     done = cli("doctor", "-b", finding_bundle)
     assert done.out.count("\n") >= 15

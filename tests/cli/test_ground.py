@@ -338,6 +338,17 @@ def test_dicom_gives_an_area_and_a_segmentation(cli, finding_bundle, tmp_path):
     assert (seg.pixel_array.squeeze() == rle_decode(answer["mask"])).all()
 
 
+def test_a_package_that_a_file_needs_is_a_fault_of_that_file(cli, picture, finding_bundle, tmp_path, monkeypatch):
+    nifti = tmp_path / "a.nii"
+    nifti.write_bytes((348).to_bytes(4, "little") + bytes(340) + b"n+1\0" + bytes(1000))
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    _failed(cli("ground", nifti, QUERY, "-b", finding_bundle), 3, "medreasoner[nifti]")
+    output = tmp_path / "o.nii.gz"
+    _failed(cli("ground", picture, QUERY, "-b", finding_bundle, "-o", output), 2, "medreasoner[nifti]")
+    assert not output.exists()
+
+
 # In a process of its own
 
 

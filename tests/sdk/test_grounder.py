@@ -363,6 +363,33 @@ def test_the_one_call_loads_its_bundle_once(toy_bundle: Path, monkeypatch: pytes
     assert len(loads) == 1
 
 
+def test_the_one_call_takes_lists_as_the_grounder_does(
+    toy_bundle: Path, grounder: mr.Grounder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medreasoner import grounder as module
+
+    load = mr.Grounder.load
+    monkeypatch.setattr(mr.Grounder, "load", lambda: load(toy_bundle, device="cpu"))
+    module._default_grounder.cache_clear()
+    images, queries = [picture(seed=1), picture(seed=2)], QUERIES[:2]
+    try:
+        pairs, several = mr.ground(images, queries), mr.ground(images[0], queries)
+    finally:
+        module._default_grounder.cache_clear()
+    for found, image, query in zip(
+        [*pairs, *several], [*images, images[0], images[0]], [*queries, *queries], strict=True
+    ):
+        assert same(found, grounder.ground(image, query))
+
+
+def test_the_notice_of_the_weights_is_shown_once_without_any_set_up() -> None:
+    code = "import medreasoner as mr\nfor _ in range(2):\n    mr.Grounder.load('nano', device='cpu').close()"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr.count("not for diagnosis") == 1
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_device_that_this_machine_lacks_is_an_error(toy_bundle: Path) -> None:
     with pytest.raises(mr.ProviderError):
         mr.Grounder.load(toy_bundle, device="cuda")

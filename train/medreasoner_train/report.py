@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from medreasoner_train.evaluate import Row
+from medreasoner_train.files import appearing
 from medreasoner_train.metrics import Interval, group_mean
 
 __all__ = ["as_dict", "markdown", "save", "threshold_for"]
@@ -142,10 +143,12 @@ def threshold_for(rows: Sequence[Row], *, false_absent: float = 0.08, recognised
 def save(out: Path, rows: Sequence[Row], figures: Mapping[str, Any]) -> None:
     """Write ``rows.jsonl``, ``figures.json`` and ``report.md`` into the folder `out`; NaN becomes null."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "rows.jsonl").open("w", encoding="utf-8") as file:
+    with appearing(out / "rows.jsonl") as beside, beside.open("w", encoding="utf-8") as file:
         for row in rows:
             values = dataclasses.asdict(row).items()
             plain = {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in values}
             file.write(json.dumps(plain, allow_nan=False) + "\n")
-    (out / "figures.json").write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    (out / "report.md").write_text(markdown(figures), encoding="utf-8")
+    texts = {"figures.json": json.dumps(figures, indent=1, allow_nan=False) + "\n", "report.md": markdown(figures)}
+    for name, text in texts.items():
+        with appearing(out / name) as beside:
+            beside.write_text(text, encoding="utf-8")

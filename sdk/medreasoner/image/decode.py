@@ -73,7 +73,10 @@ def decode_frame(dataset: "Dataset", header: PixelHeader, frame: int) -> tuple[N
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as err:
-        raise ImageReadError(f"transfer syntax {_name(syntax)} is not supported") from err
+        raise ImageReadError(
+            f"transfer syntax {_name(syntax)} is not supported; convert it first, a video with ffmpeg to pictures, "
+            "anything else with the program that wrote it to Explicit VR Little Endian"
+        ) from err
     warnings = [] if decoder.is_encapsulated else _check_native_length(dataset, header)
     plugins = [""] if decoder.is_native else _plugins(syntax, decoder.available_plugins, header)
     if decoder.is_encapsulated:
@@ -105,7 +108,11 @@ def _plugins(syntax: "UID", available: tuple[str, ...], header: PixelHeader) -> 
             )
     if not plugins:
         packages = _PACKAGES.get(str(syntax))
-        advice = f"pip install {packages}" if packages else "no package is known to read it"
+        advice = (
+            f"pip install {packages}"
+            if packages
+            else "no package is known to read it; convert the file, for example with DCMTK's dcmconv"
+        )
         raise CodecError(f"transfer syntax {_name(syntax)} needs a decoder that is not installed: {advice}")
     return [name for name in plugins if name != "gdcm"] or plugins
 
@@ -138,13 +145,14 @@ def _check_native_length(dataset: "Dataset", header: PixelHeader) -> list[str]:
     value = dataset[header.keyword].value
     actual = len(value) if isinstance(value, bytes | bytearray | memoryview) else -1
     if actual < 0:
-        raise ImageReadError(f"{header.keyword} is empty")
+        raise ImageReadError(f"{header.keyword} is empty; fetch the file again from where it came")
     if value[:4] == b"\xfe\xff\x00\xe0" and actual < expected:
         raise ImageReadError("the pixel data are compressed, but the file does not say how (no transfer syntax)")
     if actual < expected:
         raise ImageReadError(
             f"the pixel data are truncated: {actual} bytes where {header.rows} x {header.columns} x {header.samples} "
-            f"samples of {header.bits_allocated} bits in {header.n_frames} frame(s) need {expected}"
+            f"samples of {header.bits_allocated} bits in {header.n_frames} frame(s) need {expected}; "
+            "fetch the file again from where it came"
         )
     if header.photometric == "YBR_FULL_422" and actual >= expected // 2 * 3:
         raise ImageReadError(

@@ -65,7 +65,9 @@ def _keyword(dataset: "Dataset") -> str:
         raise ImageReadError("a DICOMDIR is an index and holds no image; give one of the files it lists")
     modality = text(dataset, "Modality")
     kind = f" (modality {modality})" if modality.isalnum() and len(modality) <= 16 else ""
-    raise ImageReadError(f"it holds no pixel data{kind}, or the file ends before them")
+    raise ImageReadError(
+        f"it holds no pixel data{kind}, or the file ends before them; give an image of the series, or fetch it again"
+    )
 
 
 def pixel_header(dataset: "Dataset", max_pixels: int) -> PixelHeader:

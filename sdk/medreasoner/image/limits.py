@@ -24,11 +24,13 @@ def check_size(height: int, width: int, max_pixels: int) -> None:
     >>> check_size(480, 640, 1_000_000)
     """
     if height < MIN_SIDE or width < MIN_SIDE:
-        raise ImageReadError(f"{height} x {width} pixels (rows x columns) is too small; at least {MIN_SIDE} a side")
+        raise ImageReadError(
+            f"{height} x {width} pixels (rows x columns) is too small, at least {MIN_SIDE} a side; enlarge it"
+        )
     if height * width > max_pixels:
         raise ImageReadError(
             f"{height} x {width} = {height * width} pixels is above max_pixels = {max_pixels}; "
-            "a larger max_pixels (--max-pixels) admits it, if the file is trusted"
+            "read_image(..., max_pixels=N), or --max-pixels N, admits it if the file is trusted"
         )
 
 
@@ -84,7 +86,7 @@ def finite(values: NDArray[np.floating]) -> tuple[NDArray[np.floating], list[str
     if good.all():
         return values, []
     if not good.any():
-        raise ImageReadError("not one pixel value is finite")
+        raise ImageReadError("not one pixel value is finite; write it again with numbers")
     bad = int(values.size - np.count_nonzero(good))
     filled = np.where(good, values, values[good].min())
     return filled, [f"{bad} of {values.size} values are not finite; they are shown as the minimum"]

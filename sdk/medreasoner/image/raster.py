@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["is_raster", "read_picture", "read_raster"]
 
+_PHOTOMETRIC = 262  # TIFF's PhotometricInterpretation
+_LEAST_DEEP = 32  # of 255: a picture that stays below has its values in the bits that were cut
 _FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF")
 _MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM", b"GIF87a", b"GIF89a")
 
@@ -76,7 +78,12 @@ def read_picture(picture: "PilImage.Image", *, source: str, frame: SupportsIndex
         if n_frames > 1:
             picture.seek(index)
         check_size(picture.height, picture.width, max_pixels)  # after the seek: pages may differ in size
+        deep, inverted = _is_deep_colour(picture), _is_white_zero(picture)
         pixels, notes = _pixels(ImageOps.exif_transpose(picture))
+        if inverted:
+            pixels = 255 - pixels
+        if deep:
+            notes = [*notes, _deep_note(pixels)]
     except ImageReadError:
         raise
     except Exception as err:  # Pillow's plug-ins raise OSError, SyntaxError, struct.error, ValueError and others
@@ -85,6 +92,26 @@ def read_picture(picture: "PilImage.Image", *, source: str, frame: SupportsIndex
         with suppress(Exception):  # the picture is the caller's; what may be wrong with it has been told
             picture.seek(place)
     return Image(pixels=pixels, source=source, warnings=(*warnings, *notes), frame=index, n_frames=n_frames)
+
+
+def _is_deep_colour(picture: "PilImage.Image") -> bool:
+    """Whether Pillow will cut samples of 16 bits to their upper 8, having no such colour; known until it loads them."""
+    stored = [str(tile[3]) for tile in getattr(picture, "tile", ())]  # names such as RGB;16B
+    return picture.mode in ("RGB", "RGBA", "RGBX", "LA", "CMYK") and any(";16" in name for name in stored)
+
+
+def _deep_note(pixels: NDArray[np.uint8]) -> str:
+    if pixels.max() < _LEAST_DEEP:
+        raise ImageReadError(
+            "its colours have 16 bits, of which the upper 8 are nearly empty; scale them to 8 bits and save it again"
+        )
+    return "its colours have 16 bits, of which the upper 8 are read"
+
+
+def _is_white_zero(picture: "PilImage.Image") -> bool:
+    """Whether 0 is white in grey samples that Pillow leaves as they are: it turns those of 8 bits itself."""
+    tags = getattr(picture, "tag_v2", {})
+    return tags.get(_PHOTOMETRIC) == 0 and (picture.mode.startswith("I") or picture.mode == "F")
 
 
 def _pixels(picture: "PilImage.Image") -> tuple[NDArray[np.uint8], list[str]]:

@@ -120,7 +120,7 @@ def _load(source: str) -> bytes:
         if path.is_dir():
             raise ImageReadError("it is a folder; give one file")
         if not path.exists():
-            raise ImageReadError("no such file")
+            raise ImageReadError("no such file; check the path")
         if not path.is_file():  # a device or a pipe may never end
             raise ImageReadError("it is not a regular file")
         return path.read_bytes()
@@ -132,7 +132,7 @@ def _load(source: str) -> bytes:
 
 def _read_bytes(data: bytes, name: str, frame: SupportsIndex | None, max_pixels: int) -> Image:
     if not data:
-        raise ImageReadError("it is empty")
+        raise ImageReadError("it is empty; fetch it again from where it came")
     if data[128:132] == b"DICM" or _is_bare_dataset(data):
         from medreasoner.image.dicom import read_dicom
 

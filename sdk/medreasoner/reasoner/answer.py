@@ -155,9 +155,15 @@ class AnswerWriter:
         stream = self._free(
             sequencer, [*pending, *opening], stop=stop, limit=self._spec.max_think_tokens * think + _FREE_ANSWER_TOKENS
         )
+        parser, told = AnswerParser(), ""
+        parser.feed(self._text(opening))
         try:
             while True:
-                next(stream)
+                parser.feed(next(stream))
+                thought = parser.result().thought or ""
+                if len(thought) > len(told):
+                    yield Thought(thought[len(told) :])
+                    told = thought
         except StopIteration as end:
             ids, *_ = end.value
         sequencer.lap("answer")
@@ -166,8 +172,8 @@ class AnswerWriter:
         parser.feed(text)
         parsed = parser.result()
         values = None if parsed.status == "absent" else _values(parsed, limits)
-        if parsed.thought:
-            yield Thought(parsed.thought)
+        if parsed.thought and len(parsed.thought) > len(told):
+            yield Thought(parsed.thought[len(told) :])
         yield Answer(text)
         return Written(values=values, thought=parsed.thought, text=text, n_thought=0, n_answer=len(ids))
 

@@ -61,6 +61,53 @@ def test_sixteen_bit_grey_is_scaled_by_the_values_used(name):
     assert f"({low} to {high})" in image.warnings[0]
 
 
+def test_sixteen_bit_tiff_whose_zero_is_white_is_turned():
+    stored = RNG.integers(100, 4096, (12, 18)).astype(np.uint16)
+    plain = read_image(_save(PilImage.fromarray(stored), "TIFF"))
+    turned = read_image(_save(PilImage.fromarray(stored), "TIFF", tiffinfo={262: 0}))
+    np.testing.assert_array_equal(turned.pixels, 255 - plain.pixels)
+
+
+def _deep_png(samples):
+    """PNG of (rows, columns, 3) uint16, which Pillow does not write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows, columns, _ = samples.shape
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", columns, rows, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def _deep_tiff(samples):
+    """The same as TIFF."""
+    rows, columns, _ = samples.shape
+    data = samples.astype("<u2").tobytes()
+    start = 8 + 2 + 9 * 12 + 4
+    tags = [
+        (256, 3, 1, columns), (257, 3, 1, rows), (258, 3, 3, start), (259, 3, 1, 1), (262, 3, 1, 2),
+        (273, 4, 1, start + 6), (277, 3, 1, 3), (278, 3, 1, rows), (279, 4, 1, len(data)),
+    ]  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0)
+    return head + struct.pack("<HHH", 16, 16, 16) + data
+
+
+@pytest.mark.parametrize("encode", [_deep_png, _deep_tiff])
+def test_sixteen_bit_colour_is_read_by_its_upper_bits_and_says_so(encode):
+    samples = RNG.integers(0, 65536, (12, 18, 3)).astype(np.uint16)
+    image = read_image(encode(samples))
+    np.testing.assert_array_equal(image.pixels, samples >> 8)
+    assert image.warnings == ("its colours have 16 bits, of which the upper 8 are read",)
+
+
+@pytest.mark.parametrize("encode", [_deep_png, _deep_tiff])
+def test_sixteen_bit_colour_that_would_be_black_is_refused(encode):
+    with pytest.raises(ImageReadError, match="upper 8 are nearly empty"):
+        read_image(encode(RNG.integers(0, 4096, (12, 18, 3)).astype(np.uint16)))
+
+
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_32_bit_tiff_is_scaled_by_the_values_used(dtype):
     stored = np.linspace(-7, 9, 216).reshape(12, 18).astype(dtype)

@@ -179,7 +179,7 @@ def test_a_frame_that_is_no_integer_is_refused(grey, frame):
 def test_control_characters_of_a_file_name_do_not_reach_the_message():
     with pytest.raises(ImageReadError) as caught:
         read_image("a\n\x1b[2Jb.dcm")
-    assert str(caught.value) == "a??[2Jb.dcm: no such file"
+    assert str(caught.value) == "a??[2Jb.dcm: no such file; check the path"
 
 
 def test_the_record_refuses_other_pixels():
