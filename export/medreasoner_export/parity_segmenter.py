@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 
 def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float, seed: int) -> Iterator[ParityStage]:
-    """Compare image embeddings, mask logits and predicted IoU for a box with two points, and the final masks.
+    """Compare image embeddings, mask logits and predicted IoU for the bundle's form of prompts, and the final masks.
 
     Parameters
     ----------
@@ -55,20 +55,23 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     # As the graph was made: a setting given at the export may differ from the checkpoint's own.
     box_mask = decoder.get_modelmeta().custom_metadata_map.get("box_mask") == "true"
     box, points = _prompts(generator, size)
+    with_box, with_points = spec.prompts != "points", spec.prompts != "box"
     with torch.inference_mode():
         expected = embed(torch.from_numpy(pixels))
         result = sam(
             image_embeddings=expected,
-            input_points=torch.from_numpy(points)[:, None],
-            input_labels=torch.ones((N_IMAGES, 1, points.shape[1]), dtype=torch.int64),
-            input_boxes=torch.from_numpy(box.reshape(N_IMAGES, 1, 4)),
-            input_masks=torch.from_numpy(_drawn(box, size, spec.mask_size)) if box_mask else None,
+            input_points=torch.from_numpy(points)[:, None] if with_points else None,
+            input_labels=torch.ones((N_IMAGES, 1, points.shape[1]), dtype=torch.int64) if with_points else None,
+            input_boxes=torch.from_numpy(box.reshape(N_IMAGES, 1, 4)) if with_box else None,
+            input_masks=torch.from_numpy(_drawn(box, size, spec.mask_size)) if box_mask and with_box else None,
             multimask_output=spec.n_masks > 1,
         )
     embedding = encoder.run(None, {"pixel_values": pixels})[0]
     yield compare("image embedding", embedding, expected.numpy(), tolerance)
-    labels = np.tile(np.array([1] * points.shape[1] + [2, 3]), (N_IMAGES, 1))
-    prompts = {"points": np.concatenate([points, box], axis=1), "labels": labels}
+    corners = box if with_box else np.zeros((N_IMAGES, 1, 2), np.float32)  # without a box, SAM adds a padding point
+    kinds = [1] * points.shape[1] * with_points + ([2, 3] if with_box else [-1])
+    places = np.concatenate([points, corners], axis=1) if with_points else corners
+    prompts = {"points": places, "labels": np.tile(kinds, (N_IMAGES, 1))}
     masks, iou = decoder.run(["mask_logits", "predicted_iou"], {"image_embedding": embedding, **prompts})
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)

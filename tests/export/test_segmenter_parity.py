@@ -105,6 +105,15 @@ def test_a_box_drawn_into_the_mask_prompt_is_verified_as_it_was_exported(toy: Pa
     assert [stage.name for stage in stages if not stage.passed] == []
 
 
+@pytest.mark.parametrize("prompts", ["box", "points"])
+def test_each_form_of_prompts_is_verified(toy: Path, tmp_path: Path, prompts: str) -> None:
+    export_segmenter(toy / "segmenter", tmp_path / "segmenter", options=SegmenterOptions(settings={"prompts": prompts}))
+    export_reasoner(toy / "reasoner", tmp_path / "reasoner")
+    folder = build_bundle(tmp_path / "reasoner", tmp_path / "segmenter", tmp_path / "bundle", name="prompted")
+    stages = list(segmenter_stages(load_bundle(folder), toy / "segmenter", tolerance=TOLERANCE, seed=0))
+    assert [stage.name for stage in stages if not stage.passed] == []
+
+
 def test_a_drawn_box_changes_masks_and_points_alone_stay_as_they_were(
     sessions: Any, toy: Path, tmp_path: Path, embedding: np.ndarray
 ) -> None:
