@@ -287,13 +287,19 @@ def test_cold_start(
     report.note("peak memory, cold start: " + ", ".join(f"{side} {peak:.0f} MiB" for side, peak in peaks.items()))
 
 
-def test_command_line(benchmark: Any, models: Models, report: Report, pixels: Pixels) -> None:
+@pytest.mark.parametrize("draws", [False, True], ids=["answer", "overlay"])
+def test_command_line(
+    benchmark: Any, models: Models, report: Report, pixels: Pixels, tmp_path: Path, draws: bool
+) -> None:
     """The whole command on a DICOM file, beside a process that only imports what it cannot do without."""
     program = Path(sys.executable).with_name("medreasoner-cli")
     if not program.is_file():
         pytest.skip(f"{program} is not installed")
     command = [str(program), "ground", "sample:chest", QUERY, "--bundle", models.bundle, "--device", "cpu"]
+    if draws:
+        command += ["-o", str(tmp_path / "overlay.png")]
     floor = [sys.executable, "-c", "import numpy, onnxruntime, pydicom"]
     turns = TakingTurns(lambda _: _process(command, accepted=(0, 1)), lambda _: _process(floor))
-    name, goal = "medreasoner-cli ground / imports", report.goal("ours / peer", 2.5)
+    name = f"medreasoner-cli ground{' -o overlay.png' * draws} / imports"
+    goal = report.goal("ours / peer", 2.5)
     report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=PROCESS_ROUNDS, warmup_rounds=1))

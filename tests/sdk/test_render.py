@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image as PilImage
+from PIL import ImageFilter
 
 from medreasoner.image import Image
-
-pytest.importorskip("PIL")
+from medreasoner.render import _over_square
 
 
 def _grey(height, width, value=100):
@@ -99,3 +102,19 @@ def test_drawing_at_the_border_does_not_fail(make_grounding, place):
     else:
         changes = {"box": (69.5, 49.5, 70.0, 50.0), "points": ((70.0, 50.0), (70.0, 50.0))}
     assert make_grounding(image, mask=mask, **changes).overlay().width == 560
+
+
+@given(
+    height=st.integers(1, 20), width=st.integers(1, 20), reach=st.integers(1, 5), seed=st.integers(0, 50),
+    share=st.sampled_from([0.1, 0.5, 0.9]),
+)  # fmt: skip
+def test_the_square_around_each_pixel_is_that_of_pillows_filters(height, width, reach, seed, share):
+    rim = reach + 1
+    mask = np.pad(np.random.default_rng(seed).random((height, width)) < share, rim)
+    picture = PilImage.fromarray(mask.view(np.uint8) * np.uint8(255))
+    for combine, kind in ((np.logical_and, ImageFilter.MinFilter), (np.logical_or, ImageFilter.MaxFilter)):
+        expected = np.asarray(picture.filter(kind(2 * reach + 1))) > 0
+        found = _over_square(mask, reach, combine)
+        inner = np.s_[reach:-reach, reach:-reach]
+        np.testing.assert_array_equal(found[inner], expected[inner])
+        assert not found[:reach].any()

@@ -76,7 +76,8 @@ def _encode(grounding: "Grounding", form: str, target: Path, include_query: bool
 
 def _picture(picture: Any, kind: str) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, kind, **({"quality": 92} if kind == "JPEG" else {}))
+    # A PNG of level 2 is a sixth larger than one of Pillow's level 6, and written in a quarter of the time.
+    picture.save(stream, kind, **({"quality": 92} if kind == "JPEG" else {"compress_level": 2}))
     return stream.getvalue()
 
 
