@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from medreasoner import ops
@@ -50,6 +52,26 @@ def test_patches_equal_pillow_and_numpy(simd, channels, content, patch, merge):
     found = ops.preprocess_patches(image, height, width, content=content, mean=MEAN, std=STD, patch=patch, merge=merge)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, **TOLERANCE)
+
+
+@given(data=st.data())
+def test_any_size_equals_pillow_and_numpy(data):
+    patch, merge = data.draw(st.sampled_from([(14, 2), (7, 3), (4, 1)]))
+    rows, columns = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    height, width = rows * patch * merge, columns * patch * merge
+    h, w = data.draw(st.integers(1, height)), data.draw(st.integers(1, width))
+    channels = data.draw(st.sampled_from([1, 3]))
+    image = picture(channels, data.draw(st.integers(1, 90)), data.draw(st.integers(1, 90)))
+    padded = np.zeros((height, width, 3), np.uint8)
+    padded[:h, :w] = resized(image, h, w)
+    expected = patches_of(normalised(padded).transpose(2, 0, 1), patch, merge)
+    options = {"content": (h, w), "mean": MEAN, "std": STD}
+    found = ops.preprocess_patches(image, height, width, patch=patch, merge=merge, **options)
+    np.testing.assert_allclose(found, expected, **TOLERANCE)
+    planes = ops.preprocess_planes(image, height, width, **options)
+    np.testing.assert_allclose(planes[:, :h, :w], normalised(padded[:h, :w]).transpose(2, 0, 1), **TOLERANCE)
+    assert not planes[:, h:].any()
+    assert not planes[:, :, w:].any()
 
 
 @pytest.mark.parametrize("channels", [1, 3])

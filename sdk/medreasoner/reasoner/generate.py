@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from medreasoner.errors import GenerationError
+from medreasoner.errors import ArrayError, GenerationError
 from medreasoner.ops import AnswerState
 from medreasoner.reasoner.decoder import Decoder, KvCache
 from medreasoner.reasoner.rotary import text_positions
@@ -81,16 +81,19 @@ def choose(
         If the logits are not finite.
     """
     rows = state.allowed()
+    if not state.at_absent_choice:
+        try:
+            return lm_head.likeliest(hidden, rows), None
+        except ArrayError as err:
+            raise GenerationError(_NOT_FINITE) from err
     logits = lm_head.logits(hidden, rows)
     if not np.isfinite(logits).all():
         raise GenerationError(_NOT_FINITE)
-    probability = None
-    if state.at_absent_choice:
-        is_absent = np.array([_leads_to_absent(state, int(token)) for token in rows])
-        weights = np.exp(logits - logits.max())
-        probability = float(weights[is_absent].sum() / weights.sum())
-        if absent_threshold is not None:
-            logits = np.where(is_absent == (probability > absent_threshold), logits, -np.inf)
+    is_absent = np.array([_leads_to_absent(state, int(token)) for token in rows])
+    weights = np.exp(logits - logits.max())
+    probability = float(weights[is_absent].sum() / weights.sum())
+    if absent_threshold is not None:
+        logits = np.where(is_absent == (probability > absent_threshold), logits, -np.inf)
     return int(rows[int(np.argmax(logits))]), probability
 
 

@@ -31,6 +31,16 @@ class WeightMatrix:
         """Logits of some tokens, or of all, for one hidden state (hidden_dim,)."""
         return ops.project_rows(hidden, self.values, self.dtype, rows)
 
+    def likeliest(self, hidden: NDArray[np.float32], rows: NDArray[np.int32]) -> int:
+        """Token of the largest logit among `rows`, the first of equals.
+
+        Raises
+        ------
+        ArrayError
+            If a logit is not finite.
+        """
+        return ops.select_token(hidden, self.values, self.dtype, rows)[0]
+
 
 def load_weight(path: Path, spec: WeightSpec) -> WeightMatrix:
     """Matrix mapped from its file, so that only the rows in use come into memory.
