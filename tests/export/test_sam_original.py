@@ -59,9 +59,12 @@ def build_sam() -> BuildSam:
                 transformer=modeling.TwoWayTransformer(depth=2, embedding_dim=channels, mlp_dim=mlp_dim, num_heads=8),
             ),
         ).eval()  # fmt: skip
-        for parameter in sam.parameters():  # its zeros would hide positions, its small numbers the order of attention
+        # Its zeros would hide positions, its small numbers the order of attention; larger ones than these would make
+        # each softmax a choice of one, and rounding errors grow from layer to layer.
+        for parameter in sam.parameters():
             if parameter.ndim > 1 or not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.15)
+                inputs = parameter.shape[-1] if parameter.shape[0] == 1 else parameter[0].numel()
+                torch.nn.init.normal_(parameter, std=max(inputs, 30) ** -0.5)
         return sam
 
     return build
@@ -79,17 +82,17 @@ def file(sam: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _compare(sam: Any, folder: Path, *, multimask: bool) -> dict[str, float]:
+def _compare(sam: Any, folder: Path, *, multimask: bool, count: int = 2) -> dict[str, float]:
     """Largest differences of the graphs in `folder` from the package, by stage, relative to the largest value."""
     size = sam.image_encoder.img_size
     rng = np.random.default_rng(0)
-    pixels = rng.standard_normal((2, 3, size, size), dtype=np.float32)
-    points = rng.uniform(0, size, (2, 2, 2)).astype(np.float32)
-    box = np.sort(rng.uniform(0, size, (2, 2, 2)), axis=1).astype(np.float32)
+    pixels = rng.standard_normal((count, 3, size, size), dtype=np.float32)
+    points = rng.uniform(0, size, (count, 2, 2)).astype(np.float32)
+    box = np.sort(rng.uniform(0, size, (count, 2, 2)), axis=1).astype(np.float32)
     with torch.inference_mode():
         embedding = sam.image_encoder(torch.from_numpy(pixels))
         masks, scores = [], []
-        for row in range(2):
+        for row in range(count):
             sparse, dense = sam.prompt_encoder(
                 points=(torch.from_numpy(points[row : row + 1]), torch.ones(1, 2)),
                 boxes=torch.from_numpy(box[row].reshape(1, 4)),
@@ -109,7 +112,7 @@ def _compare(sam: Any, folder: Path, *, multimask: bool) -> dict[str, float]:
         for name in ("encoder.onnx", "decoder.onnx")
     )
     found = encoder.run(None, {"pixel_values": pixels})[0]
-    labels = np.tile([1, 1, 2, 3], (2, 1))
+    labels = np.tile([1, 1, 2, 3], (count, 1))
     prompts = {"points": np.concatenate([points, box], axis=1), "labels": labels}
     logits, iou = decoder.run(["mask_logits", "predicted_iou"], {"image_embedding": found, **prompts})
     pairs = {
@@ -138,7 +141,7 @@ def test_graphs_of_the_true_vit_b_equal_the_package(build_sam: BuildSam, tmp_pat
     torch.save(sam.state_dict(), tmp_path / "sam_vit_b.pth")
     export = export_segmenter(tmp_path / "sam_vit_b.pth", tmp_path / "out")
     assert export.recognised.endswith("12 layers of 768, images of 1024 px")
-    assert max(_compare(sam, tmp_path / "out", multimask=False).values()) < 1e-4
+    assert max(_compare(sam, tmp_path / "out", multimask=False, count=1).values()) < 1e-4
 
 
 @pytest.mark.parametrize(
