@@ -1,6 +1,7 @@
 """Package map and the compiled kernels; everything else is in pyproject.toml."""
 
 import os
+import shutil
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -10,7 +11,11 @@ ROOTS = ("sdk", "export", "train", "cli")
 packages = {name: root for root in ROOTS for name in find_packages(root)}
 
 # MEDREASONER_NO_NANO=1 leaves the 40 MB nano bundle out, for vendors who ship a model of their own.
-bundle = [] if os.environ.get("MEDREASONER_NO_NANO") == "1" else ["bundles/nano/**/*"]
+bundle = ["bundles/nano/**/*"]
+if os.environ.get("MEDREASONER_NO_NANO") == "1":
+    bundle = []
+    for left in Path("build").glob("lib*/medreasoner/bundles"):  # by an earlier build, which a wheel would take along
+        shutil.rmtree(left)
 
 setup(
     packages=sorted(packages),
