@@ -65,7 +65,7 @@ class WeightsFile:
         """Append a contiguous array and return what stands for it in the graph."""
         self._file.write(bytes(-self._file.tell() % self.ALIGNMENT))
         start = self._file.tell()
-        self._file.write(array.data.cast("B") if array.dtype.kind != "V" else array.view(np.uint8).data.cast("B"))
+        self._file.write(array.reshape(-1).view(np.uint8).data)
         proto = onnx.TensorProto(name=name, dims=array.shape, data_location=TensorProto.EXTERNAL)
         proto.data_type = helper.np_dtype_to_tensor_dtype(array.dtype)
         for key, value in (("location", self.name), ("offset", start), ("length", array.nbytes)):

@@ -19,11 +19,11 @@ import onnx
 from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import FLOAT, GraphBuilder, Storage, WeightsFile
 from medreasoner_export.sam_config import SamConfig
+from medreasoner_export.sam_image import neck, to_planes, to_tokens, within_windows
 
 __all__ = ["encoder_graph"]
 
-# SamVisionNeck's norms hold this number in code, not in the configuration.
-NECK_EPSILON = 1e-6
+# SAM-Med2D's code holds this number.
 ADAPTER_EPSILON = 1e-5
 
 
@@ -76,7 +76,7 @@ class _Encoder:
                 x, h = self._add(x, y, bias, f"layers.{index + 1}.layer_norm1")
             else:
                 x = g.op("Add", x, g.op("Add", y, self.vector(bias, c.hidden_dim)))
-        self._neck(x)
+        neck(g, x, self.tensor, dim=c.hidden_dim, channels=c.n_channels, side=c.grid)
         g.output("image_embedding", FLOAT, ("batch", c.n_channels, c.grid, c.grid))
         return g.model(metadata)
 
@@ -92,7 +92,7 @@ class _Encoder:
             self.vector(name + ".bias", c.hidden_dim),
             strides=[c.patch_size, c.patch_size],
         )
-        x = g.op("Transpose", g.op("Reshape", patches, g.ints(0, c.hidden_dim, -1)), perm=[0, 2, 1])
+        x = to_tokens(g, patches, c.hidden_dim)
         if not c.absolute_positions:
             return x
         places = self.tensor("pos_embed", 1, c.grid, c.grid, c.hidden_dim)
@@ -100,24 +100,11 @@ class _Encoder:
 
     def _windowed_attention(self, h: str, layer: str, window: int) -> str:
         """(batch, n_patches, D) to the same, without the last bias."""
-        g, c = self.g, self.config
-        dim, count = c.hidden_dim, -(-c.grid // window)
-        padded = count * window
-        if padded > c.grid:
-            # SAM pads with zeros and lets them take part: no mask.
-            h = g.op("Reshape", h, g.ints(0, c.grid, c.grid, dim))
-            h = g.op("Pad", h, g.ints(0, 0, 0, 0, 0, padded - c.grid, padded - c.grid, 0))
-        if count > 1:
-            h = g.op("Reshape", h, g.ints(-1, count, window, count, window * dim))
-            h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])  # (batch, window row, window column, row, ...)
-        h = self._attention(g.op("Reshape", h, g.ints(-1, window * window, dim)), layer + "attn.", window)
-        if count > 1:
-            h = g.op("Reshape", h, g.ints(-1, count, count, window, window * dim))
-            h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])
-        if padded > c.grid:
-            h = g.op("Reshape", h, g.ints(-1, padded, padded, dim))
-            h = g.op("Slice", h, g.ints(0, 0), g.ints(c.grid, c.grid), g.ints(1, 2))
-        return g.op("Reshape", h, g.ints(-1, c.grid * c.grid, dim))
+        c = self.config
+        return within_windows(
+            self.g, h, side=c.grid, window=window, dim=c.hidden_dim,
+            attend=lambda part: self._attention(part, layer + "attn.", window),
+        )  # fmt: skip
 
     def _attention(self, h: str, name: str, side: int) -> str:
         """Attention within each row of (B, side * side, D), and its output projection without the bias."""
@@ -175,13 +162,12 @@ class _Encoder:
         gate = g.op("ReduceMean", h, g.ints(1), keepdims=1)
         gate = g.linear(gate, name + "channel.0", self.tensor(name + "channel.0.weight", hidden, dim))
         gate = g.linear(g.op("Relu", gate), name + "channel.2", self.tensor(name + "channel.2.weight", dim, hidden))
-        x = g.op("Transpose", g.op("Mul", h, g.op("Sigmoid", gate)), perm=[0, 2, 1])
-        x = g.op("Reshape", x, g.ints(0, dim, c.grid, c.grid))
+        x = to_planes(g, g.op("Mul", h, g.op("Sigmoid", gate)), dim, c.grid)
         for index, kind, side in ((0, "Conv", 3), (2, "ConvTranspose", 4)):
             kernel = f"{name}spatial.{index}.weight"
             weight = g.weight(kernel, self.tensor(kernel, dim, dim, side, side))
             x = g.op("Relu", g.op(kind, x, weight, strides=[2, 2], pads=[1, 1, 1, 1]))
-        x = g.op("Transpose", g.op("Reshape", x, g.ints(0, dim, -1)), perm=[0, 2, 1])
+        x = to_tokens(g, x, dim)
         norm = [self.vector(f"{name}norm.{part}", dim) for part in ("weight", "bias")]
         return g.op("LayerNormalization", g.op("Add", h, x), *norm, epsilon=ADAPTER_EPSILON)
 
@@ -198,24 +184,3 @@ class _Encoder:
             epsilon=self.config.layer_norm_eps,
         )
         return total, h
-
-    def _neck(self, x: str) -> None:
-        g, c = self.g, self.config
-        channels = c.n_channels
-        y = g.linear(
-            x, "neck.conv1", self.tensor("neck.conv1.weight", channels, c.hidden_dim, 1, 1).reshape(channels, -1)
-        )
-        y = self._planes(self._neck_norm(y, "neck.layer_norm1"))
-        kernel = g.weight("neck.conv2.weight", self.tensor("neck.conv2.weight", channels, channels, 3, 3))
-        y = g.op("Conv", y, kernel, pads=[1, 1, 1, 1])
-        y = g.op("Transpose", g.op("Reshape", y, g.ints(0, channels, -1)), perm=[0, 2, 1])
-        self._planes(self._neck_norm(y, "neck.layer_norm2"), out="image_embedding")
-
-    def _neck_norm(self, x: str, name: str) -> str:
-        vectors = [self.vector(f"{name}.{part}", self.config.n_channels) for part in ("weight", "bias")]
-        return self.g.op("LayerNormalization", x, *vectors, epsilon=NECK_EPSILON)
-
-    def _planes(self, x: str, *, out: str | None = None) -> str:
-        """(batch, n_patches, C) to (batch, C, grid, grid)."""
-        g, c = self.g, self.config
-        return g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1]), g.ints(0, c.n_channels, c.grid, c.grid), out=out)

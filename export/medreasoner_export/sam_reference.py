@@ -17,8 +17,10 @@ from torch.nn import functional as nn
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
 from medreasoner_export.report import load_reference
+from medreasoner_export.sam_image import NECK_EPSILON
 from medreasoner_export.sam_original import open_sam
-from medreasoner_export.tiny_vit import NECK_EPSILON, is_tiny_vit, merge_stride, offset_rows
+from medreasoner_export.segmenter import TWICE
+from medreasoner_export.tiny_vit import is_tiny_vit, merge_stride, offset_rows
 
 __all__ = ["load_sam"]
 
@@ -39,15 +41,14 @@ def load_sam(path: Path) -> tuple[Any, Embed]:
         return sam, sam.get_image_embeddings
     weights = open_sam(path)
     shapes = {name: shape for name, shape in weights.shapes.items() if not name.endswith("num_batches_tracked")}
-    state = {name: torch.from_numpy(_float32(weights.tensor(name, shape))) for name, shape in shapes.items()}
+    state = {name: torch.from_numpy(weights.tensor(name, shape).astype("float32")) for name, shape in shapes.items()}
     sam = transformers.SamModel(transformers.SamConfig.from_dict(weights.config))
     if is_tiny_vit(weights):
         start = "vision_encoder."
         own = {name.removeprefix(start): state.pop(name) for name in list(state) if name.startswith(start)}
         state |= {name: value for name, value in sam.state_dict().items() if name.startswith(start)}  # stays unused
     adapters = {name: state.pop(name) for name in list(state) if ".Adapter." in name}
-    # transformers holds the positions twice.
-    state["prompt_encoder.shared_embedding.positional_embedding"] = state["shared_image_embedding.positional_embedding"]
+    state[TWICE] = state["shared_image_embedding.positional_embedding"]
     try:
         sam.load_state_dict(state)
     except RuntimeError as err:
@@ -58,10 +59,6 @@ def load_sam(path: Path) -> tuple[Any, Embed]:
         layer.mlp.register_forward_hook(partial(_beside_mlp, branch))
     sam.eval()
     return sam, partial(_tiny_vit, own) if is_tiny_vit(weights) else sam.get_image_embeddings
-
-
-def _float32(array: Any) -> Any:
-    return array.astype("float32")
 
 
 def _beside_mlp(weights: Named, _mlp: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -36,8 +36,7 @@ class SegmenterOptions:
     ----------
     arch
         ``"medsam"`` for MedSAM, whose weights look like those of SAM but want other images; ``"auto"`` takes what the
-        weights are: LiteMedSAM, SAM-Med2D if they have
-        adapters, else SAM.
+        weights are: LiteMedSAM, SAM-Med2D if they have adapters, else SAM.
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     settings

@@ -118,8 +118,7 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
     BundleError
         If a key is unknown, or the file is malformed.
     """
-    folder = path if path.is_dir() else None
-    images = _preprocessor(folder) if folder is not None else {}
+    images = _preprocessor(path)
     defaults: dict[str, Any] = {
         "resize": {"rule": "longest_pad", "size": image_size},
         "rescale": "fixed",
@@ -136,12 +135,12 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
         defaults |= {"rescale": "minmax", "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "prompts": "box"}
     if arch == "medsam":
         defaults["resize"] = stretched
-    return _merge(folder, defaults, overrides)
+    return _merge(path, defaults, overrides)
 
 
-def _merge(folder: Path | None, defaults: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / FILE if folder is not None else None
-    stated = read_json(path) if path is not None and path.is_file() else {}
+def _merge(folder: Path, defaults: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    path = folder / FILE
+    stated = read_json(path) if path.is_file() else {}
     for source, values in ((str(path), stated), ("options", overrides)):
         unknown = sorted(set(values) - set(defaults))
         if unknown:

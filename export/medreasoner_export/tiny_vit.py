@@ -21,13 +21,13 @@ from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import FLOAT, GraphBuilder, Storage, WeightsFile
 from medreasoner_export.sam_config import SamConfig
+from medreasoner_export.sam_image import neck, to_planes, to_tokens, within_windows
 
 __all__ = ["FIRST", "is_tiny_vit", "merge_stride", "offset_rows", "tiny_vit_graph"]
 
 FIRST = "vision_encoder.patch_embed.seq.0.c.weight"
 # Numbers that its code holds, not its weights.
 NORM_EPSILON = 1e-5
-NECK_EPSILON = 1e-6
 KEEPS_RESOLUTION = (320, 448, 576)
 
 
@@ -108,7 +108,7 @@ class _Encoder:
                 x, dim = self._merge(x, layer + "downsample.", dim)
         if self.side != c.grid:
             raise BundleError(f"{self.weights.path}: stages end in {self.side} patches, the decoder wants {c.grid}")
-        self._neck(self._tokens(x, dim), dim)
+        neck(g, to_tokens(g, x, dim), self.tensor, dim=dim, channels=c.n_channels, side=c.grid)
         g.output("image_embedding", FLOAT, ("batch", c.n_channels, c.grid, c.grid))
         return g.model(metadata)
 
@@ -155,38 +155,25 @@ class _Encoder:
     def _block(self, x: str, name: str, dim: int) -> str:
         """A block of a later stage, from and to (batch, D, side, side)."""
         g = self.g
-        tokens = self._tokens(x, dim)
+        tokens = to_tokens(g, x, dim)
         tokens = g.op("Add", tokens, self._windowed_attention(tokens, name + "attn.", dim))
-        x = self._conv(self._planes(tokens, dim), name + "local_conv", dim, depthwise=True)
-        tokens = self._tokens(x, dim)
+        x = self._conv(to_planes(g, tokens, dim, self.side), name + "local_conv", dim, depthwise=True)
+        tokens = to_tokens(g, x, dim)
         hidden = self.shape(name + "mlp.fc1.weight", 2)[0]
         y = self._norm(tokens, name + "mlp.norm", dim)
         y = g.op("Gelu", self._linear(y, name + "mlp.fc1", hidden, dim))
-        return self._planes(g.op("Add", tokens, self._linear(y, name + "mlp.fc2", dim, hidden)), dim)
+        return to_planes(g, g.op("Add", tokens, self._linear(y, name + "mlp.fc2", dim, hidden)), dim, self.side)
 
     def _windowed_attention(self, h: str, name: str, dim: int) -> str:
-        """(batch, side ** 2, D) to the same. Padding takes part in the attention, as zeros before the norm."""
-        g, side = self.g, self.side
+        """(batch, side ** 2, D) to the same. The norm lies within: padding is zero before it."""
         heads, offsets = self.shape(name + "attention_biases", 2)
         window = math.isqrt(offsets)
         if window * window != offsets or dim % heads:
             raise BundleError(f"{self.weights.path}: {name}attention_biases: {heads} heads, {offsets} offsets")
-        count = -(-side // window)
-        padded = count * window
-        if padded > side:
-            h = g.op("Reshape", h, g.ints(0, side, side, dim))
-            h = g.op("Pad", h, g.ints(0, 0, 0, 0, 0, padded - side, padded - side, 0))
-        if count > 1:
-            h = g.op("Reshape", h, g.ints(-1, count, window, count, window * dim))
-            h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])
-        h = self._attention(g.op("Reshape", h, g.ints(-1, window * window, dim)), name, dim, heads, window)
-        if count > 1:
-            h = g.op("Reshape", h, g.ints(-1, count, count, window, window * dim))
-            h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])
-        if padded > side:
-            h = g.op("Reshape", h, g.ints(-1, padded, padded, dim))
-            h = g.op("Slice", h, g.ints(0, 0), g.ints(side, side), g.ints(1, 2))
-        return g.op("Reshape", h, g.ints(-1, side * side, dim))
+        return within_windows(
+            self.g, h, side=self.side, window=window, dim=dim,
+            attend=lambda part: self._attention(part, name, dim, heads, window),
+        )  # fmt: skip
 
     def _attention(self, h: str, name: str, dim: int, heads: int, window: int) -> str:
         g, head = self.g, dim // heads
@@ -203,25 +190,6 @@ class _Encoder:
     def _linear(self, x: str, name: str, out: int, size: int) -> str:
         return self.g.linear(x, name, self.tensor(name + ".weight", out, size), self.tensor(name + ".bias", out))
 
-    def _norm(self, x: str, name: str, size: int, epsilon: float = NORM_EPSILON) -> str:
+    def _norm(self, x: str, name: str, size: int) -> str:
         vectors = [self.vector(f"{name}.{part}", size) for part in ("weight", "bias")]
-        return self.g.op("LayerNormalization", x, *vectors, epsilon=epsilon)
-
-    def _tokens(self, x: str, dim: int) -> str:
-        """(batch, D, side, side) to (batch, side ** 2, D)."""
-        return self.g.op("Transpose", self.g.op("Reshape", x, self.g.ints(0, dim, -1)), perm=[0, 2, 1])
-
-    def _planes(self, x: str, dim: int, *, out: str | None = None) -> str:
-        """(batch, side ** 2, D) to (batch, D, side, side)."""
-        g = self.g
-        return g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1]), g.ints(0, dim, self.side, self.side), out=out)
-
-    def _neck(self, x: str, dim: int) -> None:
-        g, channels = self.g, self.config.n_channels
-        narrow = self.tensor("neck.conv1.weight", channels, dim, 1, 1).reshape(channels, dim)
-        y = self._planes(
-            self._norm(g.linear(x, "neck.conv1", narrow), "neck.layer_norm1", channels, NECK_EPSILON), channels
-        )
-        kernel = g.weight("neck.conv2.weight", self.tensor("neck.conv2.weight", channels, channels, 3, 3))
-        y = self._tokens(g.op("Conv", y, kernel, pads=[1, 1, 1, 1]), channels)
-        self._planes(self._norm(y, "neck.layer_norm2", channels, NECK_EPSILON), channels, out="image_embedding")
+        return self.g.op("LayerNormalization", x, *vectors, epsilon=NORM_EPSILON)
