@@ -3,11 +3,35 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <locale>
+#include <sstream>
+#include <string>
+
+#ifdef __cpp_lib_to_chars
+#define MR_HAS_FROM_CHARS
+#endif
+#ifdef MR_TEST_WITHOUT_FROM_CHARS
+#undef MR_HAS_FROM_CHARS
+#endif
 
 namespace medreasoner {
 namespace {
 
 constexpr int kMaxDepth = 64;  // a hostile answer must not exhaust the stack
+
+// The number that `text` is, which the caller has checked; NaN where it is beyond a double.
+double to_double(std::string_view text) {
+    double number = NAN;
+#ifdef MR_HAS_FROM_CHARS
+    std::from_chars(text.data(), text.data() + text.size(), number);
+#else  // libstdc++ before GCC 11, as on JetPack 5, and older libc++
+    std::istringstream stream{std::string(text)};
+    stream.imbue(std::locale::classic());
+    double read;
+    if (stream >> read && std::isfinite(read)) number = read;
+#endif
+    return number;
+}
 
 class Reader {
 public:
@@ -95,8 +119,7 @@ private:
             if (n == 0) return false;
             i += n + 1 + sign;
         }
-        *out = NAN;  // stays where the number is beyond a double
-        std::from_chars(rest_.data(), rest_.data() + i, *out);
+        *out = to_double(rest_.substr(0, i));
         rest_.remove_prefix(i);
         return true;
     }

@@ -1,9 +1,15 @@
 """Every public test file of pydicom and pydicom-data is read, or refused for the reason in this table."""
 
+import io
 import re
+import shutil
+import subprocess
 
 import numpy as np
+import pydicom
 import pytest
+from PIL import Image as PilImage
+from pydicom.encaps import generate_frames
 
 from medreasoner.errors import ImageReadError
 from medreasoner.image import read_image
@@ -74,9 +80,12 @@ TWINS = [
     ("pydicom/SC_rgb_rle_16bit.dcm", "SC_rgb_16bit.dcm"),
     ("pydicom/SC_rgb_rle_32bit.dcm", "SC_rgb_32bit.dcm"),
     ("SC_rgb_expb_32bit.dcm", "SC_rgb_32bit.dcm"),
+    ("SC_rgb_32bit_2frame.dcm", "SC_rgb.dcm"),
+    ("SC_rgb_expb_32bit_2frame.dcm", "SC_rgb_32bit_2frame.dcm"),
     ("color-pl.dcm", "color-px.dcm"),
     ("gdcm-US-ALOKA-16_big.dcm", "gdcm-US-ALOKA-16.dcm"),
     ("pydicom/rtdose_expb.dcm", "pydicom/rtdose.dcm"),
+    ("pydicom/rtdose_expb_1frame.dcm", "pydicom/rtdose_1frame.dcm"),
     ("pydicom/rtdose_rle.dcm", "pydicom/rtdose.dcm"),
     ("liver_expb.dcm", "liver.dcm"),
 ]
@@ -141,6 +150,65 @@ def test_colour_encodings_of_the_test_chart_look_alike(corpus, name, chart):
     assert difference.max() <= (6 if name == "SC_ybr_full_uncompressed.dcm" else 4)
 
 
+def _codestream(path):
+    (frame,) = generate_frames(pydicom.dcmread(path).PixelData, number_of_frames=1)
+    return frame[frame.index(b"\xff\x4f\xff\x51") :]
+
+
+def _windowed(values, center, width):
+    """PS3.3 C.11.2.1.2.1, in the words of the standard."""
+    scaled = ((values - (center - 0.5)) / (width - 1) + 0.5) * 255
+    return np.clip(scaled, 0, 255)
+
+
+def test_jpeg_2000_of_colour_is_what_pillow_decodes(corpus):
+    path = corpus["pydicom/examples_jpeg2k.dcm"]
+    np.testing.assert_array_equal(read_image(path).pixels, np.asarray(PilImage.open(io.BytesIO(_codestream(path)))))
+
+
+@pytest.mark.skipif(shutil.which("opj_decompress") is None, reason="OpenJPEG's opj_decompress is not on PATH")
+def test_jpeg_2000_that_only_openjpeg_reads(corpus, tmp_path):
+    path, stream, picture = corpus["pydicom/GDCMJ2K_TextGBR.dcm"], tmp_path / "a.j2k", tmp_path / "a.ppm"
+    stream.write_bytes(_codestream(path))
+    subprocess.run(["opj_decompress", "-i", stream, "-o", picture], check=True, capture_output=True)
+    np.testing.assert_array_equal(read_image(path).pixels, np.asarray(PilImage.open(picture)))
+
+
+def test_jpeg_2000_whose_signedness_differs_from_the_header(corpus):
+    """The codestream holds 13-bit unsigned samples, the header says signed: the header's reading is meant."""
+    path = corpus["pydicom/J2K_pixelrep_mismatch.dcm"]
+    samples = np.asarray(PilImage.open(io.BytesIO(_codestream(path)))).astype(int) >> 3  # Pillow widens 13 bits to 16
+    dataset = pydicom.dcmread(path)
+    values = np.where(samples < 4096, samples, samples - 8192) * dataset.RescaleSlope + dataset.RescaleIntercept
+    expected = _windowed(values, dataset.WindowCenter[0], dataset.WindowWidth[0])
+    assert np.abs(read_image(path).pixels - expected).max() <= 0.5
+
+
+def test_jpeg_2000_with_private_elements_of_unknown_vr(corpus):
+    path = corpus["explicit_VR-UN.dcm"]
+    values = np.asarray(PilImage.open(io.BytesIO(_codestream(path)))).astype(
+        float
+    )  # Pillow adds 2^15 to signed samples
+    expected = (values - values.min()) / np.ptp(values) * 255  # the file has no window
+    assert np.abs(read_image(path).pixels - expected).max() <= 0.5
+
+
+@pytest.mark.parametrize("frame", [0, 1])
+def test_window_and_rescale_of_functional_groups(corpus, frame):
+    """Enhanced CT; the numbers are those of its frame VOI LUT and pixel value transformation macros."""
+    path = corpus["eCT_Supplemental.dcm"]
+    dataset = pydicom.dcmread(path)
+    size = dataset.Rows * dataset.Columns
+    values = np.frombuffer(dataset.PixelData, "<u2")[frame * size :][:size].reshape(dataset.Rows, dataset.Columns)
+    assert np.abs(read_image(path, frame=frame).pixels - _windowed(values - 1024.0, 49, 102)).max() <= 0.5
+
+
+def test_the_second_frame_of_32_bit_colour_is_the_first_inverted(corpus):
+    """As pydicom-data describes the file."""
+    path = corpus["SC_rgb_32bit_2frame.dcm"]
+    np.testing.assert_array_equal(read_image(path, frame=1).pixels, 255 - read_image(path).pixels)
+
+
 @pytest.mark.parametrize(
     ("name", "spacing"),
     [
@@ -162,8 +230,6 @@ def test_spacing_of_real_files(corpus, name, spacing):
 
 def test_real_overlays_do_not_reach_the_picture(corpus):
     """The overlay planes are in their own elements; hiding them changes nothing."""
-    import pydicom
-
     dataset = pydicom.dcmread(corpus["MR-SIEMENS-DICOM-WithOverlays.dcm"])
     with_overlays = read_image(dataset).pixels
     for tag in [element.tag for element in dataset if element.tag.group & 0xFF00 == 0x6000]:

@@ -1,0 +1,137 @@
+// Every kernel on inputs made here; prints what came out, so that two builds can be compared line by line.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "answer_grammar.h"
+#include "answer_parser.h"
+#include "mask.h"
+#include "preprocess.h"
+#include "resize.h"
+#include "rows.h"
+#include "simd.h"
+#include "window.h"
+
+using namespace medreasoner;
+
+namespace {
+
+uint32_t state = 1;
+uint32_t draw() { return state = state * 1664525u + 1013904223u; }
+float draw_float() { return static_cast<float>(draw() >> 8) / 8388608.0f - 1.0f; }
+
+// FNV-1a: integer results must agree in every bit.
+template <class T>
+uint64_t digest(const std::vector<T>& values) {
+    uint64_t hash = 1469598103934665603ull;
+    const auto* bytes = reinterpret_cast<const unsigned char*>(values.data());
+    for (size_t i = 0; i < values.size() * sizeof(T); ++i) hash = (hash ^ bytes[i]) * 1099511628211ull;
+    return hash;
+}
+
+// Sums of products come in another order for each vector width: four digits are compared.
+void print_floats(const char* name, const std::vector<float>& values) {
+    std::printf("%s", name);
+    for (size_t i = 0; i < values.size(); i += 1 + values.size() / 16) std::printf(" %.4g", std::round(values[i] * 1e4) / 1e4);
+    std::printf("\n");
+}
+
+void images() {
+    std::vector<uint8_t> pixels(37 * 53 * 3);
+    for (auto& p : pixels) p = static_cast<uint8_t>(draw() >> 24);
+    const ImageView image{pixels.data(), 37, 53, 3};
+    std::vector<uint8_t> resized;
+    for (const int64_t size : {19, 37, 91}) {
+        resize_rows(image, size, size + 5, [&](int64_t, const uint8_t* row) { resized.insert(resized.end(), row, row + (size + 5) * 3); });
+    }
+    std::printf("resize %llu\n", static_cast<unsigned long long>(digest(resized)));
+    const Normalisation norm{{0.48f, 0.45f, 0.40f}, {0.26f, 0.25f, 0.27f}};
+    std::vector<float> patches(3 * 56 * 56), planes(3 * 64 * 64);
+    preprocess_patches(image, {56, 56, 56, 56}, norm, 14, 2, patches.data());
+    preprocess_planes(image, {64, 64, 45, 64}, norm, planes.data());
+    print_floats("patches", patches);
+    print_floats("planes", planes);
+    std::vector<float> values(1001);
+    for (auto& v : values) v = 2000 * draw_float();
+    values[7] = std::numeric_limits<float>::quiet_NaN();
+    for (const auto function : {VoiFunction::linear, VoiFunction::linear_exact, VoiFunction::sigmoid}) {
+        std::vector<uint8_t> grey(values.size());
+        window_u8(values.data(), 1001, {1.5, -20, 40, 400, function, function == VoiFunction::linear}, grey.data());
+        std::printf("window %llu\n", static_cast<unsigned long long>(digest(grey)));
+    }
+}
+
+void masks() {
+    std::vector<float> logits(64 * 64);
+    for (int y = 0; y < 64; ++y)
+        for (int x = 0; x < 64; ++x) logits[y * 64 + x] = 300.f - (x - 30) * (x - 30) - (y - 25) * (y - 25) + 0.37f * draw_float();
+    std::vector<uint8_t> mask(301 * 207), again(301 * 207, 0);
+    mask_from_logits(logits.data(), 64, 44.0, 64.0, 0.f, 207, 301, mask.data());
+    Box box{};
+    const bool found = mask_box(mask.data(), 207, 301, &box);
+    std::printf("box %d %lld %lld %lld %lld\n", found, (long long)box.x1, (long long)box.y1, (long long)box.x2, (long long)box.y2);
+    const std::string text = encode_counts(run_lengths(mask.data(), 207, 301));
+    fill_runs(decode_counts(text, 301 * 207), 207, 301, again.data());
+    std::printf("mask %llu rle %s same %d\n", static_cast<unsigned long long>(digest(mask)), text.substr(0, 60).c_str(), mask == again);
+}
+
+void rows() {
+    const int64_t n = 40, cols = 67;
+    std::vector<float> hidden(cols), weights(n * cols), out(n);
+    for (auto& h : hidden) h = draw_float();
+    for (auto& w : weights) w = draw_float();
+    std::vector<uint16_t> halves(n * cols);  // finite float16 and bfloat16 patterns alike
+    for (auto& h : halves) h = static_cast<uint16_t>(((draw() >> 16) & 0x83ff) | 0x3800);
+    for (const Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+        const Matrix matrix{dtype == Dtype::float32 ? static_cast<const void*>(weights.data()) : halves.data(), dtype, n, cols};
+        project_rows(matrix, hidden.data(), nullptr, n, out.data());
+        print_floats("project", out);
+        const std::vector<int32_t> some{3, 17, 21, 39};
+        const Selected best = select_token(matrix, hidden.data(), some.data(), 4);
+        std::printf("select %d %.3f\n", best.row, best.logprob);
+        std::vector<float> gathered(2 * cols);
+        const std::vector<int64_t> ids{5, 0};
+        gather_rows(matrix, ids.data(), 2, gathered.data());
+        std::printf("gather %llu\n", static_cast<unsigned long long>(digest(gathered)));
+    }
+}
+
+void answers() {
+    for (const char* text : {"<think>left</think><answer>{'bbox': [1.5, 2e1, 30, -4.25], \"points_1\": [1,2], 'points_2':[3 ,4.0]}</answer>",
+                             "<answer>{'bbox': [1, 2, 3]}</answer>", "<answer>{\"bbox\": [1,2,3,4]", "none",
+                             "<answer>{'bbox': [0.1, 1e308, -0.0, 123456789012345678], 'points_1': [1e999, 2], 'points_2': [1e-5, 7E-2]}</answer>"}) {
+        AnswerParser parser;
+        for (const char* c = text; *c; ++c) parser.feed(std::string_view(c, 1));
+        const ParsedAnswer answer = parser.result();
+        std::printf("answer %s", answer.status.c_str());
+        if (answer.bbox)
+            for (const double v : *answer.bbox) std::printf(" %g", v);
+        for (const auto& name : answer.missing) std::printf(" -%s", name.c_str());
+        std::printf("\n");
+    }
+    std::vector<Tokens> literals, numbers;
+    for (int i = 0; i < 9; ++i) literals.push_back({100 + i, 120});
+    for (int i = 0; i < 100; ++i) numbers.push_back(i < 10 ? Tokens{i} : Tokens{i / 10, i % 10});
+    AnswerState answer(std::make_shared<AnswerGrammar>(literals, numbers, Tokens{99}), 90, 70);
+    std::printf("grammar");
+    while (!answer.done()) {
+        const Tokens forced = answer.forced();
+        const Tokens allowed = answer.allowed();
+        std::printf(" %zu/%zu", forced.size(), allowed.size());
+        if (!allowed.empty()) answer.accept(allowed[allowed.size() > 1 ? 1 + draw() % (allowed.size() - 1) : 0]);
+    }
+    for (const int v : answer.values()) std::printf(" %d", v);
+    std::printf("\n");
+}
+
+}  // namespace
+
+int main() {
+    set_simd_level(simd_level_names().front());
+    images();
+    masks();
+    rows();
+    answers();
+}
