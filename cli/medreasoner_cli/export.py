@@ -34,7 +34,8 @@ def reasoner(
     output: OutOption,
     weights: WeightsOption = "source",
     precision: Annotated[
-        Literal["fp32", "int4"], typer.Option(help="int4 rounds the decoder's matrices to four bits.")
+        Literal["fp32", "fp16", "int4"],
+        typer.Option(help="fp16 is for GPUs; int4 rounds the decoder's matrices to four bits."),
     ] = "fp32",
     settings: SettingsOption = None,
 ) -> None:
@@ -56,6 +57,9 @@ def segmenter(
     output: OutOption,
     arch: Annotated[Arch, typer.Option(help="auto reads it from the weights, but MedSAM's look like SAM's.")] = "auto",
     weights: WeightsOption = "source",
+    precision: Annotated[
+        Literal["fp32", "fp16"], typer.Option(help="Of the image encoder; fp16 is for GPUs.")
+    ] = "fp32",
     settings: SettingsOption = None,
 ) -> None:
     """Export a SAM, MedSAM, SAM-Med2D or LiteMedSAM: image encoder and mask decoder.
@@ -65,7 +69,7 @@ def segmenter(
     medreasoner-cli export segmenter medsam_vit_b.pth --arch medsam -o build/segmenter
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
-    options = package.SegmenterOptions(arch=arch, weights=weights, settings=_read_json(settings))
+    options = package.SegmenterOptions(arch=arch, weights=weights, precision=precision, settings=_read_json(settings))
     export = package.export_segmenter(checkpoint, output, options=options)
     print(f"note: {export.recognised}", file=sys.stderr)
     print(export.folder)

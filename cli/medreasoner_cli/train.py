@@ -16,11 +16,30 @@ app = typer.Typer(
     help="Train the models of a bundle: dense, then sft; segmenter apart. Each run goes on from its last checkpoint.",
 )
 
+
+def _usable(device: str) -> str:
+    """The device, if torch finds it; asked before the data are read, which takes a while."""
+    if device != "cpu":
+        torch = load("torch", extra="train")
+        try:
+            torch.zeros(1, device=device)
+        except (AssertionError, NotImplementedError, RuntimeError) as err:
+            raise typer.BadParameter(f"{device!r} cannot be used here ({str(err).splitlines()[0]})") from err
+    return device
+
+
 DataOption = Annotated[Path, typer.Option(help="Folder of the data set: index.jsonl, images, masks.")]
 OutOption = Annotated[Path, typer.Option("--output", "--out", "-o", help="Folder for checkpoints and the log.")]
 StepsOption = Annotated[int, typer.Option(min=1, help="Steps of the optimiser.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Seed of all random choices.")]
 StartOption = Annotated[Path | None, typer.Option(help="Checkpoint of the dense stage to start from.")]
+MinutesOption = Annotated[
+    float, typer.Option(min=0.1, help="End after so many minutes, even if steps are left; no end by default.")
+]
+DeviceOption = Annotated[str, typer.Option(callback=_usable, help="Where to train: cpu, cuda or cuda:N.")]
+WorkersOption = Annotated[
+    int, typer.Option(min=0, help="Processes that prepare the images; 0: a thread. A GPU needs about ten.")
+]
 CacheOption = Annotated[Path | None, typer.Option(help="File (.npz) that keeps the masks' key points between runs.")]
 
 
@@ -58,6 +77,9 @@ def dense(
     start: StartOption = None,
     cache: CacheOption = None,
     compiled: CompileOption = False,
+    minutes: MinutesOption = float("inf"),
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
     seed: SeedOption = 0,
 ) -> None:
     """Teach the vision tower where things are: the first stage.
@@ -66,7 +88,7 @@ def dense(
     medreasoner-cli train dense --data grounding/ -o runs/dense --steps 6000
     """  # noqa: D301
     stage = load("medreasoner_train.pretrain", extra="train")
-    loop = stage.LoopOptions(steps=steps, out=output, seed=seed)
+    loop = stage.LoopOptions(steps=steps, out=output, minutes=minutes, device=device, workers=workers, seed=seed)
     stage.run(
         stage.DenseOptions(data=data, loop=loop, size=size, batch=batch, start=start, cache=cache, compiled=compiled)
     )
@@ -80,7 +102,10 @@ def sft(
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 12,
     branches: Annotated[int, typer.Option(min=1, help="Questions an image.")] = 4,
     size: SizeOption = 252,
-    start: StartOption = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Where to start: the dense stage's checkpoint, or the folder of a finished reasoner."),
+    ] = None,
     tokenizer: Annotated[
         Path | None, typer.Option(help="tokenizer.json to use, to go on after the questions changed.")
     ] = None,
@@ -89,6 +114,9 @@ def sft(
     ] = None,
     cache: CacheOption = None,
     compiled: CompileOption = False,
+    minutes: MinutesOption = float("inf"),
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
     seed: SeedOption = 0,
 ) -> None:
     """Teach the reasoner to answer questions: the second stage; writes a Hugging Face checkpoint at its end.
@@ -97,7 +125,7 @@ def sft(
     medreasoner-cli train sft --data grounding/ -o runs/sft --steps 6000 --start runs/dense/last.pt
     """  # noqa: D301
     stage = load("medreasoner_train.sft", extra="train")
-    loop = stage.LoopOptions(steps=steps, out=output, seed=seed)
+    loop = stage.LoopOptions(steps=steps, out=output, minutes=minutes, device=device, workers=workers, seed=seed)
     options = stage.SftOptions(images=batch, branches=branches, size=size)
     stage.run(
         stage.SftRun(
@@ -124,7 +152,11 @@ def segmenter(
         list[str] | None,
         typer.Option(metavar="SOURCE=FACTOR", help="Draw a source's images so many times as often; may be repeated."),
     ] = None,
+    start: Annotated[Path | None, typer.Option(help="Folder of a finished segmenter to start from.")] = None,
     cache: CacheOption = None,
+    minutes: MinutesOption = float("inf"),
+    device: DeviceOption = "cpu",
+    workers: WorkersOption = 0,
     seed: SeedOption = 0,
 ) -> None:
     """Teach the segmenter to draw what a box and two points mean; writes a Hugging Face checkpoint at its end.
@@ -133,10 +165,16 @@ def segmenter(
     medreasoner-cli train segmenter --data grounding/ -o runs/segmenter --steps 4000
     """  # noqa: D301
     stage = load("medreasoner_train.segmenter", extra="train")
-    loop = stage.LoopOptions(steps=steps, out=output, seed=seed)
+    loop = stage.LoopOptions(steps=steps, out=output, minutes=minutes, device=device, workers=workers, seed=seed)
     stage.run(
         stage.SegmenterOptions(
-            data=data, loop=loop, images=batch, per_image=per_image, emphasis=_factors(emphasis or []), cache=cache
+            data=data,
+            loop=loop,
+            images=batch,
+            per_image=per_image,
+            emphasis=_factors(emphasis or []),
+            start=start,
+            cache=cache,
         )
     )
 

@@ -41,12 +41,13 @@ LARGEST_INSIDE = 2**30
 Storage: TypeAlias = Literal["float32", "float16", "bfloat16"]
 """Element type of matrices in a file. Arithmetic is float32: the cast is folded when a session is made."""
 
-Precision: TypeAlias = Literal["fp32", "int4"]
-"""Arithmetic of matrix products: float32, or four-bit weights with eight-bit activations."""
+Precision: TypeAlias = Literal["fp32", "fp16", "int4"]
+"""Arithmetic: float32, float16, or float32 with matrix products of four-bit weights and eight-bit activations."""
 
 Shape: TypeAlias = Sequence[int | str]
 
-FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+INT32, INT64 = TensorProto.INT32, TensorProto.INT64
 
 
 class WeightsFile:
@@ -106,7 +107,7 @@ class GraphBuilder:
     storage
         Element type in which matrices are stored.
     precision
-        Of the products in :meth:`linear`.
+        Of the arithmetic: of all of it if it is ``"fp16"``, of the products in :meth:`linear` if it is ``"int4"``.
     outside
         File that takes the weights; None: they stay in the graph.
     """
@@ -131,14 +132,30 @@ class GraphBuilder:
         self._n_rounded = 0
         self._n_bytes = 0  # of the weights
 
+    @property
+    def real(self) -> int:
+        """ONNX's element type of what the graph computes with."""
+        return FLOAT16 if self.precision == "fp16" else FLOAT
+
     def input(self, name: str, dtype: int, shape: Shape) -> str:
-        """Declare a graph input; strings in `shape` are dynamic dimensions."""
+        """Declare a graph input; strings in `shape` are dynamic dimensions. Returns the name to compute with.
+
+        A float32 input stays one at any precision, so that whoever runs the graph need not know; one that is declared
+        as :attr:`real` is passed as it is.
+        """
         self._inputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
-        return name
+        return self.op("Cast", name, to=self.real) if dtype == FLOAT != self.real else name
 
     def output(self, name: str, dtype: int, shape: Shape) -> None:
-        """Declare the existing tensor `name` as an output of the graph."""
+        """Declare the existing tensor `name` as an output of the graph: as float32, or as it is if it is `real`."""
         self._outputs.append(helper.make_tensor_value_info(name, dtype, list(shape)))
+        if dtype == FLOAT != self.real:
+            inner = f"{name}.inner"
+            for node in self._nodes:
+                node.name = inner if node.name == name else node.name
+                for names in (node.input, node.output):
+                    names[:] = [inner if each == name else each for each in names]
+            self.op("Cast", inner, out=name, to=FLOAT)
 
     def op(self, kind: str, *inputs: str, out: str | None = None, **attributes: Any) -> str:
         """Append a node with one output and return the output's name.
@@ -170,22 +187,28 @@ class GraphBuilder:
         return self.constant(name, np.array(values, dtype=np.int64))
 
     def constant(self, name: str, array: npt.NDArray[Any]) -> str:
-        """A constant in its own type, shared between equal names."""
+        """A constant in its own type, or, a float32, in that of the arithmetic; shared between equal names."""
         if name not in self._initializers:
+            if self.precision == "fp16" and array.dtype == np.float32:
+                array = store(array, "float16", name)
             self._initializers[name] = numpy_helper.from_array(array, name)
         return name
 
     def weight(self, name: str, array: npt.NDArray[Any], *, exact: bool = False) -> str:
-        """Add a weight and return the name of its float32 value.
+        """Add a weight and return the name of its value.
 
         Matrices are stored as `storage` with a Cast behind them; vectors are small and stay float32, and so does what
-        is `exact`: a matrix that is no longer the checkpoint's own and would be rounded again.
+        is `exact`: a matrix that is no longer the checkpoint's own and would be rounded again. At the precision fp16
+        everything is stored, and used, as float16.
 
         Raises
         ------
         BundleError
             If a value does not fit `storage`, or all weights together one file.
         """
+        if self.precision == "fp16":
+            self._keep(name, store(array, "float16", name))
+            return name
         if array.ndim < 2 or exact or self.storage == "float32":
             self._keep(name, store(array, "float32", name))
             return name
@@ -270,7 +293,7 @@ def store(array: npt.NDArray[Any], storage: Storage, name: str) -> npt.NDArray[A
         stored = np.ascontiguousarray(array.astype(dtype, copy=False))
     if not np.isfinite(stored).all():
         largest = float(np.abs(array.astype(np.float64)).max())
-        advice = "export with bfloat16 or float32 weights" if storage == "float16" else "the checkpoint is damaged"
+        advice = "export with --precision fp32 and its own weights" if storage == "float16" else "it is damaged"
         raise BundleError(f"weight {name}: {largest:.4g} does not fit {storage}; {advice}")
     return stored
 

@@ -27,6 +27,8 @@ QUERY = "Which structure is shown here, and where does it lie?"
 N_STEPS = 8
 INT4_TOLERANCE = 0.05
 """Accepted error of a four-bit decoder: its activations are rounded to eight bits in every product."""
+FP16_TOLERANCE = 0.02
+"""Accepted error of graphs that compute in float16, whose eleven bits are lost anew in every layer."""
 
 Array = npt.NDArray[Any]
 
@@ -41,22 +43,23 @@ def reasoner_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, s
     checkpoint_dir
         The checkpoint that the bundle was made of.
     tolerance
-        Largest accepted error, relative to the reference's largest value; `INT4_TOLERANCE` for a four-bit decoder,
-        which is compared with the checkpoint's rounded matrices.
+        Largest accepted error, relative to the reference's largest value; `FP16_TOLERANCE` for graphs in float16 and
+        `INT4_TOLERANCE` for a four-bit decoder, which is compared with the checkpoint's rounded matrices.
     seed
         Of the images.
     """
     torch = require("torch", extra="export", feature="The parity check")
     transformers = require("transformers", extra="export", feature="The parity check")
     model = load_reference(transformers.Qwen2_5_VLForConditionalGeneration, checkpoint_dir, dtype=torch.float32)
-    rounded = bundle.spec.precision == "int4"
-    if rounded:
+    precision = bundle.spec.precision
+    if precision == "int4":
         _round_decoder(torch, model)
+    half = FP16_TOLERANCE if precision == "fp16" else tolerance
     check = _Check(bundle, model.eval(), np.random.default_rng(seed))
     with torch.inference_mode():
         for rows, columns in check.grids():
-            yield check.vision(rows, columns, tolerance)
-        yield from check.decoder(INT4_TOLERANCE if rounded else tolerance, exact=not rounded)
+            yield check.vision(rows, columns, half)
+        yield from check.decoder(INT4_TOLERANCE if precision == "int4" else half)
 
 
 def _round_decoder(torch: Any, model: Any) -> None:
@@ -82,7 +85,9 @@ class DecoderRun:
         self.lengths = np.zeros(batch, np.int32)
         shape = (batch, spec.n_kv_heads, spec.max_length, spec.head_dim)
         names = [f"{kind}.{layer}" for kind in ("key", "value") for layer in range(spec.n_layers)]
-        self._caches = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32)) for name in names}
+        half = any(each.type == "tensor(float16)" for each in session.get_inputs())
+        dtype = np.float16 if half else np.float32
+        self._caches = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name in names}
 
     def step(self, embeds: Array, positions: Array) -> Array:
         """Hidden states (batch, seq, hidden_dim) of new tokens.
@@ -125,6 +130,7 @@ class _Check:
         ort = require("onnxruntime", extra="cpu", feature="The parity check")
         spec = bundle.spec.reasoner
         self.spec, self.model, self.generator = spec, model, generator
+        self.precision = bundle.spec.precision
         self.vision_session, self.decoder_session = (
             ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
             for name in (spec.graphs.vision, spec.graphs.decoder)
@@ -178,8 +184,9 @@ class _Check:
         _, found, expected = self.images(rows, columns, 2)
         return compare(f"vision embeddings, {rows} x {columns} tokens, batch of 2", found, expected, tolerance)
 
-    def decoder(self, tolerance: float, *, exact: bool) -> Iterator[ParityStage]:
-        """Hidden states of a prompt read whole, in chunks and token by token; if `exact`, the tokens that follow."""
+    def decoder(self, tolerance: float) -> Iterator[ParityStage]:
+        """Hidden states of a prompt read whole, in chunks and token by token; in float32, the tokens that follow."""
+        precision = self.precision
         torch = require("torch", extra="export", feature="The parity check")
         rows, columns = self.grids()[0]
         patches, embeds, _ = self.images(rows, columns, 1)
@@ -206,9 +213,9 @@ class _Check:
         for name, sizes in ways.items():
             run = DecoderRun(self.decoder_session, self.spec)
             found = _in_parts(run, inputs, positions, sizes)
-            kind = "" if exact else " against the checkpoint's matrices in four bits"
+            kind = " against the checkpoint's matrices in four bits" if precision == "int4" else ""
             yield compare(f"hidden states, {name} of {n} tokens{kind}", found, expected, tolerance)
-        if exact:  # else two tokens that lie close may change places
+        if precision == "fp32":  # else two tokens that lie close may change places
             yield self._greedy(run, found[-1], after, reference)
 
     def _greedy(self, run: DecoderRun, hidden: Array, position: int, reference: Any) -> ParityStage:

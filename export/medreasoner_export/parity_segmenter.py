@@ -15,6 +15,8 @@ from medreasoner_export.report import ParityStage, compare
 __all__ = ["segmenter_stages"]
 
 N_IMAGES = 2
+FP16_TOLERANCE = 0.03
+"""Accepted error of what an image encoder in float16 sees, and of the masks that follow."""
 
 Array = npt.NDArray[Any]
 
@@ -54,6 +56,8 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     )
     # As the graph was made: a setting given at the export may differ from the checkpoint's own.
     box_mask = decoder.get_modelmeta().custom_metadata_map.get("box_mask") == "true"
+    if encoder.get_modelmeta().custom_metadata_map.get("precision") == "fp16":
+        tolerance = max(tolerance, FP16_TOLERANCE)
     box, points = _prompts(generator, size)
     with_box, with_points = spec.prompts != "points", spec.prompts != "box"
     with torch.inference_mode():

@@ -33,7 +33,8 @@ def decoder_graph(
     Inputs: ``inputs_embeds`` (batch, seq, hidden_dim) float32; ``rotary_cos`` and ``rotary_sin``
     (batch * seq, head_dim / 2) float32; ``rotary_ids`` (batch, seq) int64, the row of each token in them;
     ``seqlens_k`` (batch,) int32, tokens in the cache after this step less one; ``total_sequence_length`` () int32;
-    ``past_key.{i}`` and ``past_value.{i}`` (batch, n_kv_heads, capacity, head_dim) float32. Outputs:
+    ``past_key.{i}`` and ``past_value.{i}`` (batch, n_kv_heads, capacity, head_dim) float32, or float16 at that
+    precision. Outputs:
     ``hidden_states`` (batch, seq, hidden_dim) after the final norm, ``present_key.{i}``, ``present_value.{i}``.
 
     Raises
@@ -75,7 +76,7 @@ class _Decoder:
         cache = ("batch", c.n_kv_heads, "capacity", c.head_dim)
         for index in range(c.n_layers):
             for part in ("key", "value"):
-                g.output(f"present_{part}.{index}", FLOAT, cache)
+                g.output(f"present_{part}.{index}", g.real, cache)
         return g.model(metadata)
 
     def _attention(self, h: str, layer: str, index: int) -> str:
@@ -87,7 +88,7 @@ class _Decoder:
         qk = g.op("com.microsoft.RotaryEmbedding", qk, self.ids, self.cos, self.sin)
         q, k = g.ops("Split", qk, g.ints(c.hidden_dim, kv_dim), outputs=2, axis=-1)
         cache = ("batch", c.n_kv_heads, "capacity", c.head_dim)
-        past = [g.input(f"past_{part}.{index}", FLOAT, cache) for part in ("key", "value")]
+        past = [g.input(f"past_{part}.{index}", g.real, cache) for part in ("key", "value")]
         attended = g.ops(
             "com.microsoft.GroupQueryAttention",
             q,

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Storage, WeightsFile
+from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Precision, Storage, WeightsFile
 from medreasoner_export.qwen_config import QwenConfig, QwenVisionConfig
 
 __all__ = ["vision_graph"]
@@ -29,6 +29,7 @@ def vision_graph(
     *,
     storage: Storage,
     metadata: Mapping[str, str],
+    precision: Precision = "fp32",
     outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from patches to image embeddings.
@@ -43,7 +44,8 @@ def vision_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`.
     """
-    return _VisionTower(checkpoint, config, GraphBuilder("vision", storage=storage, outside=outside)).build(metadata)
+    builder = GraphBuilder("vision", storage=storage, precision=precision, outside=outside)
+    return _VisionTower(checkpoint, config, builder).build(metadata)
 
 
 class _VisionTower:

@@ -34,7 +34,8 @@ class ReasonerOptions:
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     precision
         ``"int4"`` rounds the decoder's matrices to four bits; vision tower, embedding and language head stay as they
-        are.
+        are. ``"fp16"``: both graphs compute in float16 and the decoder's caches are float16, as attention on a GPU
+        needs them.
     external_data
         Whether the graphs' weights go into files beside them; None: where the checkpoint is too large for one file.
     settings
@@ -95,7 +96,8 @@ def export_reasoner(
     with writing_export(out_dir) as out:
         _copy_tokenizer(checkpoint.path, out)
         with weights_file(out / "vision.onnx", wanted=external) as outside:
-            graph = vision_graph(checkpoint, config, outside=outside, **common)
+            precision: Precision = "fp32" if options.precision == "int4" else options.precision
+            graph = vision_graph(checkpoint, config, precision=precision, outside=outside, **common)
         save_graph(graph, out / "vision.onnx")
         with weights_file(out / "decoder.onnx", wanted=external) as outside:
             graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)

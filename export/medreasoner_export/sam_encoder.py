@@ -17,7 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, GraphBuilder, Storage, WeightsFile
+from medreasoner_export.graph import FLOAT, GraphBuilder, Precision, Storage, WeightsFile
 from medreasoner_export.sam_config import SamConfig
 from medreasoner_export.sam_image import neck, to_planes, to_tokens, within_windows
 
@@ -33,6 +33,7 @@ def encoder_graph(
     *,
     storage: Storage,
     metadata: Mapping[str, str],
+    precision: Precision = "fp32",
     outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, grid, grid), float32.
@@ -42,7 +43,8 @@ def encoder_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`.
     """
-    return _Encoder(checkpoint, config, GraphBuilder("encoder", storage=storage, outside=outside)).build(metadata)
+    builder = GraphBuilder("encoder", storage=storage, precision=precision, outside=outside)
+    return _Encoder(checkpoint, config, builder).build(metadata)
 
 
 class _Encoder:

@@ -38,7 +38,10 @@ class SegmenterOptions:
         ``"medsam"`` for MedSAM, whose weights look like those of SAM but want other images; ``"auto"`` takes what the
         weights are: LiteMedSAM, SAM-Med2D if they have adapters, else SAM.
     weights
-        Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
+        Element type of matrices in the files; ``"source"`` keeps the checkpoint's own.
+    precision
+        Arithmetic of the image encoder. The mask decoder, a hundredth of the work, stays in float32: a prompt's place
+        among a thousand pixels needs more digits than float16 has.
     settings
         Entries that replace those of ``medreasoner.json``: ``resize``, ``rescale``, ``image_mean``, ``image_std``,
         ``prompts``, ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask``
@@ -47,6 +50,7 @@ class SegmenterOptions:
 
     arch: SamArch = "auto"
     weights: Storage | Literal["source"] = "source"
+    precision: Literal["fp32", "fp16"] = "fp32"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -115,12 +119,12 @@ def export_segmenter(
     with writing_export(out_dir) as out:
         large = are_large(checkpoint.shapes.values(), storage)
         with weights_file(out / "encoder.onnx", wanted=large) as outside:
-            encoder = make_encoder(checkpoint, config, outside=outside, **common)
+            encoder = make_encoder(checkpoint, config, precision=options.precision, outside=outside, **common)
         save_graph(encoder, out / "encoder.onnx")
         decoder = sam_decoder_graph(checkpoint, config, multimask=multimask, box_mask=box_mask, **common)
         save_graph(decoder, out / "decoder.onnx")
         checkpoint.check_all_read(ignore=(*UNUSED, TWICE))
-        describe(out, {"section": section, "sha256": sha256, "storage": storage})
+        describe(out, {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision})
     form = "as transformers stores it" if checkpoint.path.is_dir() else "as segment-anything stores it"
     recognised = f"{family} {form}, {config.n_layers} layers of {config.hidden_dim}, images of {config.image_size} px"
     return SegmenterExport(folder=Path(out_dir), section=section, sha256=sha256, storage=storage, recognised=recognised)

@@ -19,7 +19,7 @@ import onnx
 
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, GraphBuilder, Storage, WeightsFile
+from medreasoner_export.graph import FLOAT, GraphBuilder, Precision, Storage, WeightsFile
 from medreasoner_export.sam_config import SamConfig
 from medreasoner_export.sam_image import neck, to_planes, to_tokens, within_windows
 
@@ -58,6 +58,7 @@ def tiny_vit_graph(
     *,
     storage: Storage,
     metadata: Mapping[str, str],
+    precision: Precision = "fp32",
     outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from ``pixel_values`` (batch, 3, S, S) to ``image_embedding`` (batch, C, grid, grid), float32.
@@ -67,7 +68,8 @@ def tiny_vit_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`, or the stages do not end in the decoder's grid.
     """
-    return _Encoder(weights, config, GraphBuilder("encoder", storage=storage, outside=outside)).build(metadata)
+    builder = GraphBuilder("encoder", storage=storage, precision=precision, outside=outside)
+    return _Encoder(weights, config, builder).build(metadata)
 
 
 class _Encoder:

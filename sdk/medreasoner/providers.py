@@ -1,8 +1,11 @@
 """ONNX Runtime: which one is installed, on which device it runs, and sessions that read and write bound buffers."""
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -88,6 +91,10 @@ class Session(Protocol):
     @property
     def providers(self) -> tuple[str, ...]:
         """Execution providers that the graph really runs on, the first preferred."""
+        ...
+
+    def element_type(self, name: str) -> type[np.generic]:
+        """Of a graph input, such as a key-value cache, which may be of half precision."""
         ...
 
     def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
@@ -296,16 +303,20 @@ class OrtSession:
         import onnxruntime as ort
 
         asked = provider_list(options, ort.get_available_providers())
-        try:
-            self._session = ort.InferenceSession(str(path), _session_options(options), providers=asked)
-        except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
-            raise ProviderError(f"{path.name}: ONNX Runtime cannot load it: {err!s:.300}") from err
+        if asked[0][0] != CPU:
+            _load_cuda()
+        self._session = _start(path, options, asked)
         got = tuple(self._session.get_providers())
         self.warnings = fallback_warnings(path.stem, options, [name for name, _ in asked], got)
         self.providers = got
         self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
+        self._halves = {each.name for each in self._session.get_inputs() if each.type == "tensor(float16)"}
         self.outputs = tuple(each.name for each in self._session.get_outputs())
         self._device: Literal["cpu", "cuda"] = "cpu" if got[0] == CPU else "cuda"
+
+    def element_type(self, name: str) -> type[np.generic]:
+        """Of a real-valued graph input: float32 or float16."""
+        return np.float16 if name in self._halves else np.float32
 
     def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> OrtBuffer:
         """Zeroed buffer on the session's device."""
@@ -348,6 +359,43 @@ class OrtBinding:
             return {name: values[name].numpy() for name in self._free}
         except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
             raise ProviderError(f"ONNX Runtime failed: {err!s:.300}") from err
+
+
+_CUDA_LOCK = threading.Lock()
+
+
+def _load_cuda() -> None:
+    """Load the CUDA and cuDNN that pip put beside onnxruntime-gpu: the system's loader does not look there.
+
+    What is missing is said by :func:`fallback_warnings`, so what ONNX Runtime prints about it is dropped: a program's
+    output may be JSON.
+    """
+    import onnxruntime as ort
+
+    with _CUDA_LOCK, redirect_stdout(StringIO()):
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+
+
+def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> Any:
+    """A session on the first of the providers that starts; ONNX Runtime's own fall-back prints on standard output.
+
+    Raises
+    ------
+    ProviderError
+        If none does.
+    """
+    import onnxruntime as ort
+
+    for first in range(len(asked)):
+        try:
+            return ort.InferenceSession(
+                str(path), _session_options(options), providers=list(asked[first:]), enable_fallback=0
+            )
+        except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
+            if first + 1 == len(asked):
+                raise ProviderError(f"{path.name}: ONNX Runtime cannot load it: {err!s:.300}") from err
+    raise AssertionError("provider_list names at least one")
 
 
 def _session_options(options: RuntimeOptions) -> Any:

@@ -171,6 +171,9 @@ class NumpySession:
         self.graph = graph
         self.runs: list[dict[str, tuple[int, ...]]] = []
 
+    def element_type(self, name: str) -> Any:
+        return np.float32
+
     def allocate(self, shape: tuple[int, ...], dtype: Any) -> ArrayBuffer:
         return ArrayBuffer(shape, dtype)
 

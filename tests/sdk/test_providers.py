@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from medreasoner import engine
 from medreasoner.errors import ProviderError
 from medreasoner.providers import (
     CPU,
@@ -185,3 +186,60 @@ def test_a_run_with_a_wrong_shape_is_a_provider_error(tmp_path: Path) -> None:
     session = OrtSession(identity(tmp_path / "toy.onnx"), RuntimeOptions(device="cpu", n_threads=1))
     with pytest.raises(ProviderError, match="ONNX Runtime failed"):
         session.bind({}, {}).run({"step": np.zeros(3, np.float32), "past": np.zeros(2, np.float32)})
+
+
+def test_a_provider_that_does_not_start_is_passed_over_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import onnxruntime as ort
+
+    real, tried = ort.InferenceSession, []
+
+    def start(path: str, options: object, *, providers: list[tuple[str, dict[str, str]]], **more: object) -> object:
+        tried.append([name for name, _ in providers])
+        if providers[0][0] != CPU:
+            raise RuntimeError("no such library")
+        return real(path, options, providers=providers, **more)
+
+    monkeypatch.setattr(ort, "InferenceSession", start)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: GPU_BUILD)
+    path = identity(tmp_path / "toy.onnx")
+    session = OrtSession(path, RuntimeOptions())
+    assert tried == [GPU_BUILD, [CUDA, CPU], [CPU]]
+    assert session.warnings == (f"toy runs on {CPU}: {TENSORRT} and {CUDA} did not start",)
+    assert capfd.readouterr().out == ""
+    with pytest.raises(ProviderError, match="did not start"):
+        OrtSession(path, RuntimeOptions(device="cuda"))
+
+
+class OnGpu:
+    """Stands in for a session on a GPU."""
+
+    caches: type[np.generic] = np.float32
+
+    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+        self.providers = (CPU,) if options.device == "cpu" else (CUDA, CPU)
+        self.warnings: tuple[str, ...] = ()
+
+    def element_type(self, name: str) -> type[np.generic]:
+        assert name == "past_key.0"
+        return self.caches
+
+
+def test_a_decoder_with_float32_caches_never_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "OrtSession", OnGpu)
+    session = engine.decoder_session(Path("decoder.onnx"), RuntimeOptions())
+    assert session.providers == (CPU,)
+    (line,) = session.warnings
+    assert line.startswith(f"decoder runs on {CPU}: its caches are float32")
+    with pytest.raises(
+        ProviderError, match=r"decoder\.onnx cannot run on device 'cuda': .* export it with --precision"
+    ):
+        engine.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cuda"))
+    assert engine.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cpu")).warnings == ()
+
+
+def test_a_decoder_with_float16_caches_stays_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "OrtSession", OnGpu)
+    monkeypatch.setattr(OnGpu, "caches", np.float16)
+    assert engine.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cuda")).providers == (CUDA, CPU)

@@ -1,6 +1,8 @@
 """A killed run goes on as if nothing had happened, and a checkpoint is whole or absent."""
 
+import dataclasses
 import json
+import os
 import pickle
 import threading
 import time
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from medreasoner.errors import BundleError
+from medreasoner.errors import BundleError, QueryError
 from medreasoner_train import loop
 from medreasoner_train.loop import (
     LoopOptions,
@@ -20,6 +22,7 @@ from medreasoner_train.loop import (
     batches,
     load_checkpoint,
     load_modules,
+    moved,
     save_checkpoint,
     train,
 )
@@ -36,6 +39,16 @@ class Net(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         out: Tensor = torch.tanh(self.layers[0](self.embed(ids)))
         return out
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class Nested:
+    one: Tensor
+    rest: tuple[Tensor, str]
+    none: Tensor | None
+
+
+parent = os.getpid()
 
 
 def options(out: Path, **changes: Any) -> LoopOptions:
@@ -104,7 +117,7 @@ def test_the_first_row_after_a_resume_is_a_mean_of_the_steps_since(tmp_path: Pat
         train(
             modules={"net": net},
             make_batch=make_batch,
-            loss_of=lambda ids, net=net: ((net(ids)).pow(2).mean(), {"one": 1.0}),  # type: ignore[misc]
+            loss_of=lambda ids, net=net: ((net(ids)).pow(2).mean(), {"one": torch.ones(())}),  # type: ignore[misc]
             options=options(tmp_path, steps=steps, save_every=8, log_every=5),
         )
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -141,8 +154,8 @@ def test_a_resumed_run_decays_weights_as_it_says(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_before_the_cooldown_is_kept(tmp_path: Path) -> None:
-    run(tmp_path, cooldown=0.3)  # 12 * 0.7 = 8.4: the last save before it is at 8
-    assert load_checkpoint(tmp_path / "stable.pt")["step"] == 8
+    run(tmp_path, cooldown=0.3)  # 12 * 0.7 = 8.4: the first step with a smaller rate is the tenth
+    assert load_checkpoint(tmp_path / "stable.pt")["step"] == 9
 
 
 def test_half_a_checkpoint_is_never_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,10 +206,30 @@ def test_a_truncated_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
 def test_the_rate_warms_up_stays_and_falls_to_zero(tmp_path: Path) -> None:
     own = LoopOptions(steps=100, out=tmp_path, warmup=10, cooldown=0.2)
     assert own.rate(0) == pytest.approx(0.1)
-    assert own.rate(9) == own.rate(50) == own.rate(80) == 1.0
+    assert own.rate(9) == own.rate(50) == 1.0
+    assert own.rate(80) == pytest.approx(1.0)
     assert own.rate(90) == pytest.approx(0.5)
     assert own.rate(99) == pytest.approx(0.05)
     assert own.rate(100) == 0.0
+
+
+def test_the_rate_falls_in_time_where_that_ends_first(tmp_path: Path) -> None:
+    own = LoopOptions(steps=1000, out=tmp_path, warmup=10, cooldown=0.2, minutes=5)
+    assert own.rate(100, 200.0) == 1.0
+    assert own.rate(100, 270.0) == pytest.approx(0.5)
+    assert own.rate(100, 300.0) == own.rate(100, 301.0) == 0.0
+    assert own.rate(900, 10.0) == pytest.approx(0.5)  # the steps end it
+
+
+def test_a_run_ends_after_its_minutes_whole(tmp_path: Path) -> None:
+    def slow(step: int) -> Tensor:
+        time.sleep(0.02)
+        return make_batch(step)
+
+    run(tmp_path, slow, steps=10_000, minutes=0.01, save_every=10_000)
+    saved = load_checkpoint(tmp_path / "last.pt")
+    assert 0 < saved["step"] < 100
+    assert load_checkpoint(tmp_path / "stable.pt")["step"] < saved["step"]
 
 
 def test_matrices_of_the_layers_go_to_muon_and_shared_weights_count_once(tmp_path: Path) -> None:
@@ -212,13 +245,41 @@ def test_gradients_are_clipped_and_cleared(tmp_path: Path) -> None:
     net = Net()
     optimiser = Optimiser({"net": net}, options(tmp_path, clip=1.0))
     (net(torch.arange(7)).sum() * 100).backward()
-    assert optimiser.step(0) > 1.0
+    assert optimiser.step(1.0) > 1.0
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
 def test_batches_come_in_order_and_depend_on_their_step_alone() -> None:
     assert list(batches(lambda step: step * step, 3, 9)) == [9, 16, 25, 36, 49, 64]
     assert list(batches(lambda step: step, 5, 5)) == []
+
+
+def test_processes_prepare_the_same_batches_in_order() -> None:
+    assert list(batches(lambda step: (step * step, os.getpid() == parent), 3, 9, workers=2)) == [
+        (step * step, False) for step in range(3, 9)
+    ]
+
+
+def test_an_error_in_a_process_arrives_as_it_was() -> None:
+    def make(step: int) -> int:
+        if step == 2:
+            raise QueryError("no structure is left")
+        return step
+
+    stream = batches(make, 0, 5, workers=2)
+    assert [next(stream), next(stream)] == [0, 1]
+    with pytest.raises(QueryError, match="no structure is left"):
+        next(stream)
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    meta = torch.device("meta")
+    batch = Nested(one=torch.ones(2), rest=(torch.ones(3), "name"), none=None)
+    there = moved(batch, meta)
+    assert there.one.device == there.rest[0].device == meta
+    assert there.rest[1] == "name"
+    assert there.none is None
+    assert batch.one.device.type == "cpu"
 
 
 def test_an_error_in_a_batch_arrives_where_it_would_have_been_used() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from medreasoner_train.decoder import block_mask, language_pass, pack
 from medreasoner_train.language import PRESENT
+from medreasoner_train.loop import moved
 from medreasoner_train.model import tower
 from medreasoner_train.vocabulary import Vocabulary
 
@@ -57,39 +58,41 @@ def answer(
     spans = _spans(vocabulary)
     opening = spans[0][:-1]  # up to the choice between "[" and "null"
     rows = [[[*vocabulary.prompt(query), *opening]] for query in queries]
-    packed = pack(prefix, positions, vocabulary.image, rows, vocabulary.pad)
+    table = language.embed_tokens.weight
+    device = table.device
+    vocabulary, images = vocabulary.to(device), images.to(device)
+    packed = moved(pack(prefix, positions, vocabulary.image, rows, vocabulary.pad), device)
     embeds = language.embed_tokens(packed.ids)
     embeds = embeds.masked_scatter(packed.image[..., None], tower(model.model.visual, images))
     cache: list[tuple[Tensor, Tensor]] = []
     hidden = language_pass(language, embeds, packed.positions, block_mask(packed.branch), cache)
     valid = packed.branch >= 0
     last = valid.sum(1) - 1
-    batch = torch.arange(len(queries))
-    table = language.embed_tokens.weight
+    batch = torch.arange(len(queries), device=device)
     pair = hidden[batch, last] @ table[[vocabulary.bracket, vocabulary.null]].T
     p_absent = pair.softmax(-1)[:, 1]
     place = packed.positions[0, batch, last] + 1  # (B,)
     values: list[Tensor] = []
-    pending = torch.full((len(queries), 1), vocabulary.bracket)
+    pending = torch.full((len(queries), 1), vocabulary.bracket, device=device)
     for index in range(8):
         count = pending.shape[1]
-        steps = place[:, None] + torch.arange(count)
+        steps = place[:, None] + torch.arange(count, device=device)
         past = valid[:, None, :].expand(-1, count, -1)
-        own = torch.ones(count, count, dtype=torch.bool).tril().expand(len(queries), -1, -1)
+        own = valid.new_ones(count, count).tril().expand(len(queries), -1, -1)
         hidden = language_pass(
             language, language.embed_tokens(pending), steps.expand(3, -1, -1), torch.cat((past, own), 2)[:, None], cache
         )
-        valid = torch.cat((valid, torch.ones(len(queries), count, dtype=torch.bool)), 1)
+        valid = torch.cat((valid, valid.new_ones(len(queries), count)), 1)
         place = place + count
         logits = hidden[:, -1] @ table[vocabulary.numbers].T  # (B, largest + 1)
         values.append(_choose(logits, values, vocabulary.largest))
-        span = torch.tensor(spans[index + 1]).expand(len(queries), -1)
+        span = torch.tensor(spans[index + 1], device=device).expand(len(queries), -1)
         pending = torch.cat((vocabulary.numbers[values[-1]][:, None], span), dim=1)
-    return torch.stack(values, 1).double().numpy(), p_absent.double().numpy()
+    return torch.stack(values, 1).cpu().double().numpy(), p_absent.cpu().double().numpy()
 
 
 def _choose(logits: Tensor, before: Sequence[Tensor], largest: int) -> Tensor:
-    numbers = torch.arange(largest + 1)
+    numbers = torch.arange(largest + 1, device=logits.device)
     allowed = torch.ones_like(logits, dtype=torch.bool)
     if len(before) in (0, 1):
         allowed &= numbers < largest

@@ -25,14 +25,14 @@ class Options:
     """How far an image may be changed; probabilities in [0, 1], the rest relative."""
 
     crop: float = 0.85
-    zoom: tuple[float, float] = (0.72, 1.22)
-    aspect: float = 0.15
+    zoom: tuple[float, float] = (0.65, 1.3)
+    aspect: float = 0.25
     shift: float = 0.5
     contrast: float = 0.8
     invert: float = 0.08
-    noise: float = 0.25
-    blur: float = 0.1
-    grey: float = 0.05
+    noise: float = 0.3
+    blur: float = 0.15
+    grey: float = 0.1
 
 
 NO_CHANGE = Options(crop=0.0, contrast=0.0, invert=0.0, noise=0.0, blur=0.0, grey=0.0)

@@ -1,4 +1,4 @@
-"""Writes the reasoner as others read it: a Hugging Face checkpoint with what export must know beside."""
+"""Writes the reasoner as others read it, a Hugging Face checkpoint with what export must know beside, and reads one."""
 
 from pathlib import Path
 from typing import Any
@@ -6,11 +6,28 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
+from medreasoner._text import one_line
+from medreasoner.errors import BundleError
 from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
 from medreasoner_train.loop import write_settings
 from medreasoner_train.model import NANO
 
-__all__ = ["save_reasoner"]
+__all__ = ["load_weights", "save_reasoner"]
+
+
+def load_weights(folder: Path, model: Any) -> None:
+    """Take the weights of a finished checkpoint, reasoner or segmenter, into a model of its sizes.
+
+    Raises
+    ------
+    BundleError
+        If the folder holds no such checkpoint, or one of other sizes; the message names it.
+    """
+    try:
+        own = type(model).from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        model.load_state_dict(own.state_dict())
+    except (OSError, RuntimeError, ValueError) as err:
+        raise BundleError(f"{folder}: not a finished checkpoint of these sizes ({one_line(err)})") from err
 
 
 def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path, *, size: int, absent_threshold: float = 0.5) -> None:

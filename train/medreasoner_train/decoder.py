@@ -66,18 +66,20 @@ def pack(
 def block_mask(branch: Tensor) -> Tensor:
     """(B, 1, T, T) bool: which key each query position sees."""
     count = branch.shape[1]
-    causal = torch.ones(count, count, dtype=torch.bool).tril()
+    causal = torch.ones(count, count, dtype=torch.bool, device=branch.device).tril()
     same = branch[:, :, None] == branch[:, None, :]
     prefix = (branch == 0)[:, None, :]
     # A padding position sees itself only: an all-false row would give NaN.
-    return ((causal & (same | prefix)) | torch.eye(count, dtype=torch.bool))[:, None]
+    return ((causal & (same | prefix)) | torch.eye(count, dtype=torch.bool, device=branch.device))[:, None]
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, sections: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B, 1, T, head_dim) of multimodal positions (3, B, T)."""
     half = head_dim // 2
-    frequencies = 1.0 / theta ** (torch.arange(half, dtype=torch.float32) / half)
-    axis = torch.repeat_interleave(torch.arange(3), torch.tensor(list(sections)))  # (half,)
+    device = positions.device
+    frequencies = 1.0 / theta ** (torch.arange(half, dtype=torch.float32, device=device) / half)
+    # (half,); a plain list, since lengths that only the device knows would stop it
+    axis = torch.tensor([axis for axis, count in enumerate(sections) for _ in range(count)], device=device)
     angles = positions[axis].permute(1, 2, 0).float() * frequencies  # (B, T, half)
     angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
     return angles.cos(), angles.sin()

@@ -73,8 +73,8 @@ def mean_or_zero(values: Tensor) -> Tensor:
     return values.mean() if values.numel() else values.sum()
 
 
-def dense_loss(heads: DenseHeads, embeds: Tensor, targets: DenseTargets) -> tuple[Tensor, dict[str, float]]:
-    """Sum of the stage's losses and its parts as numbers, with the box IoU of the pooled read-out."""
+def dense_loss(heads: DenseHeads, embeds: Tensor, targets: DenseTargets) -> tuple[Tensor, dict[str, Tensor]]:
+    """Sum of the stage's losses and its parts, with the box IoU of the pooled read-out."""
     coverage, geometry, place = heads(embeds)
     side = int(embeds.shape[1] ** 0.5)
     present, known = targets.present, targets.known
@@ -98,14 +98,14 @@ def dense_loss(heads: DenseHeads, embeds: Tensor, targets: DenseTargets) -> tupl
     off = (pooled - truth).abs()
     loss_pooled = mean_or_zero(1 - g) + 2 * mean_or_zero(off[:, :4]) + 0.5 * mean_or_zero(off[:, 4:])
 
-    steps = (torch.arange(side) + 0.5) / side
+    steps = (torch.arange(side, device=place.device) + 0.5) / side
     grid = torch.stack(torch.meshgrid(steps, steps, indexing="ij"), -1).view(1, -1, 2).flip(-1)
     loss_place = (place - grid).abs().mean()
     loss = loss_cells + 4 * loss_token + loss_pooled + loss_place
     return loss, {
-        "cells": loss_cells.item(),
-        "token": loss_token.item(),
-        "pooled": loss_pooled.item(),
-        "place": loss_place.item(),
-        "iou": mean_or_zero(iou).item(),
+        "cells": loss_cells.detach(),
+        "token": loss_token.detach(),
+        "pooled": loss_pooled.detach(),
+        "place": loss_place.detach(),
+        "iou": mean_or_zero(iou).detach(),
     }

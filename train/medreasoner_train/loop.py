@@ -5,7 +5,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
@@ -35,14 +36,19 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LoopOptions:
-    """Length and pace of a stage.
+    """Length, pace and place of a stage.
 
     The rate warms up, stays, and falls linearly to zero over the last `cooldown` of the steps, so that a run can be
-    prolonged from its last checkpoint before the cooldown.
+    prolonged from its last checkpoint before the cooldown. `minutes`: the time after which the run ends even if steps
+    are left; the rate then falls over the last `cooldown` of that time. `device` is torch's name of one, such as
+    ``cuda``; `workers` the processes that prepare batches (0: a thread, which is enough beside a CPU's steps).
     """
 
     steps: int
     out: Path
+    minutes: float = float("inf")
+    device: str = "cpu"
+    workers: int = 0
     lr: float = 1e-3
     matrix_lr: float = 2e-3
     weight_decay: float = 0.05
@@ -53,10 +59,14 @@ class LoopOptions:
     log_every: int = 20
     seed: int = 0
 
-    def rate(self, step: int) -> float:
+    def progress(self, step: int, seconds: float = 0.0) -> float:
+        """How much of the run is over at `step`, that many seconds after it began or was resumed; 1 at its end."""
+        return max(step / self.steps, seconds / 60 / self.minutes)
+
+    def rate(self, step: int, seconds: float = 0.0) -> float:
         """Share of the full learning rate at `step`, in [0, 1]."""
-        falling = max(1.0, self.steps * self.cooldown)
-        return min(1.0, (step + 1) / max(1, self.warmup), max(0.0, (self.steps - step) / falling))
+        left = max(0.0, 1 - self.progress(step, seconds))
+        return min(1.0, (step + 1) / max(1, self.warmup), left / max(self.cooldown, 1 / self.steps))
 
 
 class Optimiser:
@@ -82,16 +92,15 @@ class Optimiser:
             muon = Muon(matrices, lr=options.matrix_lr, weight_decay=options.weight_decay)
             self._all.append((muon, options.matrix_lr))
 
-    def step(self, step: int) -> float:
-        """Clip, update and clear the gradients; returns their norm before clipping."""
+    def step(self, share: float) -> Tensor:
+        """Clip, update at a `share` of the full rate and clear the gradients; returns their norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self._parameters, self._options.clip)
-        share = self._options.rate(step)
         for optimiser, rate in self._all:
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def state_dict(self) -> list[dict[str, Any]]:
         """States of the two optimisers."""
@@ -134,11 +143,48 @@ def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     (folder / "medreasoner.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
 
 
-def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3) -> Iterator[Any]:
-    """``make(step)`` for each step, prepared in a thread `ahead` of the use.
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch on another device: a tensor, or a tuple or dataclass of them; whatever else it holds stays as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = {field.name: moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
+        return dataclasses.replace(value, **parts)
+    return value
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _ByStep:
+    """A data set whose item `step` is the batch of that step."""
+
+    make: Callable[[int], Any]
+
+    def __getitem__(self, step: int) -> Any:
+        return self.make(step)
+
+
+def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3, workers: int = 0) -> Iterator[Any]:
+    """``make(step)`` for each step, prepared `ahead` of the use in a thread, or in `workers` processes.
 
     A batch depends on its step alone, so a resumed run sees the very batches that it would have seen.
     """
+    if workers:
+        # Forked processes share the decoded images; one thread each, or they fight over the cores.
+        steps: Iterable[int] = range(start, stop)
+        loader = DataLoader(
+            _ByStep(make),  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=steps,
+            collate_fn=lambda batch: batch,  # the default makes lists of tuples
+            num_workers=workers,
+            prefetch_factor=ahead,
+            multiprocessing_context="fork",
+            worker_init_fn=lambda _: torch.set_num_threads(1),
+        )
+        yield from loader
+        return
     queue: Queue[tuple[Any, BaseException | None]] = Queue(maxsize=ahead)
     stopped = threading.Event()
 
@@ -203,18 +249,21 @@ def train(
     *,
     modules: Mapping[str, nn.Module],
     make_batch: Callable[[int], Any],
-    loss_of: Callable[[Any], tuple[Tensor, dict[str, float]]],
+    loss_of: Callable[[Any], tuple[Tensor, dict[str, Tensor]]],
     options: LoopOptions,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     eval_every: int = 0,
 ) -> None:
     """Run a stage from its last checkpoint (``out/last.pt``) to its end; metrics go to ``out/metrics.jsonl``."""
     torch.set_flush_denormal(True)  # moments of weights that rarely move decay into denormals, which are slow
+    device = torch.device(options.device)
+    for module in modules.values():
+        module.to(device)
     optimiser = Optimiser(modules, options)
     last = options.out / "last.pt"
     start = _resume(last, modules, optimiser) if last.exists() else 0
     options.out.mkdir(parents=True, exist_ok=True)
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
     since = start  # the step after which `sums` began
     began = time.monotonic()
     with (options.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
@@ -224,23 +273,30 @@ def train(
             metrics.flush()
             logger.info(" ".join(f"{k}={v:.4g}" for k, v in row.items()))
 
-        for step, batch in enumerate(batches(make_batch, start, options.steps), start=start):
-            loss, parts = loss_of(batch)
+        prepared = batches(make_batch, start, options.steps, workers=options.workers)
+        falls = options.progress(start) >= 1 - options.cooldown
+        for step, batch in enumerate(prepared, start=start):
+            spent = time.monotonic() - began
+            if not falls and options.progress(step, spent) >= 1 - options.cooldown:
+                falls = True
+                save_checkpoint(options.out / "stable.pt", step=step, modules=modules, optimiser=optimiser)
+            loss, parts = loss_of(moved(batch, device))
             loss.backward()  # type: ignore[no-untyped-call]
-            parts["norm"] = optimiser.step(step)
-            parts["loss"] = loss.item()
-            for name, value in parts.items():
-                sums[name] = sums.get(name, 0.0) + value
-            done = step + 1
+            parts |= {"norm": optimiser.step(options.rate(step, spent)), "loss": loss.detach()}
+            for name, value in parts.items():  # read when they are written: each reading waits for the device
+                sums[name] = sums[name] + value if name in sums else value
+            done, spent = step + 1, time.monotonic() - began
+            ended = options.progress(done, spent) >= 1
             if done % options.log_every == 0:
-                pace = (time.monotonic() - began) / (done - start)
-                row = {name: value / (done - since) for name, value in sums.items()}
-                write({"step": done, **row, "s_per_step": pace, "eta_min": pace * (options.steps - done) / 60})
+                row = {name: value.item() / (done - since) for name, value in sums.items()}
+                pace = spent / (done - start)
+                left = min(pace * (options.steps - done) / 60, options.minutes - spent / 60)
+                write({"step": done, **row, "s_per_step": pace, "eta_min": max(0.0, left)})
                 sums.clear()
                 since = done
-            if done % options.save_every == 0 or done == options.steps:
+            if done % options.save_every == 0 or ended:
                 save_checkpoint(last, step=done, modules=modules, optimiser=optimiser)
-                if done == int(options.steps * (1 - options.cooldown)) // options.save_every * options.save_every:
-                    save_checkpoint(options.out / "stable.pt", step=done, modules=modules, optimiser=optimiser)
-            if evaluate is not None and eval_every and (done % eval_every == 0 or done == options.steps):
+            if evaluate is not None and eval_every and (done % eval_every == 0 or ended):
                 write({"step": done, **evaluate(done)})
+            if ended:
+                break

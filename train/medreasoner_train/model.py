@@ -131,7 +131,7 @@ def rotate_half(x: Tensor) -> Tensor:
 def _rotary(places: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine tables (n_patches, head_dim): a quarter for rows, a quarter for columns, twice."""
     quarter = head_dim // 4
-    frequencies = 1.0 / 10_000.0 ** (torch.arange(quarter, dtype=torch.float32) / quarter)
+    frequencies = 1.0 / 10_000.0 ** (torch.arange(quarter, dtype=torch.float32, device=places.device) / quarter)
     angles = (places[:, :, None] * frequencies).flatten(1)  # (n_patches, head_dim / 2)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
@@ -165,7 +165,7 @@ def tower(visual: Any, images: Tensor) -> Tensor:
     config = visual.config
     merge, patch = config.spatial_merge_size, config.patch_size
     side, window = images.shape[-1] // patch, config.window_size // patch
-    places = merge_order(side, merge)
+    places = merge_order(side, merge).to(images.device)
     cos, sin = _rotary(places, config.hidden_size // config.num_heads)
     weight = visual.patch_embed.proj.weight.sum(dim=2).flatten(1)  # an image is its own second frame
     x = functional.linear(patchify(images, patch=patch, merge=merge), weight)

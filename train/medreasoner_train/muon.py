@@ -54,15 +54,11 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     shapes[parameter.shape].append(parameter)
             for shape, parameters in shapes.items():
-                updates = []
+                gradients = torch.stack([parameter.grad for parameter in parameters if parameter.grad is not None])
                 for parameter in parameters:
-                    state, gradient = self.state[parameter], parameter.grad
-                    assert gradient is not None
-                    if not state:
-                        state["momentum"] = torch.zeros_like(parameter)
-                    state["momentum"].lerp_(gradient, 1 - group["momentum"])
-                    updates.append(torch.lerp(gradient, state["momentum"], group["momentum"]))
-                scale = 0.2 * max(shape) ** 0.5
-                for parameter, update in zip(parameters, orthogonalise(torch.stack(updates)), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * scale)
+                    self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
+                momenta = [self.state[parameter]["momentum"] for parameter in parameters]
+                torch._foreach_lerp_(momenta, list(gradients), 1 - group["momentum"])
+                updates = orthogonalise(gradients.lerp(torch.stack(momenta), group["momentum"]))
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, list(updates), alpha=-group["lr"] * 0.2 * max(shape) ** 0.5)

@@ -13,7 +13,7 @@ from medreasoner_train.anatomy import AbsentRule
 from medreasoner_train.augment import NO_CHANGE, Options, augment
 from medreasoner_train.data import Sample, by_image, load_index, split
 from medreasoner_train.dense import DenseHeads, DenseTargets, dense_loss, giou, pooled_geometry
-from medreasoner_train.loop import LoopOptions, load_modules, train
+from medreasoner_train.loop import LoopOptions, load_modules, moved, train
 from medreasoner_train.model import NANO, build_reasoner, to_tensor, tower
 from medreasoner_train.store import Stored, load_store, sampling_weights
 from medreasoner_train.targets import box_of
@@ -110,8 +110,9 @@ def evaluate(visual: torch.nn.Module, heads: DenseHeads, data: DenseData, *, siz
     ious: dict[str, list[float]] = {}
     for start in range(0, len(data.stored), 32):
         rows = [data.image(i, size, rng, NO_CHANGE) for i in range(start, min(start + 32, len(data.stored)))]
-        coverage, geometry, _ = heads(tower(visual, torch.stack([row[0] for row in rows])))
-        targets = stack([row[1] for row in rows])
+        device = heads.place.weight.device
+        coverage, geometry, _ = heads(tower(visual, torch.stack([row[0] for row in rows]).to(device)))
+        targets = moved(stack([row[1] for row in rows]), device)
         _, iou = giou(pooled_geometry(coverage, geometry)[..., :4], targets.geometry[..., :4])
         for b, c in targets.present.nonzero().tolist():
             key = f"{data.stored[start + b].record.modality}/{data.categories[c]}"

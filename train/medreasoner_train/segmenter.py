@@ -17,8 +17,9 @@ from transformers import SamConfig, SamModel
 
 from medreasoner.errors import MedReasonerError
 from medreasoner_train.augment import NO_CHANGE, Augmented, Options, augment
+from medreasoner_train.checkpoint import load_weights
 from medreasoner_train.data import by_image, load_index, split
-from medreasoner_train.loop import LoopOptions, train, write_settings
+from medreasoner_train.loop import LoopOptions, moved, train, write_settings
 from medreasoner_train.model import to_tensor
 from medreasoner_train.store import DRAWS, Stored, load_store, redraws, sampling_weights
 from medreasoner_train.targets import box_of, depth_at
@@ -162,7 +163,7 @@ def box_mask(boxes: Tensor, *, side: int = 64) -> Tensor:
     SAM takes mask prompts beside points and boxes; with the box drawn into one, a small model need not learn from few
     images to tell inside from outside by comparing position waves. The exported decoder draws it itself.
     """
-    centres = torch.arange(side) + 0.5
+    centres = torch.arange(side, device=boxes.device) + 0.5
     x1, y1, x2, y2 = (boxes * (side / SIZE)).unbind(-1)
     across = torch.minimum(centres - x1[:, None], x2[:, None] - centres)  # (P, side)
     down = torch.minimum(centres - y1[:, None], y2[:, None] - centres)
@@ -180,7 +181,7 @@ def segment(model: Any, images: Tensor, given: Prompts) -> tuple[Tensor, Tensor,
         if not len(rows):
             continue
         points = given.points[rows][:, None] if form != BOX else None
-        labels = torch.ones(len(rows), 1, 2, dtype=torch.int64) if form != BOX else None
+        labels = torch.ones_like(points[..., 0], dtype=torch.int64) if points is not None else None
         boxes = given.boxes[rows][:, None] if form != POINTS else None
         sparse, dense = model.prompt_encoder(
             input_points=points,
@@ -201,7 +202,7 @@ def segment(model: Any, images: Tensor, given: Prompts) -> tuple[Tensor, Tensor,
     return torch.cat(logits), torch.cat(scores), torch.cat(order)
 
 
-def mask_loss(model: Any, images: Tensor, given: Prompts) -> tuple[Tensor, dict[str, float]]:
+def mask_loss(model: Any, images: Tensor, given: Prompts) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy and Dice of the masks on a 128 x 128 grid, and the error of the predicted IoU."""
     logits, score, order = segment(model, images, given)
     truth = functional.avg_pool2d(given.masks[order][:, None].float(), 2)[:, 0]  # (P, 128, 128), in [0, 1]
@@ -216,7 +217,7 @@ def mask_loss(model: Any, images: Tensor, given: Prompts) -> tuple[Tensor, dict[
         exact = (2 * shared / (mine.sum((1, 2)) + real.sum((1, 2))).clamp(min=1)).mean()
     loss_iou = functional.mse_loss(score, iou)
     loss = 2 * entropy.mean() + dice.mean() + loss_iou
-    return loss, {"entropy": entropy.mean().item(), "dice": exact.item(), "iou_error": loss_iou.item()}
+    return loss, {"entropy": entropy.mean().detach(), "dice": exact, "iou_error": loss_iou.detach()}
 
 
 @torch.no_grad()
@@ -236,8 +237,9 @@ def evaluate(model: Any, data: SegmenterData) -> dict[str, float]:
                 if mask.any():
                     rows.append((b, np.array(box_of(mask)), points, BOTH, mask))
                     names.append(sample.key)
-        given = prompts(rows)
-        logits, _, order = segment(model, torch.stack(images), given)
+        device = next(model.parameters()).device
+        given = moved(prompts(rows), device)
+        logits, _, order = segment(model, torch.stack(images).to(device), given)
         mine = functional.interpolate(logits[:, None], size=(SIZE, SIZE), mode="bilinear")[:, 0] > 0
         real = given.masks[order]
         value = 2 * (mine & real).sum((1, 2)) / (mine.sum((1, 2)) + real.sum((1, 2)))
@@ -250,13 +252,17 @@ def evaluate(model: Any, data: SegmenterData) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SegmenterOptions:
-    """One run of the segmenter's training; `emphasis`: sources of the data to draw so many times as often."""
+    """One run of the segmenter's training.
+
+    `emphasis`: sources of the data to draw so many times as often; `start`: the folder of a finished segmenter.
+    """
 
     data: Path
     loop: LoopOptions
     images: int = 12
     per_image: int = 3
     emphasis: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    start: Path | None = None
     cache: Path | None = None
     eval_every: int = 300
 
@@ -269,6 +275,8 @@ def run(options: SegmenterOptions) -> None:
     train_data = SegmenterData(stored, emphasis=options.emphasis)
     val_data = SegmenterData(load_store(by_image(val_samples), cache=options.cache))
     model = build_segmenter()
+    if options.start is not None:
+        load_weights(options.start, model)
     train(
         modules={"segmenter": model},
         make_batch=lambda step: train_data.batch(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medreasoner.reasoner.prompt import load_tokenizer
-from medreasoner_train.checkpoint import save_reasoner
+from medreasoner_train.checkpoint import load_weights, save_reasoner
 from medreasoner_train.data import by_image, load_index, split
 from medreasoner_train.decoder import block_mask, language_pass
 from medreasoner_train.dense import DenseHeads, dense_loss, giou, mean_or_zero
@@ -70,7 +70,7 @@ def _number_losses(logits: Tensor, normaliser: Tensor, truth: Tensor, spread: fl
     truth : (N,). The error is relative.
     """
     largest = logits.shape[1] - 1
-    values = torch.arange(largest + 1)
+    values = torch.arange(largest + 1, device=logits.device)
     soft = torch.softmax(-((values - truth[:, None]) ** 2) / (2 * spread**2), dim=-1)
     loss_number = mean_or_zero(normaliser - (soft * logits).sum(-1))
     expected = (logits.softmax(-1) * values).sum(-1)
@@ -96,7 +96,8 @@ def _token_losses(
     # The chosen logits are worked out apart: picked from all, their gradient would be a table of zeros as large.
     normaliser = (states @ table.T).logsumexp(-1)
     plain = normaliser - (states * table[label]).sum(-1)
-    weights = torch.tensor([options.weight_skeleton, options.weight_thought, options.weight_absent, 0.0])[kind]
+    by_kind = [options.weight_skeleton, options.weight_thought, options.weight_absent, 0.0]
+    weights = torch.tensor(by_kind, device=kind.device)[kind]
     loss_text = (plain * weights).sum() / batch.present.numel()
     number = kind == 3
     loss_number, loss_l1 = _number_losses(
@@ -116,8 +117,8 @@ def sft_loss(
     options: SftOptions,
     vocabulary: Vocabulary,
     passes: Passes = Passes(),  # noqa: B008 (immutable)
-) -> tuple[Tensor, dict[str, float]]:
-    """Weighted sum of the stage's losses, and its parts as numbers."""
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Weighted sum of the stage's losses, and its parts."""
     language = model.model.language_model
     image_embeds = passes.vision(model.model.visual, batch.images)
     loss_dense, dense_parts = dense_loss(dense_heads, image_embeds, batch.dense)
@@ -141,13 +142,13 @@ def sft_loss(
         + options.weight_meaning * loss_meaning
     )  # fmt: skip
     return loss, {
-        "text": loss_text.item(),
-        "number": loss_number.item(),
-        "l1_px": loss_l1.item() * vocabulary.largest,
-        "category": loss_category.item(),
-        "meaning": loss_meaning.item(),
-        "read_iou": mean_or_zero(iou).item(),
-        "absent_acc": absent.item(),
+        "text": loss_text.detach(),
+        "number": loss_number.detach(),
+        "l1_px": loss_l1.detach() * vocabulary.largest,
+        "category": loss_category.detach(),
+        "meaning": loss_meaning.detach(),
+        "read_iou": mean_or_zero(iou).detach(),
+        "absent_acc": absent.detach(),
         "dense_iou": dense_parts["iou"],
     }
 
@@ -156,8 +157,9 @@ def sft_loss(
 class SftRun:
     """One run: where the data are, the loop, the mixture, and what it starts from.
 
-    `start` is the dense stage's checkpoint; `tokenizer` a file to use instead of one made from the questions, so that a
-    checkpoint outlives a change of theirs; `teacher` the folder of a sentence encoder.
+    `start` is the dense stage's checkpoint, or the folder of a finished reasoner, whose tokenizer is then used too;
+    `tokenizer` a file to use instead of one made from the questions, so that a checkpoint outlives a change of theirs;
+    `teacher` the folder of a sentence encoder.
     """
 
     data: Path
@@ -182,15 +184,18 @@ def run(settings: SftRun) -> None:
     start_embeddings(model, vocabulary)
     heads = SftHeads(NANO.hidden_dim, len(data.categories), meaning_dim)
     dense_heads = DenseHeads(NANO.hidden_dim, len(data.categories))
-    if settings.start is not None:
+    if settings.start is not None and settings.start.is_dir():
+        load_weights(settings.start, model)
+    elif settings.start is not None:
         load_modules(settings.start, {"visual": model.model.visual, "heads": dense_heads})
     passes = Passes()
     if settings.compiled:  # rows differ in length from step to step
         passes = Passes(vision=torch.compile(tower), language=torch.compile(language_pass, dynamic=True))
+    near = vocabulary.to(torch.device(settings.loop.device))
     train(
         modules={"model": model, "heads": heads, "dense": dense_heads},
         make_batch=lambda step: data.make(step, settings.loop.seed),
-        loss_of=lambda batch: sft_loss(model, heads, dense_heads, batch, settings.options, vocabulary, passes),
+        loss_of=lambda batch: sft_loss(model, heads, dense_heads, batch, settings.options, near, passes),
         options=settings.loop,
         evaluate=lambda _: validate(model, vocabulary, val, size=settings.options.size),
         eval_every=settings.eval_every,
@@ -204,7 +209,8 @@ def _tokenizer(settings: SftRun) -> Tokenizer:
     A run that goes on after the questions changed would otherwise read its weights under other token ids.
     """
     kept = settings.loop.out / "tokenizer.json"
-    source = settings.tokenizer or (kept if kept.exists() else None)
+    begun = settings.start / "tokenizer.json" if settings.start is not None and settings.start.is_dir() else None
+    source = settings.tokenizer or (kept if kept.exists() else begun)
     tokenizer = make_tokenizer(settings.vocab_size, NANO.image_size) if source is None else load_tokenizer(str(source))
     with appearing(kept) as beside:
         tokenizer.save(str(beside))

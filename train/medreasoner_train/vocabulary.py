@@ -1,5 +1,7 @@
 """The token ids that training and its validation need by name."""
 
+import copy
+
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -25,6 +27,12 @@ class Vocabulary:
         self.numbers = torch.tensor([token_id(tokenizer, str(value)) for value in range(largest + 1)])
         self.value = torch.full((tokenizer.get_vocab_size(),), -1)
         self.value[self.numbers] = torch.arange(largest + 1)
+
+    def to(self, device: torch.device) -> "Vocabulary":
+        """Bring the tables that :func:`medreasoner_train.sft.sft_loss` looks into to a device."""
+        moved = copy.copy(self)
+        moved.numbers, moved.value = self.numbers.to(device), self.value.to(device)
+        return moved
 
     def prefix(self, side: int) -> tuple[list[int], Tensor]:
         """Token ids and positions (3, n) of everything before the query, for a side x side image."""

@@ -19,9 +19,11 @@ _MAX_IDLE_CACHES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SavedPrefix:
-    """Keys and values of the first tokens of a prompt, by graph input: (1, n_kv_heads, length, head_dim) float32."""
+    """Keys and values of the first tokens of a prompt, by graph input: (1, n_kv_heads, length, head_dim), in the
+    precision of the graph.
+    """
 
-    rows: dict[str, NDArray[np.float32]] = field(repr=False)
+    rows: dict[str, NDArray[np.floating]] = field(repr=False)
     length: int
 
 
@@ -35,7 +37,8 @@ class KvCache:
     def __init__(self, session: Session, spec: ReasonerSpec) -> None:
         shape = (1, spec.n_kv_heads, spec.max_length, spec.head_dim)
         names = [f"{kind}.{layer}" for layer in range(spec.n_layers) for kind in ("key", "value")]
-        self._buffers: dict[str, Buffer] = {f"past_{name}": session.allocate(shape, np.float32) for name in names}
+        dtype = session.element_type(f"past_{names[0]}")
+        self._buffers: dict[str, Buffer] = {f"past_{name}": session.allocate(shape, dtype) for name in names}
         self.binding = session.bind(
             inputs=self._buffers, outputs={f"present_{name}": self._buffers[f"past_{name}"] for name in names}
         )
