@@ -105,17 +105,46 @@ def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")],
     reasoner: Annotated[Path, typer.Option(help="Reasoner checkpoint that it was made from.")],
     segmenter: Annotated[Path, typer.Option(help="Segmenter checkpoint that it was made from.")],
+    image: Annotated[
+        list[str] | None, typer.Option(help="Picture for the whole answers; may be repeated. Default: two drawn ones.")
+    ] = None,
+    query: Annotated[list[str] | None, typer.Option(help="Question about each --image, in their order.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File for the report: .json, or a table in Markdown.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Compare a bundle's graphs with the PyTorch models that they were made from, number by number.
+    """Compare a bundle with the PyTorch models that it was made from: graph by graph, then whole answers.
 
     \b
     medreasoner-cli export verify medreasoner-7b --reasoner MedReasoner-7B/ --segmenter medsam-vit-base/
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
-    report = package.verify_bundle(bundle, reasoner, segmenter)
-    print(json.dumps(report.to_json(), indent=1) if as_json else report.to_markdown())
+    if len(image or []) != len(query or []):
+        raise typer.BadParameter(f"{len(image or [])} --image and {len(query or [])} --query: give one for each")
+    report = package.verify_bundle(
+        bundle, reasoner, segmenter, questions=_questions(image or [], query or []), progress=_done
+    )
+    texts = {True: json.dumps(report.to_json(), indent=1) + "\n", False: report.to_markdown()}
+    if output is not None:
+        output.write_text(texts[output.suffix == ".json"], encoding="utf-8")
+    print(texts[as_json], end="")
     raise typer.Exit(0 if report.passed else 4)
+
+
+def _done(stage: str) -> None:
+    print(f"compared: {stage}", file=sys.stderr)
+
+
+def _questions(images: list[str], queries: list[str]) -> list[object]:
+    from medreasoner.image import read_image
+    from medreasoner_cli.inputs import find_inputs
+
+    package = load("medreasoner_export", extra="export")
+    return [
+        package.Question(image=read_image(find_inputs([image])[0].source), query=query)
+        for image, query in zip(images, queries, strict=True)
+    ]
 
 
 def _read_json(path: Path | None) -> dict[str, object]:

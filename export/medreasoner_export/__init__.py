@@ -1,6 +1,7 @@
 """Checkpoints to ONNX graphs, bundles and parity reports."""
 
 from medreasoner_export.package import Licence, build_bundle
+from medreasoner_export.parity_road import Question
 from medreasoner_export.reasoner import ReasonerExport, ReasonerOptions, export_reasoner
 from medreasoner_export.report import ParityReport, ParityStage
 from medreasoner_export.segmenter import SegmenterExport, SegmenterOptions, export_segmenter
@@ -10,6 +11,7 @@ __all__ = [
     "Licence",
     "ParityReport",
     "ParityStage",
+    "Question",
     "ReasonerExport",
     "ReasonerOptions",
     "SegmenterExport",

@@ -46,7 +46,7 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int4"]
 
 Shape: TypeAlias = Sequence[int | str]
 
-FLOAT, FLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16
+FLOAT, FLOAT16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
 INT32, INT64 = TensorProto.INT32, TensorProto.INT64
 
 

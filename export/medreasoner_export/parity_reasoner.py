@@ -19,7 +19,8 @@ from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
 from medreasoner_export.quantise import BLOCK, dequantise_int4, quantise_int4
-from medreasoner_export.report import ParityStage, compare, load_reference
+from medreasoner_export.report import ParityStage, compare
+from medreasoner_export.streamed import TEXT, streamed_qwen
 
 __all__ = ["DecoderRun", "reasoner_stages"]
 
@@ -49,25 +50,21 @@ def reasoner_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, s
         Of the images.
     """
     torch = require("torch", extra="export", feature="The parity check")
-    transformers = require("transformers", extra="export", feature="The parity check")
-    model = load_reference(transformers.Qwen2_5_VLForConditionalGeneration, checkpoint_dir, dtype=torch.float32)
     precision = bundle.spec.precision
-    if precision == "int4":
-        _round_decoder(torch, model)
+    model = streamed_qwen(checkpoint_dir, change=_rounded if precision == "int4" else None)
     half = FP16_TOLERANCE if precision == "fp16" else tolerance
-    check = _Check(bundle, model.eval(), np.random.default_rng(seed))
+    check = _Check(bundle, model, np.random.default_rng(seed))
     with torch.inference_mode():
         for rows, columns in check.grids():
             yield check.vision(rows, columns, half)
         yield from check.decoder(INT4_TOLERANCE if precision == "int4" else half)
 
 
-def _round_decoder(torch: Any, model: Any) -> None:
-    """Give the reference the matrices that a four-bit graph holds: what is left is the error of the graph."""
-    for name, module in model.model.language_model.layers.named_modules():
-        if isinstance(module, torch.nn.Linear) and module.in_features % BLOCK == 0:
-            matrix = quantise_int4(module.weight.detach().numpy(), name)
-            module.weight.data = torch.from_numpy(dequantise_int4(matrix))
+def _rounded(name: str, weight: Array) -> Array:
+    """Gives the reference the matrices that a four-bit graph holds: what is left is the error of the graph."""
+    if name.startswith(TEXT + "layers.") and weight.ndim == 2 and weight.shape[1] % BLOCK == 0:
+        return dequantise_int4(quantise_int4(weight, name))
+    return weight
 
 
 class DecoderRun:

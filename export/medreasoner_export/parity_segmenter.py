@@ -10,9 +10,12 @@ import numpy.typing as npt
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
 from medreasoner.errors import BundleError
+from medreasoner.geometry import Placement
+from medreasoner.spec import SegmenterSpec
+from medreasoner_export.parity_road import Segment
 from medreasoner_export.report import ParityStage, compare
 
-__all__ = ["segmenter_stages"]
+__all__ = ["mask_of", "segmenter_stages"]
 
 N_IMAGES = 2
 FP16_TOLERANCE = 0.03
@@ -62,14 +65,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     with_box, with_points = spec.prompts != "points", spec.prompts != "box"
     with torch.inference_mode():
         expected = embed(torch.from_numpy(pixels))
-        result = sam(
-            image_embeddings=expected,
-            input_points=torch.from_numpy(points)[:, None] if with_points else None,
-            input_labels=torch.ones((N_IMAGES, 1, points.shape[1]), dtype=torch.int64) if with_points else None,
-            input_boxes=torch.from_numpy(box.reshape(N_IMAGES, 1, 4)) if with_box else None,
-            input_masks=torch.from_numpy(_drawn(box, size, spec.mask_size)) if box_mask and with_box else None,
-            multimask_output=spec.n_masks > 1,
-        )
+        result = _predict(sam, spec, expected, box, points, box_mask=box_mask)
     embedding = encoder.run(None, {"pixel_values": pixels})[0]
     yield compare("image embedding", embedding, expected.numpy(), tolerance)
     corners = box if with_box else np.zeros((N_IMAGES, 1, 2), np.float32)  # without a box, SAM adds a padding point
@@ -80,6 +76,52 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
     yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
+
+
+def mask_of(bundle: Bundle, checkpoint_path: Path) -> Segment:
+    """What the checkpoint of a bundle's segmenter makes of an image, a box and two points."""
+    torch = require("torch", extra="export", feature="The parity check")
+    ort = require("onnxruntime", extra="cpu", feature="The parity check")
+    require("transformers", extra="export", feature="The parity check")
+    from medreasoner_export.sam_reference import load_sam
+
+    spec = bundle.spec.segmenter
+    sam, embed = load_sam(checkpoint_path)
+    decoder = ort.InferenceSession(str(bundle.path(spec.graphs.decoder)), providers=["CPUExecutionProvider"])
+    box_mask = decoder.get_modelmeta().custom_metadata_map.get("box_mask") == "true"
+
+    def segment(planes: Array, grid: Placement, corners: Array, points: Array) -> npt.NDArray[np.bool_]:
+        box, inside = (grid.to_grid(each)[None].astype(np.float32) for each in (corners, points))
+        result = _predict(sam, spec, embed(torch.from_numpy(planes[None])), box, inside, box_mask=box_mask)
+        best = int(result.iou_scores[0, 0].argmax())
+        logits = result.pred_masks[0, :, best : best + 1]  # (1, 1, side, side)
+        side = logits.shape[-1]
+        # Pixel centres of the image in the logits, from -1 at the centre of the first to 1 at that of the last.
+        y, x = (
+            ((torch.arange(count) + 0.5) * (extent / count) - 0.5) * 2 / (side - 1) - 1
+            for count, extent in zip((grid.image_height, grid.image_width), grid.mask_crop(side), strict=True)
+        )
+        places = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1)[None].to(logits.dtype)
+        sampled = torch.nn.functional.grid_sample(logits, places, padding_mode="border", align_corners=True)
+        mask: npt.NDArray[np.bool_] = sampled[0, 0].numpy() > 0
+        return mask
+
+    return segment
+
+
+def _predict(sam: Any, spec: SegmenterSpec, embedding: Any, box: Array, points: Array, *, box_mask: bool) -> Any:
+    """Transformers' output for a box (N, 2, 2) and points (N, n, 2) in the grid, as the bundle prompts."""
+    torch = require("torch", extra="export", feature="The parity check")
+    with_box, with_points = spec.prompts != "points", spec.prompts != "box"
+    size, count = sam.config.vision_config.image_size, len(box)
+    return sam(
+        image_embeddings=embedding,
+        input_points=torch.from_numpy(points)[:, None] if with_points else None,
+        input_labels=torch.ones((count, 1, points.shape[1]), dtype=torch.int64) if with_points else None,
+        input_boxes=torch.from_numpy(box.reshape(count, 1, 4)) if with_box else None,
+        input_masks=torch.from_numpy(_drawn(box, size, spec.mask_size)) if box_mask and with_box else None,
+        multimask_output=spec.n_masks > 1,
+    )
 
 
 def _prompts(generator: np.random.Generator, size: int) -> tuple[Array, Array]:

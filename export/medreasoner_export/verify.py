@@ -1,11 +1,14 @@
 """Does a bundle compute what its checkpoints compute?"""
 
 import importlib.metadata
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from medreasoner.bundle import load_bundle
 from medreasoner_export.parity_reasoner import reasoner_stages
-from medreasoner_export.parity_segmenter import segmenter_stages
+from medreasoner_export.parity_road import Question, own_questions, road_stages
+from medreasoner_export.parity_segmenter import mask_of, segmenter_stages
 from medreasoner_export.report import ParityReport
 
 __all__ = ["DEFAULT_TOLERANCE", "verify_bundle"]
@@ -27,8 +30,13 @@ def verify_bundle(
     *,
     tolerance: float = DEFAULT_TOLERANCE,
     seed: int = 0,
+    questions: Sequence[Question] = (),
+    progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
-    """Run a bundle's graphs on the CPU and its checkpoints in torch, in float32, on the same random inputs.
+    """Run a bundle on the CPU and its checkpoints in torch: each graph on random inputs, then whole answers.
+
+    The checkpoints compute in float32. The reasoner's is read matrix by matrix, the whole of it once a run, so that its
+    size does not matter.
 
     Parameters
     ----------
@@ -42,6 +50,10 @@ def verify_bundle(
         what the rounding costs, which `medreasoner-cli eval` measures.
     seed
         Of the inputs.
+    questions
+        Images and questions for the whole answers; none: two of its own.
+    progress
+        Told the name of each stage when it is done.
 
     Raises
     ------
@@ -51,9 +63,14 @@ def verify_bundle(
         If torch, transformers or ONNX Runtime is not installed.
     """
     bundle = load_bundle(bundle_dir, verify="full")
-    stages = [
-        *reasoner_stages(bundle, Path(against_reasoner), tolerance=tolerance, seed=seed),
-        *segmenter_stages(bundle, Path(against_segmenter), tolerance=tolerance, seed=seed),
-    ]
+    reasoner, segmenter = Path(against_reasoner), Path(against_segmenter)
+    stages = []
+    for stage in chain(
+        segmenter_stages(bundle, segmenter, tolerance=tolerance, seed=seed),
+        reasoner_stages(bundle, reasoner, tolerance=tolerance, seed=seed),
+        road_stages(bundle, reasoner, mask_of(bundle, segmenter), questions or own_questions(seed)),
+    ):
+        stages.append(stage)
+        progress(stage.name)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return ParityReport(bundle=bundle.spec.name, stages=tuple(stages), versions=versions)

@@ -41,6 +41,12 @@ class Segmenter:
 
     def encode(self, image: Image) -> Embedded:
         """Read an image."""
+        planes, placement = self.planes(image)
+        outputs = self._encoder.bind({}, {}).run({"pixel_values": planes[None]})
+        return Embedded(embedding=outputs["image_embedding"], placement=placement)
+
+    def planes(self, image: Image) -> tuple[NDArray[np.float32], Placement]:
+        """What the encoder sees of an image, (3, grid height, grid width), and where the image lies in it."""
         placement = place(self._spec.resize, height=image.height, width=image.width)
         fixed = self._spec.rescale == "fixed"
         planes = ops.preprocess_planes(
@@ -58,8 +64,7 @@ class Segmenter:
                 np.array(each, np.float32)[:, None, None] for each in (self._spec.image_mean, self._spec.image_std)
             )
             content[:] = ((content - low) / max(high - low, _SMALLEST_RANGE) - mean) / std
-        outputs = self._encoder.bind({}, {}).run({"pixel_values": planes[None]})
-        return Embedded(embedding=outputs["image_embedding"], placement=placement)
+        return planes, placement
 
     def decode(
         self, image: Embedded, *, corners: NDArray[np.float64], points: NDArray[np.float64]

@@ -102,6 +102,20 @@ def test_models_verify_hashes_everything(cli, finding_bundle, tmp_path):
     assert "extra.bin" in done.err
 
 
+def test_export_verify_writes_its_report_where_it_is_wanted(cli, toy_folder, tmp_path):
+    checkpoints = ("--reasoner", toy_folder / "reasoner", "--segmenter", toy_folder / "segmenter")
+    done = cli("export", "verify", toy_folder / "bundle", *checkpoints, "-o", tmp_path / "report.json")
+    assert done.code == 0
+    assert "whole answers: logits" in done.out
+    assert "compared: image embedding" in done.err
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["passed"]
+    assert any(stage["name"].startswith("whole answers") for stage in report["stages"])
+    done = cli("export", "verify", toy_folder / "bundle", *checkpoints, "--image", "a.png")
+    assert done.code == 2
+    assert "give one for each" in done.err
+
+
 @pytest.mark.parametrize("command", ["info", "verify"])
 def test_models_of_a_bundle_that_is_not_there_is_code_4(cli, command):
     done = cli("models", command, "nowhere")

@@ -173,7 +173,7 @@ def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3
     if workers:
         # Forked processes share the decoded images; one thread each, or they fight over the cores.
         steps: Iterable[int] = range(start, stop)
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             _ByStep(make),  # type: ignore[arg-type]
             batch_size=None,
             sampler=steps,

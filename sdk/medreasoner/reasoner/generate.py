@@ -10,7 +10,7 @@ from medreasoner.errors import ArrayError, GenerationError
 from medreasoner.ops import AnswerState
 from medreasoner.reasoner.decoder import Decoder, KvCache
 from medreasoner.reasoner.rotary import text_positions
-from medreasoner.reasoner.weights import WeightMatrix
+from medreasoner.reasoner.weights import LanguageHead, WeightMatrix
 from medreasoner.timing import Stopwatch
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Sequencer:
 
 
 def choose(
-    state: AnswerState, hidden: NDArray[np.float32], lm_head: WeightMatrix, absent_threshold: float | None
+    state: AnswerState, hidden: NDArray[np.float32], lm_head: LanguageHead, absent_threshold: float | None
 ) -> tuple[int, float | None]:
     """Token to go on with at a choice of the grammar.
 

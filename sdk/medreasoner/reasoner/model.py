@@ -84,7 +84,7 @@ class Reasoner:
         self.prompt = Prompt(tokenizer, spec)
         self._vision = vision
         self._decoder = Decoder(decoder, spec)
-        self._embedding = embedding
+        self._embedding, self._lm_head = embedding, lm_head
         self._writer = AnswerWriter(spec, tokenizer, lm_head)
         if isinstance(spec.vision.resize, StretchResize):  # one grid only: its grammar is known now
             self._writer.prepare(place(spec.vision.resize, height=1, width=1).answer_limits(spec.coordinates))
@@ -194,6 +194,27 @@ class Reasoner:
             "decoder_runs": sequencer.n_runs,
         }
         return self._decoded(written, prefix.placement, tokens, sequencer.timings_ms)
+
+    def logits(self, prefix: Prefix, query: str, ids: list[int]) -> NDArray[np.float32]:
+        """Logits (n, vocab_size) float32 of each token of a text, given those before it: to compare with a reference.
+
+        Parameters
+        ----------
+        prefix, query
+            Image and question, as for `answer`.
+        ids
+            The n tokens of an answer.
+        """
+        whole = self.prompt.whole(query, prefix.grid.n_tokens)
+        shared = common_length(prefix.ids, whole)
+        cache = self._decoder.open_cache()
+        try:
+            cache.restore(prefix.saved, shared)
+            position = prefix.next_position - (len(prefix.ids) - shared)
+            states = Sequencer(self._decoder, self._embedding, cache, position).feed([*whole[shared:], *ids[:-1]])
+        finally:
+            self._decoder.close_cache(cache)
+        return np.stack([self._lm_head.logits(state) for state in np.ascontiguousarray(states[-len(ids) :])])
 
     def _decoded(
         self, written: Written, placement: Placement, tokens: dict[str, int], timings_ms: dict[str, float]

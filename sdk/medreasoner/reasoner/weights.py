@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,21 @@ from medreasoner import ops
 from medreasoner.errors import BundleError
 from medreasoner.spec import WeightDtype, WeightSpec
 
-__all__ = ["WeightMatrix", "load_weight"]
+__all__ = ["LanguageHead", "WeightMatrix", "load_weight"]
 
 _STORAGE: dict[WeightDtype, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+
+
+class LanguageHead(Protocol):
+    """What turns a hidden state into logits."""
+
+    def logits(self, hidden: NDArray[np.float32], rows: NDArray[np.int32] | None = None) -> NDArray[np.float32]:
+        """Logits of some tokens, or of all, for one hidden state (hidden_dim,)."""
+        ...
+
+    def likeliest(self, hidden: NDArray[np.float32], rows: NDArray[np.int32]) -> int:
+        """Token of the largest logit among `rows`, the first of equals."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

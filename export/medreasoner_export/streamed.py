@@ -1,0 +1,97 @@
+"""A Qwen2.5-VL as transformers runs it, in float32, with the weights of one layer at a time in memory.
+
+The model is made without weights. Before a module with weights of its own runs, they are read from the mapped files of
+the checkpoint and brought to float32; behind it they are let go. A model of seven billion parameters thus needs the
+memory of its largest matrix, and a run reads the whole checkpoint once.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from medreasoner._extras import require
+from medreasoner._text import one_line
+from medreasoner.errors import BundleError
+from medreasoner_export.checkpoint import Checkpoint, Weights
+from medreasoner_export.qwen_decoder import TEXT_PREFIXES
+from medreasoner_export.qwen_vision import PREFIXES as VISION_PREFIXES
+
+__all__ = ["TEXT", "Change", "streamed_qwen"]
+
+Change: TypeAlias = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
+"""What to make of a weight, by its name in transformers: such as its value in four bits."""
+
+TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head.weight"
+
+
+def streamed_qwen(folder: str | Path, *, change: Change | None = None) -> Any:
+    """The ``Qwen2_5_VLForConditionalGeneration`` of a checkpoint's folder, ready to be run without gradients.
+
+    Parameters
+    ----------
+    folder
+        With ``config.json`` and safetensors weights of any floating type.
+    change
+        Applied to each weight in float32 before it is used.
+
+    Raises
+    ------
+    BundleError
+        If the folder holds no such checkpoint, or a tensor is missing or misshapen; the message names it.
+    """
+    feature = "The parity check"
+    transformers = require("transformers", extra="export", feature=feature)
+    accelerate = require("accelerate", extra="export", feature=feature)
+    checkpoint = Checkpoint(folder)
+    try:
+        config = transformers.Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    except Exception as err:  # transformers raises many kinds for a configuration that is not its own
+        raise BundleError(f"{folder}: transformers cannot make a model of it ({one_line(err)})") from err
+    names = _Names(checkpoint)
+    for path, module in model.named_modules():
+        own = {name: (names.stored(f"{path}.{name}"), tuple(p.shape)) for name, p in module.named_parameters("", False)}
+        if own:
+            module.register_forward_pre_hook(partial(_load, checkpoint, path, own, change))
+            module.register_forward_hook(partial(_drop, dict(module.named_parameters("", False))))
+    return model.eval()
+
+
+class _Names:
+    """Names in a checkpoint's files, as published or as transformers 5 writes them."""
+
+    def __init__(self, checkpoint: Weights) -> None:
+        self._text = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight")
+        self._vision = checkpoint.prefix(VISION_PREFIXES, "patch_embed.proj.weight")
+        self._tied = HEAD not in checkpoint
+
+    def stored(self, name: str) -> str:
+        """The name in the files of a parameter that transformers calls `name`."""
+        if name == HEAD and self._tied:
+            name = TEXT + "embed_tokens.weight"
+        for own, prefix in ((TEXT, self._text), (VISION, self._vision)):
+            if name.startswith(own):
+                return prefix + name.removeprefix(own)
+        return name
+
+
+def _load(
+    checkpoint: Weights, path: str, own: dict[str, tuple[str, tuple[int, ...]]], change: Change | None,
+    module: Any, _inputs: Any,
+) -> None:  # fmt: skip
+    torch = require("torch", extra="export", feature="The parity check")
+    for name, (stored, shape) in own.items():
+        array = checkpoint.tensor(stored, shape).astype(np.float32)
+        if change is not None:
+            array = change(f"{path}.{name}", array)
+        setattr(module, name, torch.nn.Parameter(torch.from_numpy(np.ascontiguousarray(array)), requires_grad=False))
+
+
+def _drop(empty: dict[str, Any], module: Any, _inputs: Any, _output: Any) -> None:
+    for name, parameter in empty.items():
+        setattr(module, name, parameter)
