@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 Weights = Literal["source", "float32", "float16", "bfloat16"]
-Arch = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam"]
+Arch = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam", "sam2", "medsam2"]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 WeightsOption = Annotated[Weights, typer.Option(help="Element type of the weights; source keeps the checkpoint's.")]

@@ -17,9 +17,8 @@ from torch.nn import functional as nn
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
 from medreasoner_export.report import load_reference
+from medreasoner_export.sam_family import TWICE, open_sam
 from medreasoner_export.sam_image import NECK_EPSILON
-from medreasoner_export.sam_original import open_sam
-from medreasoner_export.segmenter import TWICE
 from medreasoner_export.tiny_vit import is_tiny_vit, merge_stride, offset_rows
 
 __all__ = ["load_sam"]
