@@ -10,6 +10,7 @@ import numpy.typing as npt
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
 from medreasoner.errors import BundleError
+from medreasoner.spec import SegmenterSpec
 from medreasoner_export.report import ParityStage, compare
 
 __all__ = ["segmenter_stages"]
@@ -37,15 +38,10 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     require("transformers", extra="export", feature="The parity check")
     ort = require("onnxruntime", extra="cpu", feature="The parity check")
     spec = bundle.spec.segmenter
-    from medreasoner_export.sam_reference import load_sam
+    from medreasoner_export.sam_reference import by_output, load_sam
 
-    sam, embed = load_sam(checkpoint_path)
-    size = sam.config.vision_config.image_size
-    grid = 4 * size // sam.config.vision_config.patch_size
-    if grid != spec.mask_size:
-        raise BundleError(
-            f"{checkpoint_path}: its masks have {grid} pixels a side, those of the bundle {spec.mask_size}"
-        )
+    sam, embed = load_sam(checkpoint_path, image_size=spec.resize.sides[0])
+    size = _image_size(sam, spec, checkpoint_path)
     generator = np.random.default_rng(seed)
     pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)
     encoder, decoder = (
@@ -55,27 +51,59 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     # As the graph was made: a setting given at the export may differ from the checkpoint's own.
     box_mask = decoder.get_modelmeta().custom_metadata_map.get("box_mask") == "true"
     box, points = _prompts(generator, size)
-    with_box, with_points = spec.prompts != "points", spec.prompts != "box"
+    names = [output.name for output in encoder.get_outputs()]
     with torch.inference_mode():
-        expected = embed(torch.from_numpy(pixels))
+        embeddings = embed(torch.from_numpy(pixels))
+        expected = by_output(embeddings)
+        if expected.keys() != set(names):
+            raise BundleError(f"{checkpoint_path}: it gives {', '.join(expected)}, the bundle's encoder {names}")
         result = sam(
-            image_embeddings=expected,
-            input_points=torch.from_numpy(points)[:, None] if with_points else None,
-            input_labels=torch.ones((N_IMAGES, 1, points.shape[1]), dtype=torch.int64) if with_points else None,
-            input_boxes=torch.from_numpy(box.reshape(N_IMAGES, 1, 4)) if with_box else None,
-            input_masks=torch.from_numpy(_drawn(box, size, spec.mask_size)) if box_mask and with_box else None,
+            image_embeddings=embeddings,
             multimask_output=spec.n_masks > 1,
+            **_for_model(spec, box, points, size=size, box_mask=box_mask),
         )
-    embedding = encoder.run(None, {"pixel_values": pixels})[0]
-    yield compare("image embedding", embedding, expected.numpy(), tolerance)
-    corners = box if with_box else np.zeros((N_IMAGES, 1, 2), np.float32)  # without a box, SAM adds a padding point
-    kinds = [1] * points.shape[1] * with_points + ([2, 3] if with_box else [-1])
-    places = np.concatenate([points, corners], axis=1) if with_points else corners
-    prompts = {"points": places, "labels": np.tile(kinds, (N_IMAGES, 1))}
-    masks, iou = decoder.run(["mask_logits", "predicted_iou"], {"image_embedding": embedding, **prompts})
+    features = dict(zip(names, encoder.run(None, {"pixel_values": pixels}), strict=True))
+    for name in names:
+        yield compare(name.replace("_", " "), features[name], expected[name].numpy(), tolerance)
+    inputs = {**features, **_for_graph(spec, box, points)}
+    masks, iou = decoder.run(["mask_logits", "predicted_iou"], inputs)
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
     yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
+
+
+def _image_size(sam: Any, spec: SegmenterSpec, checkpoint_path: Path) -> int:
+    """Side of the images that the checkpoint takes, in pixels, if it is the bundle's."""
+    prompts = sam.config.prompt_encoder_config
+    side = 4 * prompts.image_size // prompts.patch_size
+    if side != spec.mask_size:
+        raise BundleError(
+            f"{checkpoint_path}: its masks have {side} pixels a side, those of the bundle {spec.mask_size}"
+        )
+    return int(prompts.image_size)
+
+
+def _for_model(spec: SegmenterSpec, box: Array, points: Array, *, size: int, box_mask: bool) -> dict[str, Any]:
+    """The prompts that the bundle's form has, as transformers takes them; it pads them itself."""
+    torch = require("torch", extra="export", feature="The parity check")
+    found = {}
+    if spec.prompts != "box":
+        found["input_points"] = torch.from_numpy(points)[:, None]
+        found["input_labels"] = torch.ones((N_IMAGES, 1, points.shape[1]), dtype=torch.int64)
+    if spec.prompts != "points":
+        found["input_boxes"] = torch.from_numpy(box.reshape(N_IMAGES, 1, 4))
+        if box_mask:
+            found["input_masks"] = torch.from_numpy(_drawn(box, size, spec.mask_size))
+    return found
+
+
+def _for_graph(spec: SegmenterSpec, box: Array, points: Array) -> dict[str, Array]:
+    """The same as the decoder takes them: SAM adds a padding point where there is no box, SAM 2 always."""
+    with_box, with_points = spec.prompts != "points", spec.prompts != "box"
+    padded = spec.architecture == "sam2" or not with_box
+    places = [points] * with_points + [box] * with_box + [np.zeros((N_IMAGES, 1, 2), np.float32)] * padded
+    kinds = [1] * points.shape[1] * with_points + [2, 3] * with_box + [-1] * padded
+    return {"points": np.concatenate(places, axis=1), "labels": np.tile(kinds, (N_IMAGES, 1))}
 
 
 def _prompts(generator: np.random.Generator, size: int) -> tuple[Array, Array]:

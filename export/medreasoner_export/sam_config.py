@@ -69,7 +69,7 @@ class SamConfig(DecoderConfig):
             If a size is missing or malformed, or the parts do not fit each other.
         """
         if config.get("model_type") != "sam":
-            raise BundleError(f"config.json: model_type: expected sam, got {config.get('model_type')!r}")
+            raise BundleError(f"config.json: model_type: expected sam or sam2, got {config.get('model_type')!r:.80}")
         vision, prompts, decoder = (
             ConfigSection(config.get(name, {}), name)
             for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config")

@@ -22,19 +22,19 @@ from medreasoner_export.settings import SamArch, image_side, stated_image_side, 
 from medreasoner_export.tiny_vit import is_tiny_vit, tiny_vit_graph
 from medreasoner_export.torch_file import read_torch_file
 
-__all__ = ["SAM2_UNUSED", "TWICE", "Family", "is_sam2", "open_sam", "recognise"]
+__all__ = ["SAM2_VIDEO", "TWICE", "Family", "is_sam2", "open_sam", "recognise"]
 
 # Weights of the architecture that the graphs leave out: mask prompts, masks that were not asked for, and counters.
 UNUSED = ("prompt_encoder.mask_embed.", "mask_decoder.output_hypernetworks_mlps.", "num_batches_tracked")
 # Older files hold the positions of the prompt encoder a second time.
 TWICE = "prompt_encoder.shared_embedding.positional_embedding"
-SAM2_UNUSED = (
-    "mask_decoder.pred_obj_score_head.", "memory_attention.", "memory_encoder.", "mask_downsample.",
+SAM2_VIDEO = (
+    "memory_attention.", "memory_encoder.", "mask_downsample.",
     "memory_temporal_positional_encoding", "no_memory_positional_encoding", "no_object_pointer",
     "object_pointer_proj.", "occlusion_spatial_embedding_parameter", "temporal_positional_encoding_projection_layer.",
     "maskmem_tpos_enc", "no_mem_pos_enc", "no_obj_ptr", "obj_ptr_proj.", "obj_ptr_tpos_proj.", "no_obj_embed_spatial",
 )  # fmt: skip
-"""Of a SAM 2 what serves videos, by its names in transformers and in the original."""
+"""Parts of the names, in transformers and in the original, of what in a SAM 2 serves videos alone."""
 
 # Pixels of the images that they were trained on.
 SAM2_IMAGE, MEDSAM2_IMAGE = 1024, 512
@@ -159,7 +159,7 @@ def _sam2(weights: Weights, asked: SamArch, settings: Mapping[str, Any]) -> Fami
         config=config,
         encoder=partial(sam2_encoder_graph, weights, config),
         decoder=partial(sam2_decoder_graph, weights, config),
-        unused=(*UNUSED, *SAM2_UNUSED),
+        unused=(*UNUSED, "mask_decoder.pred_obj_score_head.", *SAM2_VIDEO),
     )
 
 
