@@ -5,6 +5,7 @@ References
 SAM 2, arXiv 2408.00714; Hiera, arXiv 2306.00989.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ SAM2_TYPES = ("sam2", "sam2_video")
 PATCH_STRIDE, EMBEDDING_STRIDE = 4, 16
 # The encoder halves the grid of patches this often, and the neck doubles it on the way back.
 SMALLEST_STRIDE = 32
+N_STAGES = 4
+HIERA = "vision_config.backbone_config"
 # The decoder's norms have torch's default there, not a number of the configuration.
 DECODER_EPSILON = 1e-5
 
@@ -70,6 +73,21 @@ class Sam2Config(DecoderConfig):
     layer_norm_eps: float
     stability: tuple[float, float] | None
 
+    def __post_init__(self) -> None:
+        numbers = (*self.dims, *self.depths, *self.heads, *self.windows)
+        counts = [len(part) for part in (self.dims, self.depths, self.heads, self.windows)]
+        if counts != [N_STAGES] * 4 or 0 in numbers:
+            raise BundleError(f"config.json: {HIERA}: expected four stages with sizes each, got {counts} and {numbers}")
+        if any(dim % heads for dim, heads in zip(self.dims, self.heads, strict=True)):
+            raise BundleError(f"config.json: {HIERA}: heads {self.heads} do not divide the channels {self.dims}")
+        if any(window % 2 for window in self.windows[:-1]):
+            raise BundleError(f"config.json: {HIERA}: windows {self.windows} that cannot be halved")
+        if len(set(self.dims)) < N_STAGES or self.n_channels % 8:
+            raise BundleError(f"config.json: {HIERA}: channels {self.dims} that do not grow, or {self.n_channels}")
+        if self.image_size % SMALLEST_STRIDE or self.patches % self.windows[0]:
+            step = math.lcm(SMALLEST_STRIDE, PATCH_STRIDE * self.windows[0])
+            raise BundleError(f"images of {self.image_size} px: this SAM 2 wants a side that is a multiple of {step}")
+
     @property
     def patches(self) -> int:
         """Patches along a side, before the first stage."""
@@ -109,7 +127,7 @@ class Sam2Config(DecoderConfig):
             ConfigSection(config.get(name, {}), name)
             for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config")
         )
-        hiera = ConfigSection(vision.data.get("backbone_config", {}), "vision_config.backbone_config")
+        hiera = ConfigSection(vision.data.get("backbone_config", {}), HIERA)
         _expect_known(hiera, vision, prompts, decoder)
         spec = cls(
             image_size=image_size,
@@ -128,7 +146,11 @@ class Sam2Config(DecoderConfig):
             decoder_norm_eps=DECODER_EPSILON,
             **decoder_sizes(prompts, decoder),
         )
-        _check(spec, hiera, prompts, decoder)
+        for section in (prompts, decoder):
+            if section.integer("hidden_size", 256) != spec.n_channels:
+                raise BundleError(
+                    f"config.json: {section.name}.hidden_size: expected {spec.n_channels}, as in the neck"
+                )
         return spec
 
 
@@ -139,7 +161,7 @@ def image_sizes(config: Mapping[str, Any]) -> dict[str, int]:
     {'prompt_encoder_config.image_size': 512}
     """
     vision, prompts = (ConfigSection(config.get(name, {}), name) for name in ("vision_config", "prompt_encoder_config"))
-    hiera = ConfigSection(vision.data.get("backbone_config", {}), "vision_config.backbone_config")
+    hiera = ConfigSection(vision.data.get("backbone_config", {}), HIERA)
     found = {}
     for section in (prompts, hiera):
         if section.data.get("image_size") is not None:
@@ -184,6 +206,7 @@ def _expect_known(hiera: ConfigSection, vision: ConfigSection, prompts: ConfigSe
         if hiera.data.get(key) != value:  # a number stands for both directions
             hiera.expect(key, [value, value])
     hiera.expect("num_channels", 3)
+    hiera.expect("num_query_pool_stages", N_STAGES - 1)
     vision.expect("fpn_top_down_levels", [2, 3])
     vision.expect("num_feature_levels", 3)
     for key, value in (("fpn_kernel_size", 1), ("fpn_stride", 1), ("fpn_padding", 0)):
@@ -191,23 +214,3 @@ def _expect_known(hiera: ConfigSection, vision: ConfigSection, prompts: ConfigSe
     prompts.expect("num_point_embeddings", 4)
     prompts.expect("patch_size", EMBEDDING_STRIDE)
     decoder.expect("num_hidden_layers", 2)  # transformers takes it for the depth of the layers' MLP too
-
-
-def _check(spec: Sam2Config, hiera: ConfigSection, prompts: ConfigSection, decoder: ConfigSection) -> None:
-    """Sizes that must fit each other."""
-    n_stages = len(spec.dims)
-    counts = [len(part) for part in (spec.depths, spec.heads, spec.windows)]
-    numbers = (*spec.dims, *spec.depths, *spec.heads, *spec.windows)
-    if n_stages != 4 or counts != [n_stages] * 3 or 0 in numbers:
-        raise BundleError(f"config.json: {hiera.name}: expected four stages with sizes each, got {spec.dims}, {counts}")
-    hiera.expect("num_query_pool_stages", n_stages - 1)
-    if any(dim % heads for dim, heads in zip(spec.dims, spec.heads, strict=True)):
-        raise BundleError(f"config.json: {hiera.name}: heads {spec.heads} do not divide the channels {spec.dims}")
-    if any(window % 2 for window in spec.windows[:-1]) or len(set(spec.dims)) < n_stages or spec.n_channels % 8:
-        raise BundleError(f"config.json: {hiera.name}: windows that cannot be halved, or channels that do not grow")
-    for section in (prompts, decoder):
-        if section.integer("hidden_size", 256) != spec.n_channels:
-            raise BundleError(f"config.json: {section.name}.hidden_size: expected {spec.n_channels}, as in the neck")
-    if spec.image_size % SMALLEST_STRIDE or spec.patches % spec.windows[0]:
-        step = max(SMALLEST_STRIDE, PATCH_STRIDE * spec.windows[0])
-        raise BundleError(f"images of {spec.image_size} px: this SAM 2 wants a side that is a multiple of {step}")

@@ -17,6 +17,7 @@ from typing import Any
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Entry, Weights
 from medreasoner_export.graph import joined
+from medreasoner_export.sam2_config import Sam2Config
 from medreasoner_export.sam_original import Shapes, last_layers, renamed
 
 __all__ = ["is_sam2_file", "sam2_name", "sam2_weights"]
@@ -58,11 +59,9 @@ def is_sam2_file(entries: Mapping[str, Entry]) -> bool:
     return PROBE in entries
 
 
-def sam2_name(config: Mapping[str, Any]) -> str | None:
-    """``"tiny"``, ``"small"``, ``"base-plus"`` or ``"large"`` by a ``config.json``; None for another size."""
-    hiera = config.get("vision_config", {}).get("backbone_config", {})
-    dims, depths = hiera.get("embed_dim_per_stage", (96,)), hiera.get("blocks_per_stage", (1, 2, 7, 2))
-    size = SIZES.get((dims[0], tuple(depths)))
+def sam2_name(config: Sam2Config) -> str | None:
+    """``"tiny"``, ``"small"``, ``"base-plus"`` or ``"large"``; None for a size that was not published."""
+    size = SIZES.get((config.dims[0], config.depths))
     return size.name if size else None
 
 

@@ -1,7 +1,7 @@
 """Which segmenter a checkpoint is, whatever form it is stored in: its graphs, its sizes, and whose images it wants."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -148,8 +148,9 @@ def _sam(weights: Weights, asked: SamArch) -> Family:
 def _sam2(weights: Weights, asked: SamArch, settings: Mapping[str, Any]) -> Family:
     arch: SamArch = "medsam2" if asked == "medsam2" else "sam2"
     _check_asked(weights, asked, arch, "SAM 2")
-    config = Sam2Config.from_json(weights.config, _sam2_image(weights, asked, settings))
-    size = sam2_name(weights.config)
+    config = Sam2Config.from_json(weights.config, SAM2_IMAGE)
+    size = sam2_name(config)
+    config = replace(config, image_size=_sam2_image(weights, asked, settings, ambiguous=size == "tiny"))
     return Family(
         name="MedSAM2" if arch == "medsam2" else "SAM 2",
         form="as transformers stores it" if weights.path.is_dir() else "as facebookresearch/sam2 stores it",
@@ -168,11 +169,11 @@ def _check_asked(weights: Weights, asked: SamArch, arch: SamArch, name: str) -> 
         raise BundleError(f"{weights.path}: it was called {asked}, but the weights are those of {name}")
 
 
-def _sam2_image(weights: Weights, asked: SamArch, settings: Mapping[str, Any]) -> int:
+def _sam2_image(weights: Weights, asked: SamArch, settings: Mapping[str, Any], *, ambiguous: bool) -> int:
     """Side of the images, pixels: positions are enlarged to any, so the weights fit all and tell none.
 
     The first of these that says something: the ``resize`` setting, ``medsam2``, a folder's own files if they agree,
-    ``sam2``, and being of a size that only SAM 2 itself has.
+    ``sam2``, and not being `ambiguous`: of the size that MedSAM2 has too.
 
     Raises
     ------
@@ -195,7 +196,7 @@ def _sam2_image(weights: Weights, asked: SamArch, settings: Mapping[str, Any]) -
     if stated:
         said = ", ".join(f"{key} says {side}" for key, side in stated.items())
         raise BundleError(f"{weights.path}: the size of its images is not certain: {said}; {_choices()}")
-    if sam2_name(weights.config) == "tiny":
+    if ambiguous:
         raise BundleError(f"{weights.path}: SAM 2.1's Hiera-tiny and MedSAM2 have the same tensors; {_choices()}")
     return SAM2_IMAGE
 

@@ -116,7 +116,7 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
     Raises
     ------
     BundleError
-        If a key is unknown, or the file is malformed.
+        If a key is unknown, the file is malformed, or the image encoder does not take what ``resize`` makes.
     """
     images = _preprocessor(path)
     defaults: dict[str, Any] = {
@@ -135,7 +135,12 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
         defaults |= {"rescale": "minmax", "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "prompts": "box"}
     if arch == "medsam":
         defaults["resize"] = stretched
-    return _merge(path, defaults, overrides)
+    settings = _merge(path, defaults, overrides)
+    if image_side(settings["resize"]) != image_size:
+        raise BundleError(
+            f"{path}: resize: its image encoder takes squares of {image_size} px, got {settings['resize']!r:.120}"
+        )
+    return settings
 
 
 def stated_resize(path: Path, overrides: Mapping[str, Any]) -> Any:

@@ -168,6 +168,7 @@ def test_a_file_that_may_be_of_either_is_asked_about(file: Path, tmp_path: Path)
         ({"model_type": "sam2_video"}, "auto", 128),
         ({"preprocessor": {"size": {"height": 256, "width": 256}}}, "auto", "image processor says 256; say --arch"),
         ({"preprocessor": {"size": {"height": 128, "width": 128}}}, "auto", 128),
+        ({"medreasoner": {"resize": {"rule": "stretch", "size": 256}}}, "medsam2", 256),
     ],
     ids=str,
 )
@@ -176,9 +177,10 @@ def test_a_folder_tells_the_size_unless_it_contradicts_itself(
 ) -> None:
     tiny.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    names = {"preprocessor": "preprocessor_config.json", "medreasoner": "medreasoner.json"}
     for key, value in changes.items():
-        if key == "preprocessor":
-            (tmp_path / "preprocessor_config.json").write_text(json.dumps(value))
+        if key in names:
+            (tmp_path / names[key]).write_text(json.dumps(value))
         elif isinstance(value, dict):
             config[key] |= value
         else:
@@ -240,6 +242,8 @@ def test_other_files_and_settings_are_refused(state: State, file: Path, toy: Pat
     ):
         with pytest.raises(BundleError, match=words):
             export_segmenter(file, tmp_path / "out", options=SegmenterOptions(settings={"resize": resize}))
+    with pytest.raises(BundleError, match="segmenter: resize: its image encoder takes squares of 64 px"):
+        export_segmenter(toy / "segmenter", tmp_path / "out", options=SegmenterOptions(settings=SMALL))
 
 
 def hiera(**changes: Any) -> Callable[[dict[str, Any]], Any]:
