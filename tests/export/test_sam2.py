@@ -292,9 +292,15 @@ def test_a_bundle_with_it_is_verified(folder: Path, toy: Path, tmp_path: Path, s
 
 
 def test_verify_refuses_a_checkpoint_of_another_kind(folder: Path, toy: Path, tmp_path: Path) -> None:
-    bundle = load_bundle(bundle_of(folder, toy, tmp_path))
-    with pytest.raises(BundleError, match="segmenter: its masks have 32 pixels a side, those of the bundle 24"):
-        list(segmenter_stages(bundle, toy / "segmenter", tolerance=TOLERANCE, seed=0))
+    sizes = {
+        96: "its masks have 32 pixels a side, those of the bundle 24",
+        128: "it gives image_embedding, the bundle's",
+    }
+    for size, words in sizes.items():
+        resize = {"rule": "stretch", "width": size, "height": size}
+        bundle = load_bundle(bundle_of(folder, toy, tmp_path / str(size), settings={"resize": resize}))
+        with pytest.raises(BundleError, match=f"segmenter: {words}"):
+            list(segmenter_stages(bundle, toy / "segmenter", tolerance=TOLERANCE, seed=0))
 
 
 @pytest.mark.parametrize("shape", [(70, 150, 3), (133, 61)], ids=str)
