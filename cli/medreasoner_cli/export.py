@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 
 Weights = Literal["source", "float32", "float16", "bfloat16"]
-Arch = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam"]
+Arch = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam", "sam2", "medsam2"]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 WeightsOption = Annotated[Weights, typer.Option(help="Element type of the weights; source keeps the checkpoint's.")]
@@ -52,21 +52,24 @@ def reasoner(
 @app.command()
 def segmenter(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint, or a .pth file of SAM.")
+        Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint, or a .pth or .pt file.")
     ],
     output: OutOption,
-    arch: Annotated[Arch, typer.Option(help="auto reads it from the weights, but MedSAM's look like SAM's.")] = "auto",
+    arch: Annotated[
+        Arch, typer.Option(help="auto reads it from the weights; MedSAM's look like SAM's, MedSAM2's like SAM 2's.")
+    ] = "auto",
     weights: WeightsOption = "source",
     precision: Annotated[
         Literal["fp32", "fp16"], typer.Option(help="Of the image encoder; fp16 is for GPUs.")
     ] = "fp32",
     settings: SettingsOption = None,
 ) -> None:
-    """Export a SAM, MedSAM, SAM-Med2D or LiteMedSAM: image encoder and mask decoder.
+    """Export a SAM, MedSAM, SAM-Med2D, LiteMedSAM, SAM 2 or MedSAM2: image encoder and mask decoder.
 
     \b
     medreasoner-cli export segmenter sam_vit_b_01ec64.pth -o build/segmenter
     medreasoner-cli export segmenter medsam_vit_b.pth --arch medsam -o build/segmenter
+    medreasoner-cli export segmenter MedSAM2_latest.pt --arch medsam2 -o build/segmenter
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
     options = package.SegmenterOptions(arch=arch, weights=weights, precision=precision, settings=_read_json(settings))

@@ -42,40 +42,45 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     require("transformers", extra="export", feature="The parity check")
     ort = require("onnxruntime", extra="cpu", feature="The parity check")
     spec = bundle.spec.segmenter
-    from medreasoner_export.sam_reference import load_sam
+    from medreasoner_export.sam_reference import by_output, load_sam
 
-    sam, embed = load_sam(checkpoint_path)
-    size = sam.config.vision_config.image_size
-    grid = 4 * size // sam.config.vision_config.patch_size
-    if grid != spec.mask_size:
-        raise BundleError(
-            f"{checkpoint_path}: its masks have {grid} pixels a side, those of the bundle {spec.mask_size}"
-        )
+    sam, embed = load_sam(checkpoint_path, image_size=spec.resize.sides[0])
+    size = _image_size(sam, spec, checkpoint_path)
     generator = np.random.default_rng(seed)
     pixels = generator.standard_normal((N_IMAGES, 3, size, size), dtype=np.float32)
     encoder, decoder = (
         ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
         for name in (spec.graphs.encoder, spec.graphs.decoder)
     )
-    # As the graph was made: a setting given at the export may differ from the checkpoint's own.
-    box_mask = decoder.get_modelmeta().custom_metadata_map.get("box_mask") == "true"
-    if encoder.get_modelmeta().custom_metadata_map.get("precision") == "fp16":
+    if _metadata(encoder, "precision") == "fp16":
         tolerance = max(tolerance, FP16_TOLERANCE)
     box, points = _prompts(generator, size)
-    with_box, with_points = spec.prompts != "points", spec.prompts != "box"
+    names = [output.name for output in encoder.get_outputs()]
     with torch.inference_mode():
-        expected = embed(torch.from_numpy(pixels))
-        result = _predict(sam, spec, expected, box, points, box_mask=box_mask)
-    embedding = encoder.run(None, {"pixel_values": pixels})[0]
-    yield compare("image embedding", embedding, expected.numpy(), tolerance)
-    corners = box if with_box else np.zeros((N_IMAGES, 1, 2), np.float32)  # without a box, SAM adds a padding point
-    kinds = [1] * points.shape[1] * with_points + ([2, 3] if with_box else [-1])
-    places = np.concatenate([points, corners], axis=1) if with_points else corners
-    prompts = {"points": places, "labels": np.tile(kinds, (N_IMAGES, 1))}
-    masks, iou = decoder.run(["mask_logits", "predicted_iou"], {"image_embedding": embedding, **prompts})
+        embeddings = embed(torch.from_numpy(pixels))
+        expected = by_output(embeddings)
+        if expected.keys() != set(names):
+            raise BundleError(f"{checkpoint_path}: it gives {', '.join(expected)}, the bundle's encoder {names}")
+        result = _predict(sam, embeddings, spec, box, points, box_mask=_metadata(decoder, "box_mask") == "true")
+    features = dict(zip(names, encoder.run(None, {"pixel_values": pixels}), strict=True))
+    for name in names:
+        yield compare(name.replace("_", " "), features[name], expected[name].numpy(), tolerance)
+    inputs = {**features, **_for_graph(spec, box, points)}
+    masks, iou = decoder.run(["mask_logits", "predicted_iou"], inputs)
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
     yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
+
+
+def _image_size(sam: Any, spec: SegmenterSpec, checkpoint_path: Path) -> int:
+    """Side of the images that the checkpoint takes, in pixels, if it is the bundle's."""
+    prompts = sam.config.prompt_encoder_config
+    side = 4 * prompts.image_size // prompts.patch_size
+    if side != spec.mask_size:
+        raise BundleError(
+            f"{checkpoint_path}: its masks have {side} pixels a side, those of the bundle {spec.mask_size}"
+        )
+    return int(prompts.image_size)
 
 
 def mask_of(bundle: Bundle, checkpoint_path: Path) -> Segment:
@@ -86,13 +91,13 @@ def mask_of(bundle: Bundle, checkpoint_path: Path) -> Segment:
     from medreasoner_export.sam_reference import load_sam
 
     spec = bundle.spec.segmenter
-    sam, embed = load_sam(checkpoint_path)
+    sam, embed = load_sam(checkpoint_path, image_size=spec.resize.sides[0])
     decoder = ort.InferenceSession(str(bundle.path(spec.graphs.decoder)), providers=["CPUExecutionProvider"])
-    box_mask = decoder.get_modelmeta().custom_metadata_map.get("box_mask") == "true"
+    box_mask = _metadata(decoder, "box_mask") == "true"
 
     def segment(planes: Array, grid: Placement, corners: Array, points: Array) -> npt.NDArray[np.bool_]:
         box, inside = (grid.to_grid(each)[None].astype(np.float32) for each in (corners, points))
-        result = _predict(sam, spec, embed(torch.from_numpy(planes[None])), box, inside, box_mask=box_mask)
+        result = _predict(sam, embed(torch.from_numpy(planes[None])), spec, box, inside, box_mask=box_mask)
         best = int(result.iou_scores[0, 0].argmax())
         logits = result.pred_masks[0, :, best : best + 1]  # (1, 1, side, side)
         side = logits.shape[-1]
@@ -109,19 +114,33 @@ def mask_of(bundle: Bundle, checkpoint_path: Path) -> Segment:
     return segment
 
 
-def _predict(sam: Any, spec: SegmenterSpec, embedding: Any, box: Array, points: Array, *, box_mask: bool) -> Any:
-    """Transformers' output for a box (N, 2, 2) and points (N, n, 2) in the grid, as the bundle prompts."""
+def _metadata(session: Any, key: str) -> str | None:
+    """What a graph says of itself: a setting given at the export may differ from the checkpoint's own."""
+    value: str | None = session.get_modelmeta().custom_metadata_map.get(key)
+    return value
+
+
+def _predict(sam: Any, embeddings: Any, spec: SegmenterSpec, box: Array, points: Array, *, box_mask: bool) -> Any:
+    """What transformers makes of a box (N, 2, 2) and points (N, n, 2) in the grid; it pads the prompts itself."""
     torch = require("torch", extra="export", feature="The parity check")
+    size, found = int(sam.config.prompt_encoder_config.image_size), {}
+    if spec.prompts != "box":
+        found["input_points"] = torch.from_numpy(points)[:, None]
+        found["input_labels"] = torch.ones((len(points), 1, points.shape[1]), dtype=torch.int64)
+    if spec.prompts != "points":
+        found["input_boxes"] = torch.from_numpy(box.reshape(len(box), 1, 4))
+        if box_mask:
+            found["input_masks"] = torch.from_numpy(_drawn(box, size, spec.mask_size))
+    return sam(image_embeddings=embeddings, multimask_output=spec.n_masks > 1, **found)
+
+
+def _for_graph(spec: SegmenterSpec, box: Array, points: Array) -> dict[str, Array]:
+    """The same as the decoder takes them: SAM adds a padding point where there is no box, SAM 2 always."""
     with_box, with_points = spec.prompts != "points", spec.prompts != "box"
-    size, count = sam.config.vision_config.image_size, len(box)
-    return sam(
-        image_embeddings=embedding,
-        input_points=torch.from_numpy(points)[:, None] if with_points else None,
-        input_labels=torch.ones((count, 1, points.shape[1]), dtype=torch.int64) if with_points else None,
-        input_boxes=torch.from_numpy(box.reshape(count, 1, 4)) if with_box else None,
-        input_masks=torch.from_numpy(_drawn(box, size, spec.mask_size)) if box_mask and with_box else None,
-        multimask_output=spec.n_masks > 1,
-    )
+    padded = spec.architecture == "sam2" or not with_box
+    places = [points] * with_points + [box] * with_box + [np.zeros((N_IMAGES, 1, 2), np.float32)] * padded
+    kinds = [1] * points.shape[1] * with_points + [2, 3] * with_box + [-1] * padded
+    return {"points": np.concatenate(places, axis=1), "labels": np.tile(kinds, (N_IMAGES, 1))}
 
 
 def _prompts(generator: np.random.Generator, size: int) -> tuple[Array, Array]:

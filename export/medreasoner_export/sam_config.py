@@ -6,30 +6,17 @@ from typing import Any
 from medreasoner.errors import BundleError
 from medreasoner_export.config_section import ConfigSection
 
-__all__ = ["SamConfig"]
+__all__ = ["DecoderConfig", "SamConfig", "decoder_sizes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SamConfig:
-    """Image, patch and window sizes: `image_size` in pixels, `window_size` in patches.
-
-    Layers and sizes of the image encoder come first, those of the mask decoder begin with ``decoder_``. `adapter_dim`:
-    hidden size of SAM-Med2D's adapters, 0 without them.
+class DecoderConfig:
+    """What a mask decoder needs to know, of whatever image encoder: `image_size` in pixels, `patch_size` those of a
+    place of the embedding, `n_channels` its depth. Sizes of the transformer begin with ``decoder_``.
     """
 
     image_size: int
     patch_size: int
-    hidden_dim: int
-    mlp_dim: int
-    n_layers: int
-    n_heads: int
-    window_size: int
-    global_layers: tuple[int, ...]
-    layer_norm_eps: float
-    qkv_bias: bool
-    absolute_positions: bool
-    relative_positions: bool
-    adapter_dim: int
     n_channels: int
     decoder_mlp_dim: int
     decoder_layers: int
@@ -52,6 +39,26 @@ class SamConfig:
         """Side of a predicted mask: the embedding, doubled twice."""
         return 4 * self.grid
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamConfig(DecoderConfig):
+    """A SAM: its image encoder beside the decoder, `window_size` in patches.
+
+    `adapter_dim`: hidden size of SAM-Med2D's adapters, 0 without them.
+    """
+
+    hidden_dim: int
+    mlp_dim: int
+    n_layers: int
+    n_heads: int
+    window_size: int
+    global_layers: tuple[int, ...]
+    layer_norm_eps: float
+    qkv_bias: bool
+    absolute_positions: bool
+    relative_positions: bool
+    adapter_dim: int
+
     @classmethod
     def from_json(cls, config: dict[str, Any]) -> "SamConfig":
         """Read the content of ``config.json``.
@@ -62,7 +69,7 @@ class SamConfig:
             If a size is missing or malformed, or the parts do not fit each other.
         """
         if config.get("model_type") != "sam":
-            raise BundleError(f"config.json: model_type: expected sam, got {config.get('model_type')!r}")
+            raise BundleError(f"config.json: model_type: expected sam or sam2, got {config.get('model_type')!r:.80}")
         vision, prompts, decoder = (
             ConfigSection(config.get(name, {}), name)
             for name in ("vision_config", "prompt_encoder_config", "mask_decoder_config")
@@ -81,6 +88,27 @@ class SamConfig:
             if section.integer(key, 256 if key == "hidden_size" else expected) != expected:
                 raise BundleError(f"config.json: {section.name}.{key}: expected {expected}, as in the image encoder")
         return spec
+
+
+def decoder_sizes(prompts: ConfigSection, decoder: ConfigSection) -> dict[str, Any]:
+    """Those entries of a :class:`DecoderConfig` that SAM and SAM 2 state in the same way.
+
+    Raises
+    ------
+    BundleError
+        If one is malformed.
+    """
+    return {
+        "decoder_mlp_dim": decoder.integer("mlp_dim", 2048),
+        "decoder_layers": decoder.integer("num_hidden_layers", 2),
+        "decoder_heads": decoder.integer("num_attention_heads", 8),
+        "decoder_downsample": decoder.integer("attention_downsample_rate", 2),
+        "n_masks": decoder.integer("num_multimask_outputs", 3),
+        "iou_depth": decoder.integer("iou_head_depth", 3),
+        "iou_dim": decoder.integer("iou_head_hidden_dim", 256),
+        "mask_channels": prompts.integer("mask_input_channels", 16),
+        "prompt_norm_eps": prompts.number("layer_norm_eps", 1e-6),
+    }
 
 
 def _sizes(vision: ConfigSection, prompts: ConfigSection, decoder: ConfigSection) -> SamConfig:
@@ -102,16 +130,8 @@ def _sizes(vision: ConfigSection, prompts: ConfigSection, decoder: ConfigSection
         relative_positions=bool(vision.data.get("use_rel_pos", True)),
         adapter_dim=vision.integer("adapter_dim", 1) if "adapter_dim" in vision.data else 0,
         n_channels=vision.integer("output_channels", 256),
-        decoder_mlp_dim=decoder.integer("mlp_dim", 2048),
-        decoder_layers=decoder.integer("num_hidden_layers", 2),
-        decoder_heads=decoder.integer("num_attention_heads", 8),
-        decoder_downsample=decoder.integer("attention_downsample_rate", 2),
         decoder_norm_eps=decoder.number("layer_norm_eps", 1e-6),
-        n_masks=decoder.integer("num_multimask_outputs", 3),
-        iou_depth=decoder.integer("iou_head_depth", 3),
-        iou_dim=decoder.integer("iou_head_hidden_dim", 256),
-        mask_channels=prompts.integer("mask_input_channels", 16),
-        prompt_norm_eps=prompts.number("layer_norm_eps", 1e-6),
+        **decoder_sizes(prompts, decoder),
     )
     if spec.hidden_dim % spec.n_heads or spec.image_size % spec.patch_size or spec.n_channels % 8:
         raise BundleError("config.json: vision_config: heads, patches or channels do not divide their sizes")

@@ -23,10 +23,21 @@ def to_planes(g: GraphBuilder, x: str, dim: int, side: int, *, out: str | None =
     return g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 1]), g.ints(0, dim, side, side), out=out)
 
 
-def within_windows(g: GraphBuilder, h: str, *, side: int, window: int, dim: int, attend: Callable[[str], str]) -> str:
+def within_windows(
+    g: GraphBuilder,
+    h: str,
+    *,
+    side: int,
+    window: int,
+    dim: int,
+    attend: Callable[[str], str],
+    shrink: int = 1,
+    out_dim: int | None = None,
+) -> str:
     """`attend` of each window, (batch * windows, window ** 2, dim) to the same, on (batch, side ** 2, dim).
 
     A grid that does not divide is padded with zeros, which take part in the attention without a mask, as in SAM's code.
+    `attend` may also make each window's side, and so the grid's, `shrink` times smaller, and the last size `out_dim`.
     """
     count = -(-side // window)
     padded = count * window
@@ -37,6 +48,7 @@ def within_windows(g: GraphBuilder, h: str, *, side: int, window: int, dim: int,
         h = g.op("Reshape", h, g.ints(-1, count, window, count, window * dim))
         h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])  # (batch, window row, window column, row, ...)
     h = attend(g.op("Reshape", h, g.ints(-1, window * window, dim)))
+    side, window, padded, dim = side // shrink, window // shrink, padded // shrink, out_dim or dim
     if count > 1:
         h = g.op("Reshape", h, g.ints(-1, count, count, window, window * dim))
         h = g.op("Transpose", h, perm=[0, 1, 3, 2, 4])

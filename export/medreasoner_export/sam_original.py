@@ -8,16 +8,15 @@ and SAM-Med2D (OpenGVLab/SAM-Med2D) extends by adapters.
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from medreasoner._text import printable
 from medreasoner.errors import BundleError
-from medreasoner_export.checkpoint import Checkpoint, Weights, numbered
-from medreasoner_export.torch_file import read_torch_file
+from medreasoner_export.checkpoint import Entry, Weights, numbered
 
-__all__ = ["open_sam"]
+__all__ = ["Shapes", "last_layers", "renamed", "sam_weights"]
 
 ENCODER, DECODER, PROMPTS = "image_encoder.", "mask_decoder.", "prompt_encoder."
 PROBES = (DECODER + "iou_token.weight", PROMPTS + "no_mask_embed.weight", ENCODER + "neck.0.weight")
@@ -45,44 +44,37 @@ RENAMED: Mapping[str, str] = {
 }
 
 
-def open_sam(path: str | Path) -> Weights:
-    """Weights of a SAM under their names in transformers, whatever form they are stored in.
-
-    Parameters
-    ----------
-    path
-        A folder as transformers writes it, or a ``.pt`` or ``.pth`` file of ``segment-anything``.
+def sam_weights(path: Path, entries: Mapping[str, Entry]) -> Weights:
+    """The weights of a file under their names in transformers' ``SamModel``.
 
     Raises
     ------
     BundleError
-        If it holds something else; the message names the file.
+        If it holds no SAM; the message names the file.
     """
-    path = Path(path)
-    if path.is_dir():
-        return Checkpoint(path)
-    entries = read_torch_file(path)
     missing = [name for name in PROBES if name not in entries]
     if missing:
         raise BundleError(
             f"{path}: the architecture is not recognised: every SAM of segment-anything has {missing[0]}, "
             f"this file {printable(next(iter(entries), 'nothing'))[:120]}"
         )
-    config = _config(_Shapes(path, {name: entry.shape for name, entry in entries.items()}))
-    last = {name: str(depth - 1) for name, depth in _heads(entries).items()}
-    renamed = {_renamed(name, last): entry for name, entry in entries.items()}
-    if len(renamed) < len(entries):
+    config = _config(Shapes(path, {name: entry.shape for name, entry in entries.items()}))
+    last = last_layers(entries)
+    found = {renamed(name, last): entry for name, entry in entries.items()}
+    if len(found) < len(entries):
         raise BundleError(f"{path}: it holds a tensor twice, under two names that mean the same")
-    return Weights(path, config, renamed, [path])
+    return Weights(path, config, found, [path])
 
 
-def _heads(names: Mapping[str, object]) -> dict[str, int]:
-    """Number of layers of each small head of the decoder, by the beginning of their names."""
+def last_layers(names: Iterable[str]) -> dict[str, str]:
+    """Number of the last layer of each small head of the decoder, by the beginning of their names."""
     pattern = re.compile(r"(mask_decoder\..+)\.layers\.\d+\.weight$")
-    return Counter(match[1] for name in names if (match := pattern.match(name)))
+    depths = Counter(match[1] for name in names if (match := pattern.match(name)))
+    return {name: str(depth - 1) for name, depth in depths.items()}
 
 
-def _renamed(name: str, last: Mapping[str, str]) -> str:
+def renamed(name: str, last: Mapping[str, str]) -> str:
+    """Name in transformers, with the numbers of :func:`last_layers`."""
     if head := re.match(r"(mask_decoder\.(?!transformer).+)\.layers\.(\d+)\.(.+)", name):
         start, index, part = head.groups()
         middle = "proj_in" if index == "0" else "proj_out" if index == last.get(start) else f"layers.{int(index) - 1}"
@@ -98,26 +90,34 @@ def _renamed(name: str, last: Mapping[str, str]) -> str:
     return re.sub(r"(\.layers\.\d+\.)norm(\d)\.", r"\1layer_norm\2.", name)
 
 
-class _Shapes:
-    """Sizes of the tensors of a file, refused by name if one is not as expected."""
+class Shapes:
+    """Sizes of the tensors of a file, refused by name if one is not as expected.
+
+    Raises
+    ------
+    BundleError
+        From every method.
+    """
 
     def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
         self.path, self.shapes = path, shapes
 
     def of(self, name: str, rank: int) -> tuple[int, ...]:
+        """The shape of a tensor of so many dimensions."""
         found = self.shapes.get(name)
         if found is None or len(found) != rank or 0 in found:
             raise BundleError(f"{self.path}: {name}: expected {rank} dimensions, got {found}")
         return found
 
     def count(self, start: str) -> int:
+        """How many numbered parts follow `start`; at least one."""
         found = numbered(self.path, self.shapes, start)
         if not found:
             raise BundleError(f"{self.path}: {start}: there are none")
         return found
 
 
-def _config(shapes: _Shapes) -> dict[str, Any]:
+def _config(shapes: Shapes) -> dict[str, Any]:
     """What ``config.json`` of the same model says in transformers."""
     vision = _tiny_vit(shapes) if TINY_VIT in shapes.shapes else _vit(shapes)
     channels = shapes.of(ENCODER + "neck.0.weight", 4)[0]
@@ -146,7 +146,7 @@ def _config(shapes: _Shapes) -> dict[str, Any]:
     }
 
 
-def _vit(shapes: _Shapes) -> dict[str, Any]:
+def _vit(shapes: Shapes) -> dict[str, Any]:
     """The sizes of SAM's image encoder."""
     hidden, _, patch, _ = shapes.of(ENCODER + "patch_embed.proj.weight", 4)
     grid = shapes.of(ENCODER + "pos_embed", 4)[1]
@@ -179,7 +179,7 @@ def _vit(shapes: _Shapes) -> dict[str, Any]:
     return sizes
 
 
-def _tiny_vit(shapes: _Shapes) -> dict[str, Any]:
+def _tiny_vit(shapes: Shapes) -> dict[str, Any]:
     """Those of LiteMedSAM's that the decoder and a description need; its graph measures the rest."""
     if shapes.of(TINY_VIT, 4)[2:] != (1, 1):
         raise BundleError(

@@ -1,4 +1,5 @@
-"""A segmenter's checkpoint as torch runs it: transformers' ``SamModel``, and beside it what that class does not know.
+"""A segmenter's checkpoint as torch runs it: transformers' ``SamModel`` or ``Sam2Model``, and beside it what those
+classes do not know.
 
 Imported by the parity check alone: it needs torch and transformers.
 """
@@ -16,30 +17,84 @@ from torch.nn import functional as nn
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
+from medreasoner_export.checkpoint import Weights
 from medreasoner_export.report import load_reference
+from medreasoner_export.sam_family import SAM2_VIDEO, TWICE, is_sam2, open_sam
 from medreasoner_export.sam_image import NECK_EPSILON
-from medreasoner_export.sam_original import open_sam
-from medreasoner_export.segmenter import TWICE
 from medreasoner_export.tiny_vit import is_tiny_vit, merge_stride, offset_rows
 
-__all__ = ["load_sam"]
+__all__ = ["by_output", "load_sam"]
 
-Embed: TypeAlias = Callable[[Tensor], Tensor]
+Embed: TypeAlias = Callable[[Tensor], Any]
+"""Makes of pixels (B, 3, S, S) what the model takes as ``image_embeddings``."""
+
 Named: TypeAlias = Mapping[str, Tensor]
 
 
-def load_sam(path: Path) -> tuple[Any, Embed]:
-    """The model in float32, and what makes image embeddings (B, C, grid, grid) of pixels (B, 3, S, S).
+def load_sam(path: Path, *, image_size: int) -> tuple[Any, Embed]:
+    """The model in float32, and what makes of pixels what it takes as ``image_embeddings``.
+
+    Parameters
+    ----------
+    path
+        The checkpoint.
+    image_size
+        Of a SAM 2, whose weights fit any; a SAM knows its own.
 
     Raises
     ------
     BundleError
         If it cannot be loaded; the message names the file.
     """
+    weights = open_sam(path)
+    if is_sam2(weights):
+        model = _sam2(weights, image_size)
+        return model, model.get_image_embeddings
     if path.is_dir():
         sam = load_reference(transformers.SamModel, path, dtype=torch.float32).eval()
         return sam, sam.get_image_embeddings
-    weights = open_sam(path)
+    return _original_sam(path, weights)
+
+
+def by_output(embeddings: Any) -> dict[str, Tensor]:
+    """What an encoder's graph returns, by the names there, of a model's ``image_embeddings``."""
+    if isinstance(embeddings, Tensor):
+        return {"image_embedding": embeddings}
+    finest, finer, embedding = embeddings
+    batch, _, grid, _ = embedding.shape
+    # A place's quarters lie beside each other, and in each of them its own.
+    finer = finer.reshape(batch, -1, grid, 2, grid, 2).permute(0, 2, 4, 3, 5, 1)
+    finest = finest.reshape(batch, -1, grid, 2, 2, grid, 2, 2).permute(0, 2, 5, 3, 6, 4, 7, 1)
+    blocks = {"high_res_s1": finer, "high_res_s0": finest}
+    flat = {name: part.reshape(batch, -1, part.shape[-1]) for name, part in blocks.items()}
+    return {"image_embedding": embedding, **flat}
+
+
+def _sam2(weights: Weights, image_size: int) -> Any:
+    parts = ("vision_config", "prompt_encoder_config", "mask_decoder_config")
+    sections = {name: dict(weights.config.get(name, {})) for name in parts}
+    for name in parts[1:]:
+        sections[name].pop("model_type", None)  # a video model's sections are those of an image model
+    sections["prompt_encoder_config"]["image_size"] = image_size
+    sections["vision_config"]["backbone_feature_sizes"] = [[image_size // stride] * 2 for stride in (4, 8, 16)]
+    config = transformers.Sam2Config.from_dict(sections)
+    if weights.path.is_dir():
+        return load_reference(transformers.Sam2Model, weights.path, config=config, dtype=torch.float32).eval()
+    model = transformers.Sam2Model(config)
+    shapes = {name: shape for name, shape in weights.shapes.items() if not any(part in name for part in SAM2_VIDEO)}
+    state = {name: torch.from_numpy(weights.tensor(name, shape).astype("float32")) for name, shape in shapes.items()}
+    _load(model, state, weights.path)
+    return model.eval()
+
+
+def _load(model: Any, state: dict[str, Tensor], path: Path) -> None:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as err:
+        raise BundleError(f"{path}: it is no whole {type(model).__name__} ({one_line(err)})") from err
+
+
+def _original_sam(path: Path, weights: Weights) -> tuple[Any, Embed]:
     shapes = {name: shape for name, shape in weights.shapes.items() if not name.endswith("num_batches_tracked")}
     state = {name: torch.from_numpy(weights.tensor(name, shape).astype("float32")) for name, shape in shapes.items()}
     sam = transformers.SamModel(transformers.SamConfig.from_dict(weights.config))
@@ -49,10 +104,7 @@ def load_sam(path: Path) -> tuple[Any, Embed]:
         state |= {name: value for name, value in sam.state_dict().items() if name.startswith(start)}  # stays unused
     adapters = {name: state.pop(name) for name in list(state) if ".Adapter." in name}
     state[TWICE] = state["shared_image_embedding.positional_embedding"]
-    try:
-        sam.load_state_dict(state)
-    except RuntimeError as err:
-        raise BundleError(f"{path}: it is no whole SAM ({one_line(err)})") from err
+    _load(sam, state, path)
     for index, layer in enumerate(sam.vision_encoder.layers if adapters else ()):
         start = f"vision_encoder.layers.{index}.Adapter."
         branch = {name.removeprefix(start): value for name, value in adapters.items() if name.startswith(start)}

@@ -17,9 +17,9 @@ from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import read_json
 from medreasoner_export.qwen_config import QwenConfig
 
-__all__ = ["SamArch", "reasoner_settings", "segmenter_settings"]
+__all__ = ["SamArch", "image_side", "reasoner_settings", "segmenter_settings", "stated_image_side", "stated_resize"]
 
-SamArch: TypeAlias = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam"]
+SamArch: TypeAlias = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam", "sam2", "medsam2"]
 
 FILE = "medreasoner.json"
 
@@ -106,7 +106,7 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
 
     A single file has none of its own beside it. MedSAM's weights look like SAM's, but were trained on images stretched
     to the whole square, with values from 0 to 1 in each, and on boxes alone; LiteMedSAM on such values and boxes too.
-    SAM-Med2D stretches, and takes the best of its alternatives.
+    SAM-Med2D and SAM 2 stretch, and take the best of their alternatives.
 
     Returns
     -------
@@ -116,7 +116,7 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
     Raises
     ------
     BundleError
-        If a key is unknown, or the file is malformed.
+        If a key is unknown, the file is malformed, or the image encoder does not take what ``resize`` makes.
     """
     images = _preprocessor(path)
     defaults: dict[str, Any] = {
@@ -129,18 +129,50 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
         "box_mask": False,
     }
     stretched = {"rule": "stretch", "width": image_size, "height": image_size}
-    if arch == "sam-med2d":
+    if arch in ("sam-med2d", "sam2", "medsam2"):
         defaults |= {"resize": stretched, "multimask": True}
     if arch in ("medsam", "litemedsam"):
         defaults |= {"rescale": "minmax", "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "prompts": "box"}
     if arch == "medsam":
         defaults["resize"] = stretched
-    return _merge(path, defaults, overrides)
+    settings = _merge(path, defaults, overrides)
+    if image_side(settings["resize"]) != image_size:
+        raise BundleError(
+            f"{path}: resize: its image encoder takes squares of {image_size} px, got {settings['resize']!r:.120}"
+        )
+    return settings
+
+
+def stated_resize(path: Path, overrides: Mapping[str, Any]) -> Any:
+    """The ``resize`` that `overrides` or the checkpoint's ``medreasoner.json`` gives; None if neither does."""
+    return {**_stated(path), **overrides}.get("resize")
+
+
+def image_side(resize: Any) -> int | None:
+    """Side in pixels of the square that a ``resize`` setting fills; None if it is no such setting.
+
+    >>> image_side({"rule": "stretch", "width": 512, "height": 512}), image_side({"rule": "longest_pad", "size": 1024})
+    (512, 1024)
+    """
+    if not isinstance(resize, Mapping):
+        return None
+    sides = {resize[key] for key in ("size", "width", "height") if isinstance(resize.get(key), int)}
+    return sides.pop() if len(sides) == 1 else None
+
+
+def stated_image_side(path: Path) -> int | None:
+    """Side in pixels of the images that a checkpoint folder's image processor makes; None if it says none."""
+    size = _preprocessor(path).get("size")
+    return image_side(size if isinstance(size, Mapping) else {"size": size})
+
+
+def _stated(folder: Path) -> dict[str, Any]:
+    path = folder / FILE
+    return read_json(path) if path.is_file() else {}
 
 
 def _merge(folder: Path, defaults: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    path = folder / FILE
-    stated = read_json(path) if path.is_file() else {}
+    path, stated = folder / FILE, _stated(folder)
     for source, values in ((str(path), stated), ("options", overrides)):
         unknown = sorted(set(values) - set(defaults))
         if unknown:

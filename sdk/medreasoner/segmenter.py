@@ -1,5 +1,6 @@
 """The promptable segmenter: an image once, then masks for boxes and points."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,9 +20,12 @@ _PAD, _POSITIVE, _TOP_LEFT, _BOTTOM_RIGHT = -1, 1, 2, 3  # labels of SAM's own O
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Embedded:
-    """An image as the segmenter has read it: (1, channels, side, side) float32, and where it lies in the grid."""
+    """An image as the segmenter has read it, and where it lies in the grid.
 
-    embedding: NDArray[np.float32] = field(repr=False)
+    `features` are the encoder's outputs by their names, (1, ...) float32; the decoder's inputs have the same names.
+    """
+
+    features: Mapping[str, NDArray[np.float32]] = field(repr=False)
     placement: Placement
 
 
@@ -43,7 +47,7 @@ class Segmenter:
         """Read an image."""
         planes, placement = self.planes(image)
         outputs = self._encoder.bind({}, {}).run({"pixel_values": planes[None]})
-        return Embedded(embedding=outputs["image_embedding"], placement=placement)
+        return Embedded(features=outputs, placement=placement)
 
     def planes(self, image: Image) -> tuple[NDArray[np.float32], Placement]:
         """What the encoder sees of an image, (3, grid height, grid width), and where the image lies in it."""
@@ -88,7 +92,7 @@ class Segmenter:
         places, labels = self._prompts(image.placement.to_grid(corners), image.placement.to_grid(points))
         outputs = self._decoder.bind({}, {}).run(
             {
-                "image_embedding": image.embedding,
+                **image.features,
                 "points": places[None].astype(np.float32),  # (1, n_points, 2)
                 "labels": np.array([labels], np.int64),
             }
@@ -100,11 +104,14 @@ class Segmenter:
     def _prompts(
         self, corners: NDArray[np.float64], points: NDArray[np.float64]
     ) -> tuple[NDArray[np.float64], list[int]]:
-        if self._spec.prompts == "box":
-            return corners, [_TOP_LEFT, _BOTTOM_RIGHT]
-        if self._spec.prompts == "points":  # without a box, SAM expects a padding point
-            return np.concatenate([points, np.zeros((1, 2))]), [_POSITIVE, _POSITIVE, _PAD]
-        return np.concatenate([points, corners]), [_POSITIVE, _POSITIVE, _TOP_LEFT, _BOTTOM_RIGHT]
+        places, labels = np.empty((0, 2)), []
+        if self._spec.prompts != "box":
+            places, labels = points, [_POSITIVE, _POSITIVE]
+        if self._spec.prompts != "points":
+            places, labels = np.concatenate([places, corners]), [*labels, _TOP_LEFT, _BOTTOM_RIGHT]
+        if self._spec.prompts == "points" or self._spec.architecture == "sam2":  # SAM expects it without a box
+            places, labels = np.concatenate([places, np.zeros((1, 2))]), [*labels, _PAD]
+        return places, labels
 
     def mask(self, logits: NDArray[np.float32], image: Embedded) -> NDArray[np.bool_]:
         """(height, width) mask in the image's own grid."""

@@ -270,10 +270,11 @@ class SegmenterSpec:
     """The promptable segmenter: graphs, input grid and mask grid (pixels), mean and deviation on the scale 0 to 1.
 
     `rescale` says what becomes 0 and 1 there: ``"fixed"`` the ends of the eight bits, ``"minmax"`` the smallest and the
-    largest value of the resized image.
+    largest value of the resized image. `architecture` says what the decoder is given: for ``"sam"`` a padding point
+    where there is no box, for ``"sam2"`` always one. Whatever the encoder gives, the decoder takes by the same names.
     """
 
-    architecture: Literal["sam"]
+    architecture: Literal["sam", "sam2"]
     graphs: SegmenterGraphs
     resize: Resize
     rescale: Literal["fixed", "minmax"]

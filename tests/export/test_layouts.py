@@ -289,7 +289,7 @@ def test_a_segmenter_without_a_tensor_is_refused_by_name(tmp_path: Path) -> None
 
 
 SAM_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "another architecture": (lambda c: c.update(model_type="sam2"), "model_type"),
+    "another architecture": (lambda c: c.update(model_type="sam_hq"), "model_type"),
     "image sizes that differ": (lambda c: c["prompt_encoder_config"].update(image_size=128), "image_size"),
     "heads that do not divide": (lambda c: c["vision_config"].update(num_attention_heads=3), "do not divide"),
     "another activation": (lambda c: c["mask_decoder_config"].update(hidden_act="gelu"), "hidden_act"),

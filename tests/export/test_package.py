@@ -117,7 +117,7 @@ def test_a_report_fails_when_one_stage_does() -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "words"), [("reasoner", "/config.json is missing"), ("segmenter", ": transformers cannot load it")]
+    ("part", "words"), [("reasoner", "/config.json is missing"), ("segmenter", "/config.json is missing")]
 )
 def test_verifying_against_a_folder_that_holds_no_checkpoint_names_it(
     toy: Path, tmp_path: Path, part: str, words: str

@@ -18,7 +18,7 @@ from medreasoner.bundle import load_bundle
 from medreasoner.errors import BundleError
 from medreasoner_export import SegmenterOptions, build_bundle, export_reasoner, export_segmenter
 from medreasoner_export.parity_segmenter import segmenter_stages
-from medreasoner_export.sam_original import open_sam
+from medreasoner_export.sam_family import open_sam
 
 TOLERANCE = 1e-5
 BuildSam = Callable[..., Any]

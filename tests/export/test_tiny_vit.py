@@ -160,8 +160,8 @@ def test_the_embedding_follows_every_kind_of_weight(file: Path, tmp_path: Path, 
     state[key] = state[key] + torch.rand_like(state[key])
     torch.save(state, tmp_path / "changed.pth")
     pixels = np.random.default_rng(1).random((1, 3, 256, 256), np.float32)
-    _, before = load_sam(file)
-    _, after = load_sam(tmp_path / "changed.pth")
+    _, before = load_sam(file, image_size=256)
+    _, after = load_sam(tmp_path / "changed.pth", image_size=256)
     export_segmenter(tmp_path / "changed.pth", tmp_path / "out")
     found = _embedding(tmp_path / "out", pixels)
     with torch.inference_mode():

@@ -16,15 +16,23 @@ class Recorder:
 
     providers = ("NumPy",)
 
-    def __init__(self) -> None:
-        self.shown = np.empty(0)
+    def __init__(self, outputs: Mapping[str, Any]) -> None:
+        self.inputs: dict[str, Any] = {}
+        self.outputs = outputs
 
     def bind(self, _inputs: Mapping[str, Any], _outputs: Mapping[str, Any]) -> "Recorder":
         return self
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        self.shown = inputs["pixel_values"][0].copy()
-        return {"image_embedding": np.zeros((1, 2, 4, 4), np.float32)}
+        self.inputs = {name: value.copy() for name, value in inputs.items()}
+        return dict(self.outputs)
+
+
+FEATURES = {"image_embedding": np.zeros((1, 2, 4, 4), np.float32)}
+MASKS = {
+    "mask_logits": np.arange(3, dtype=np.float32)[None, :, None, None] * np.ones((16, 16), np.float32),
+    "predicted_iou": np.array([[0.2, 0.9, 0.4]], np.float32),
+}
 
 
 @pytest.fixture
@@ -32,11 +40,11 @@ def shown(spec):
     """Pixels (3, 64, 64) that an image becomes, with these entries of the segmenter's section."""
 
     def show(pixels: np.ndarray, **changes: Any) -> np.ndarray:
-        encoder = Recorder()
+        encoder = Recorder(FEATURES)
         Segmenter(dataclasses.replace(spec.segmenter, **changes), encoder=encoder, decoder=encoder).encode(
             read_image(pixels)
         )
-        return encoder.shown
+        return encoder.inputs["pixel_values"][0]
 
     return show
 
@@ -76,3 +84,49 @@ def test_an_image_of_one_grey_stays_finite(shown):
     seen = shown(np.full((20, 20), 77, np.uint8), rescale="minmax", image_mean=(0.0,) * 3, image_std=(1.0,) * 3)
     assert np.isfinite(seen).all()
     assert not seen.any()
+
+
+@pytest.fixture
+def decoded(spec):
+    """What the decoder is given for a box and two points, with these outputs of the encoder and entries of the spec."""
+
+    def decode(features: Mapping[str, np.ndarray], **changes: Any) -> dict[str, Any]:
+        encoder, decoder = Recorder(features), Recorder(MASKS)
+        segmenter = Segmenter(dataclasses.replace(spec.segmenter, **changes), encoder=encoder, decoder=decoder)
+        image = segmenter.encode(read_image(PIXELS))
+        corners, points = np.array([[1.0, 2.0], [30.0, 20.0]]), np.array([[5.0, 6.0], [7.0, 8.0]])
+        logits, score = segmenter.decode(image, corners=corners, points=points)
+        assert (logits == 1).all()  # the mask with the highest predicted IoU
+        assert score == pytest.approx(0.9)
+        return decoder.inputs
+
+    return decode
+
+
+def test_the_decoder_is_given_whatever_the_encoder_gives_by_the_same_names(decoded):
+    rng = np.random.default_rng(0)
+    features = {name: rng.random((1, 3, 5), np.float32) for name in ("image_embedding", "one", "two")}
+    given = decoded(features)
+    assert given.keys() == {*features, "points", "labels"}
+    for name, value in features.items():
+        np.testing.assert_array_equal(given[name], value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "prompts", "labels"),
+    [
+        ("sam", "joint", [1, 1, 2, 3]),
+        ("sam", "box", [2, 3]),
+        ("sam", "points", [1, 1, -1]),
+        ("sam2", "joint", [1, 1, 2, 3, -1]),
+        ("sam2", "box", [2, 3, -1]),
+        ("sam2", "points", [1, 1, -1]),
+    ],
+)
+def test_each_architecture_has_its_padding_point(decoded, architecture, prompts, labels):
+    given = decoded(FEATURES, architecture=architecture, prompts=prompts)
+    assert given["labels"].tolist() == [labels]
+    scale = np.array([64 / 48, 43 / 32])  # 48 x 32 pixels become 64 x 43
+    places = {1: [[5, 6], [7, 8]], 2: [[1, 2]], 3: [[30, 20]], -1: [[0, 0]]}
+    expected = [row for label in dict.fromkeys(labels) for row in places[label]]
+    np.testing.assert_allclose(given["points"][0], expected * scale, rtol=1e-6)
