@@ -3,8 +3,9 @@
     python benchmarks/large_reasoner.py --size 7b --work /tmp/large
 
 Writes a Qwen2.5-VL of the true shapes with random bfloat16 weights in shards (16 GB for 7b), exports it in four bits,
-joins it with a toy segmenter, and asks two questions. Each step runs in a process of its own and prints its time, its
-peak of anonymous memory (RssAnon) and its peak of all memory (VmHWM, mapped files included). The answers mean nothing.
+joins it with a toy segmenter, asks two questions, and verifies the bundle against the checkpoint. Each step runs in a
+process of its own and prints its time, its peak of anonymous memory (RssAnon) and its peak of all memory (VmHWM, mapped
+files included). The answers mean nothing.
 """
 
 import argparse
@@ -151,6 +152,24 @@ def ask(work: Path) -> None:
         print(f"    {result.answer}")
 
 
+def verify(work: Path) -> None:
+    """Graphs and one whole answer against the checkpoint in float32, which is read matrix by matrix."""
+    from medreasoner.image import read_image
+    from medreasoner_export import Question, verify_bundle
+
+    start = time.perf_counter()
+
+    def done(stage: str) -> None:
+        print(f"    {time.perf_counter() - start:7.1f} s  {stage}", flush=True)
+
+    image = read_image(np.random.default_rng(0).integers(0, 255, (500, 400), np.uint8))
+    report = verify_bundle(
+        work / "bundle", work / "checkpoint", work / "toy",
+        questions=[Question(image=image, query="Where is the heart?")], progress=done,
+    )  # fmt: skip
+    print(report.to_markdown())
+
+
 def measured(name: str, call: Callable[..., None], *arguments: Any) -> None:
     """Run a step in a process of its own and print what it took."""
     context = multiprocessing.get_context("spawn")
@@ -205,6 +224,7 @@ def main() -> None:
         files = {path.name: path.stat().st_size / 1e9 for path in (work / "bundle" / "reasoner").iterdir()}
         print("    " + ", ".join(f"{name} {size:.2f} GB" for name, size in sorted(files.items()) if size > 0.01))
         measured("ask", ask, work)
+        measured("verify", verify, work)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ app = typer.Typer(
 Weights = Literal["source", "float32", "float16", "bfloat16"]
 Arch = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam", "sam2", "medsam2"]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
+AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter (peft) on the reasoner, to merge.")]
 OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
 WeightsOption = Annotated[Weights, typer.Option(help="Element type of the weights; source keeps the checkpoint's.")]
 SettingsOption = Annotated[
@@ -37,6 +38,7 @@ def reasoner(
         Literal["fp32", "fp16", "int4"],
         typer.Option(help="fp16 is for GPUs; int4 rounds the decoder's matrices to four bits."),
     ] = "fp32",
+    adapter: AdapterOption = None,
     settings: SettingsOption = None,
 ) -> None:
     """Export a Qwen2.5-VL checkpoint: vision and decoder graphs, embedding, tokenizer.
@@ -45,7 +47,9 @@ def reasoner(
     medreasoner-cli export reasoner MedReasoner-7B/ -o build/reasoner --precision int4
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
-    options = package.ReasonerOptions(weights=weights, precision=precision, settings=_read_json(settings))
+    options = package.ReasonerOptions(
+        weights=weights, precision=precision, adapter=adapter, settings=_read_json(settings)
+    )
     print(package.export_reasoner(checkpoint, output, options=options).folder)
 
 
@@ -108,6 +112,7 @@ def verify(
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")],
     reasoner: Annotated[Path, typer.Option(help="Reasoner checkpoint that it was made from.")],
     segmenter: Annotated[Path, typer.Option(help="Segmenter checkpoint that it was made from.")],
+    adapter: AdapterOption = None,
     image: Annotated[
         list[str] | None, typer.Option(help="Picture for the whole answers; may be repeated. Default: two drawn ones.")
     ] = None,
@@ -126,7 +131,7 @@ def verify(
     if len(image or []) != len(query or []):
         raise typer.BadParameter(f"{len(image or [])} --image and {len(query or [])} --query: give one for each")
     report = package.verify_bundle(
-        bundle, reasoner, segmenter, questions=_questions(image or [], query or []), progress=_done
+        bundle, reasoner, segmenter, adapter=adapter, questions=_questions(image or [], query or []), progress=_done
     )
     texts = {True: json.dumps(report.to_json(), indent=1) + "\n", False: report.to_markdown()}
     if output is not None:

@@ -36,6 +36,10 @@ StartOption = Annotated[Path | None, typer.Option(help="Checkpoint of the dense 
 MinutesOption = Annotated[
     float, typer.Option(min=0.1, help="End after so many minutes, even if steps are left; no end by default.")
 ]
+CooldownOption = Annotated[
+    float, typer.Option(min=0, max=1, help="Share of the run over which the learning rate falls to zero.")
+]
+DecayOption = Annotated[float, typer.Option(min=0, help="Decay of the weights, in shares of the learning rate.")]
 DeviceOption = Annotated[str, typer.Option(callback=_usable, help="Where to train: cpu, cuda or cuda:N.")]
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that prepare the images; 0: a thread. A GPU needs about ten.")
@@ -78,6 +82,8 @@ def dense(
     cache: CacheOption = None,
     compiled: CompileOption = False,
     minutes: MinutesOption = float("inf"),
+    cooldown: CooldownOption = 0.35,
+    weight_decay: DecayOption = 0.05,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 0,
     seed: SeedOption = 0,
@@ -88,7 +94,16 @@ def dense(
     medreasoner-cli train dense --data grounding/ -o runs/dense --steps 6000
     """  # noqa: D301
     stage = load("medreasoner_train.pretrain", extra="train")
-    loop = stage.LoopOptions(steps=steps, out=output, minutes=minutes, device=device, workers=workers, seed=seed)
+    loop = stage.LoopOptions(
+        steps=steps,
+        out=output,
+        minutes=minutes,
+        cooldown=cooldown,
+        weight_decay=weight_decay,
+        device=device,
+        workers=workers,
+        seed=seed,
+    )
     stage.run(
         stage.DenseOptions(data=data, loop=loop, size=size, batch=batch, start=start, cache=cache, compiled=compiled)
     )
@@ -112,9 +127,15 @@ def sft(
     teacher: Annotated[
         Path | None, typer.Option(help="Folder of a sentence encoder, such as all-MiniLM-L6-v2: teaches it meaning.")
     ] = None,
+    frozen: Annotated[
+        bool, typer.Option("--frozen-vision", help="Leave the vision tower as it is: new questions, in half the time.")
+    ] = False,
+    rate: Annotated[float, typer.Option(min=0, help="Times the usual learning rate.")] = 1.0,
     cache: CacheOption = None,
     compiled: CompileOption = False,
     minutes: MinutesOption = float("inf"),
+    cooldown: CooldownOption = 0.35,
+    weight_decay: DecayOption = 0.05,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 0,
     seed: SeedOption = 0,
@@ -125,8 +146,19 @@ def sft(
     medreasoner-cli train sft --data grounding/ -o runs/sft --steps 6000 --start runs/dense/last.pt
     """  # noqa: D301
     stage = load("medreasoner_train.sft", extra="train")
-    loop = stage.LoopOptions(steps=steps, out=output, minutes=minutes, device=device, workers=workers, seed=seed)
-    options = stage.SftOptions(images=batch, branches=branches, size=size)
+    loop = stage.LoopOptions(
+        steps=steps,
+        out=output,
+        lr=1e-3 * rate,
+        matrix_lr=2e-3 * rate,
+        minutes=minutes,
+        cooldown=cooldown,
+        weight_decay=weight_decay,
+        device=device,
+        workers=workers,
+        seed=seed,
+    )
+    options = stage.SftOptions(images=batch, branches=branches, size=size, frozen=frozen)
     stage.run(
         stage.SftRun(
             data=data,
@@ -155,6 +187,8 @@ def segmenter(
     start: Annotated[Path | None, typer.Option(help="Folder of a finished segmenter to start from.")] = None,
     cache: CacheOption = None,
     minutes: MinutesOption = float("inf"),
+    cooldown: CooldownOption = 0.35,
+    weight_decay: DecayOption = 0.05,
     device: DeviceOption = "cpu",
     workers: WorkersOption = 0,
     seed: SeedOption = 0,
@@ -165,7 +199,16 @@ def segmenter(
     medreasoner-cli train segmenter --data grounding/ -o runs/segmenter --steps 4000
     """  # noqa: D301
     stage = load("medreasoner_train.segmenter", extra="train")
-    loop = stage.LoopOptions(steps=steps, out=output, minutes=minutes, device=device, workers=workers, seed=seed)
+    loop = stage.LoopOptions(
+        steps=steps,
+        out=output,
+        minutes=minutes,
+        cooldown=cooldown,
+        weight_decay=weight_decay,
+        device=device,
+        workers=workers,
+        seed=seed,
+    )
     stage.run(
         stage.SegmenterOptions(
             data=data,

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from medreasoner._text import printable
 from medreasoner.errors import BundleError
 
-__all__ = ["Checkpoint", "Entry", "Weights", "numbered", "read_json", "sha256_of"]
+__all__ = ["Checkpoint", "Entry", "Weights", "numbered", "read_header", "read_json", "sha256_of"]
 
 DTYPES: Mapping[str, Any] = {
     "F64": np.dtype("<f8"),
@@ -70,6 +70,16 @@ class Weights:
         self.config = dict(config)
         self._entries, self._files = dict(entries), list(files)
         self._unread = set(self._entries)
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """The tensors by name."""
+        return self._entries
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """What holds them, and makes up :meth:`sha256`."""
+        return self._files
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -186,7 +196,7 @@ class Checkpoint(Weights):
         if folder.is_file():
             raise BundleError(f"{folder} is a file; give the folder of a checkpoint, with config.json in it")
         config, files = read_json(folder / "config.json"), _weight_files(folder)
-        super().__init__(folder, config, {k: v for file in files for k, v in _read_header(file).items()}, files)
+        super().__init__(folder, config, {k: v for file in files for k, v in read_header(file).items()}, files)
 
 
 def numbered(path: Path, names: Iterable[str], start: str) -> int:
@@ -246,7 +256,14 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_header(path: Path) -> dict[str, Entry]:
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, mapped when they are read.
+
+    Raises
+    ------
+    BundleError
+        If the file is truncated or malformed; the message names it.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")

@@ -34,7 +34,9 @@ FP16_TOLERANCE = 0.02
 Array = npt.NDArray[Any]
 
 
-def reasoner_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, seed: int) -> Iterator[ParityStage]:
+def reasoner_stages(
+    bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, seed: int, adapter: Path | None = None
+) -> Iterator[ParityStage]:
     """Compare vision embeddings on two grids, hidden states of three ways to read a prompt, and greedy tokens.
 
     Parameters
@@ -48,10 +50,12 @@ def reasoner_stages(bundle: Bundle, checkpoint_dir: Path, *, tolerance: float, s
         `INT4_TOLERANCE` for a four-bit decoder, which is compared with the checkpoint's rounded matrices.
     seed
         Of the images.
+    adapter
+        Folder of the LoRA adapter that was merged in.
     """
     torch = require("torch", extra="export", feature="The parity check")
     precision = bundle.spec.precision
-    model = streamed_qwen(checkpoint_dir, change=_rounded if precision == "int4" else None)
+    model = streamed_qwen(checkpoint_dir, adapter=adapter, change=_rounded if precision == "int4" else None)
     half = FP16_TOLERANCE if precision == "fp16" else tolerance
     check = _Check(bundle, model, np.random.default_rng(seed))
     with torch.inference_mode():

@@ -107,7 +107,12 @@ class _Compared:
 
 
 def road_stages(
-    bundle: Bundle, reasoner_dir: Path, segment: Segment, questions: Sequence[Question]
+    bundle: Bundle,
+    reasoner_dir: Path,
+    segment: Segment,
+    questions: Sequence[Question],
+    *,
+    adapter: Path | None = None,
 ) -> Iterator[ParityStage]:
     """Compare logits, tokens, boxes and masks of whole answers; `LIMITS` of the bundle's precision decide.
 
@@ -121,10 +126,12 @@ def road_stages(
         The checkpoint of its segmenter.
     questions
         At least one.
+    adapter
+        LoRA adapter on the reasoner.
     """
     torch = require("torch", extra="export", feature="The parity check")
     engine = load_engine(bundle, RuntimeOptions(device="cpu"))
-    reference = ReferenceReasoner(bundle, reasoner_dir)
+    reference = ReferenceReasoner(bundle, reasoner_dir, adapter)
     with torch.inference_mode():
         answers = [_compare(engine, reference, segment, question) for question in questions]
     yield from _stages(answers, LIMITS.get(bundle.spec.precision, LIMITS["fp32"]))

@@ -13,6 +13,7 @@ from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Checkpoint, Weights
 from medreasoner_export.folder import describe, writing_export
 from medreasoner_export.graph import Precision, Storage, are_large, save_graph, store, weights_file
+from medreasoner_export.lora import with_adapter
 from medreasoner_export.qwen_config import QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
 from medreasoner_export.qwen_vision import vision_graph
@@ -38,6 +39,8 @@ class ReasonerOptions:
         needs them.
     external_data
         Whether the graphs' weights go into files beside them; None: where the checkpoint is too large for one file.
+    adapter
+        Folder of a LoRA adapter in peft's layout, to be merged.
     settings
         Entries that replace those of ``medreasoner.json`` (see :mod:`medreasoner_export.settings`).
     """
@@ -45,6 +48,7 @@ class ReasonerOptions:
     weights: Storage | Literal["source"] = "source"
     precision: Precision = "fp32"
     external_data: bool | None = None
+    adapter: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -78,7 +82,9 @@ def export_reasoner(
         If the checkpoint is incomplete, malformed or of another architecture; the message names the file or tensor.
     """
     options = options or ReasonerOptions()
-    checkpoint = Checkpoint(checkpoint_dir)
+    checkpoint: Weights = Checkpoint(checkpoint_dir)
+    if options.adapter is not None:
+        checkpoint = with_adapter(checkpoint, options.adapter)
     config = QwenConfig.from_json(checkpoint.config)
     settings = reasoner_settings(checkpoint.path, config, options.settings)
     embedding = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight") + "embed_tokens.weight"

@@ -55,8 +55,8 @@ class ReferenceReasoner:
     ----------
     bundle
         A loaded bundle.
-    folder
-        Of the checkpoint.
+    folder, adapter
+        Of the checkpoint, and of a LoRA adapter on it.
 
     Raises
     ------
@@ -64,10 +64,10 @@ class ReferenceReasoner:
         If the folder holds no such checkpoint.
     """
 
-    def __init__(self, bundle: Bundle, folder: Path) -> None:
+    def __init__(self, bundle: Bundle, folder: Path, adapter: Path | None = None) -> None:
         self._torch = require("torch", extra="export", feature="The parity check")
         self._spec = bundle.spec.reasoner
-        self._model = streamed_qwen(folder)
+        self._model = streamed_qwen(folder, adapter=adapter)
         tokenizer = load_tokenizer(str(bundle.path(self._spec.tokenizer)))
         self._tokenizer, self._image_token = tokenizer, Prompt(tokenizer, self._spec).image_token
         self._grammars = GrammarBook(tokenizer, self._spec.answer)

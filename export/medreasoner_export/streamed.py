@@ -17,6 +17,7 @@ from medreasoner._extras import require
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Checkpoint, Weights
+from medreasoner_export.lora import with_adapter
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES
 from medreasoner_export.qwen_vision import PREFIXES as VISION_PREFIXES
 
@@ -28,13 +29,15 @@ Change: TypeAlias = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.floa
 TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head.weight"
 
 
-def streamed_qwen(folder: str | Path, *, change: Change | None = None) -> Any:
+def streamed_qwen(folder: str | Path, *, adapter: Path | None = None, change: Change | None = None) -> Any:
     """The ``Qwen2_5_VLForConditionalGeneration`` of a checkpoint's folder, ready to be run without gradients.
 
     Parameters
     ----------
     folder
         With ``config.json`` and safetensors weights of any floating type.
+    adapter
+        Folder of a LoRA adapter that is merged in.
     change
         Applied to each weight in float32 before it is used.
 
@@ -46,7 +49,9 @@ def streamed_qwen(folder: str | Path, *, change: Change | None = None) -> Any:
     feature = "The parity check"
     transformers = require("transformers", extra="export", feature=feature)
     accelerate = require("accelerate", extra="export", feature=feature)
-    checkpoint = Checkpoint(folder)
+    checkpoint: Weights = Checkpoint(folder)
+    if adapter is not None:
+        checkpoint = with_adapter(checkpoint, adapter)
     try:
         config = transformers.Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
         with accelerate.init_empty_weights(include_buffers=False):

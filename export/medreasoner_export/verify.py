@@ -30,6 +30,7 @@ def verify_bundle(
     *,
     tolerance: float = DEFAULT_TOLERANCE,
     seed: int = 0,
+    adapter: Path | None = None,
     questions: Sequence[Question] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
@@ -50,6 +51,8 @@ def verify_bundle(
         what the rounding costs, which `medreasoner-cli eval` measures.
     seed
         Of the inputs.
+    adapter
+        LoRA adapter that was merged into the reasoner.
     questions
         Images and questions for the whole answers; none: two of its own.
     progress
@@ -67,8 +70,8 @@ def verify_bundle(
     stages = []
     for stage in chain(
         segmenter_stages(bundle, segmenter, tolerance=tolerance, seed=seed),
-        reasoner_stages(bundle, reasoner, tolerance=tolerance, seed=seed),
-        road_stages(bundle, reasoner, mask_of(bundle, segmenter), questions or own_questions(seed)),
+        reasoner_stages(bundle, reasoner, tolerance=tolerance, seed=seed, adapter=adapter),
+        road_stages(bundle, reasoner, mask_of(bundle, segmenter), questions or own_questions(seed), adapter=adapter),
     ):
         stages.append(stage)
         progress(stage.name)

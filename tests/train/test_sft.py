@@ -1,5 +1,6 @@
 """Rows of the second stage: tokens are decoded back and compared with what they were made from."""
 
+import dataclasses
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -256,14 +257,36 @@ def test_the_loss_falls_on_one_batch(data: SftData, vocabulary: Vocabulary, toy_
     optimiser = Optimiser(modules, LoopOptions(steps=1000, out=tmp_path, warmup=1, lr=3e-3, matrix_lr=5e-3))
     batch = data.make(0, 0)
     values: list[float] = []
-    parts: dict[str, float] = {}
-    for step in range(25):
+    parts: dict[str, torch.Tensor] = {}
+    for _ in range(25):
         loss, parts = sft_loss(toy_reasoner, heads, dense, batch, OPTIONS, vocabulary)
         loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step(step)
+        optimiser.step(1.0)
         values.append(loss.item())
     assert values[-1] < 0.7 * values[0]
     assert np.isfinite(list(parts.values())).all()
+
+
+def test_a_frozen_tower_gets_no_gradient_and_the_decoder_does(
+    data: SftData, vocabulary: Vocabulary, toy_reasoner: Any
+) -> None:
+    heads, dense = SftHeads(32, len(data.categories)), DenseHeads(32, len(data.categories))
+    options = dataclasses.replace(OPTIONS, frozen=True)
+    loss, _ = sft_loss(toy_reasoner, heads, dense, data.make(0, 0), options, vocabulary)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is None for parameter in toy_reasoner.model.visual.parameters())
+    assert all(parameter.grad is not None for parameter in toy_reasoner.model.language_model.layers.parameters())
+
+
+def test_a_share_of_the_questions_merely_names_its_target(
+    grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary
+) -> None:
+    phrasings = {key: dataclasses.replace(own, plain=("the thing",)) for key, own in load_phrasings("train").items()}
+    options = dataclasses.replace(OPTIONS, images=8, branches=6, plain=0.5)
+    data = SftData(load_index(grounding_set), stored, vocabulary=vocabulary, phrasings=phrasings, options=options)
+    batch = data.make(0, 0)
+    written = [text_of(vocabulary, batch.packed.ids[b, where]).lower() for b, where in branches(batch)]
+    assert 0.25 < np.mean([text.partition(AFTER)[0] == "the thing" for text in written]) < 0.75
 
 
 def test_neighbouring_integers_start_as_neighbours(toy_reasoner: Any, vocabulary: Vocabulary) -> None:

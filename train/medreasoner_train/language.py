@@ -31,9 +31,10 @@ MIN_WORDS = 4  # that are left of a question
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Phrasings:
-    """What was written for one (modality, category): questions, and the parts of a thought."""
+    """What was written for one (modality, category): questions, plain names among them, and the parts of a thought."""
 
     queries: tuple[str, ...]
+    plain: tuple[str, ...] = ()
     identify: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
 
@@ -45,6 +46,7 @@ def load_phrasings(part: str) -> dict[str, Phrasings]:
     return {
         key: Phrasings(
             queries=tuple(query for cluster in entry["queries"].values() for query in cluster),
+            plain=tuple(entry["queries"].get("plain", ())),
             identify=tuple(entry.get("identify", ())),
             evidence=tuple(entry.get("evidence", ())),
         )

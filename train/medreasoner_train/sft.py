@@ -120,7 +120,8 @@ def sft_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of the stage's losses, and its parts."""
     language = model.model.language_model
-    image_embeds = passes.vision(model.model.visual, batch.images)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not options.frozen):
+        image_embeds = passes.vision(model.model.visual, batch.images)
     loss_dense, dense_parts = dense_loss(dense_heads, image_embeds, batch.dense)
     embeds = language.embed_tokens(batch.packed.ids)
     embeds = embeds.masked_scatter(batch.packed.image[..., None], image_embeds)
@@ -191,6 +192,7 @@ def run(settings: SftRun) -> None:
     passes = Passes()
     if settings.compiled:  # rows differ in length from step to step
         passes = Passes(vision=torch.compile(tower), language=torch.compile(language_pass, dynamic=True))
+    model.model.visual.requires_grad_(not settings.options.frozen)
     near = vocabulary.to(torch.device(settings.loop.device))
     train(
         modules={"model": model, "heads": heads, "dense": dense_heads},

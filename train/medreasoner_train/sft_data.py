@@ -31,6 +31,8 @@ class SftOptions:
 
     `spread` is the width, in coordinate units, of a coordinate's soft target. `skeleton` is the share of the answer's
     fixed tokens that are taught in a step: they are the same every time, and logits over the vocabulary are costly.
+    `plain` is the share of the questions that merely name their target. If `frozen`, the vision tower stays as it is
+    and only the decoder learns, in half the time.
     """
 
     images: int = 12
@@ -38,6 +40,8 @@ class SftOptions:
     size: int = 252
     absent: float = 0.22
     think: float = 0.25
+    plain: float = 0.1
+    frozen: bool = False
     spread: float = 2.5
     skeleton: float = 0.25
     weight_skeleton: float = 0.2
@@ -145,7 +149,8 @@ class SftData(DenseData):
         own_key = f"{item.record.modality}/{category}"
         keys = self._keys[category]
         own = self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
-        query = own.queries[int(rng.integers(len(own.queries)))]
+        asked = own.plain if own.plain and rng.random() < self._options.plain else own.queries
+        query = asked[int(rng.integers(len(asked)))]
         mask = masks.get(category)
         geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
         encode = self._vocabulary.tokenizer.encode
