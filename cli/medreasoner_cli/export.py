@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -50,7 +52,9 @@ def reasoner(
     options = package.ReasonerOptions(
         weights=weights, precision=precision, adapter=adapter, settings=_read_json(settings)
     )
-    print(package.export_reasoner(checkpoint, output, options=options).folder)
+    with _bar() as progress:
+        export = package.export_reasoner(checkpoint, output, options=options, progress=progress, announce=_note)
+    print(export.folder)
 
 
 @app.command()
@@ -77,8 +81,8 @@ def segmenter(
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
     options = package.SegmenterOptions(arch=arch, weights=weights, precision=precision, settings=_read_json(settings))
-    export = package.export_segmenter(checkpoint, output, options=options)
-    print(f"note: {export.recognised}", file=sys.stderr)
+    with _bar() as progress:
+        export = package.export_segmenter(checkpoint, output, options=options, progress=progress, announce=_note)
     print(export.folder)
 
 
@@ -138,6 +142,22 @@ def verify(
         output.write_text(texts[output.suffix == ".json"], encoding="utf-8")
     print(texts[as_json], end="")
     raise typer.Exit(0 if report.passed else 4)
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on the error stream, with an estimate of the time that is left, for tensors that are read one by one."""
+    with typer.progressbar(length=1, label="weights", file=sys.stderr, show_eta=True) as bar:
+
+        def show(done: int, total: int, _name: str) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        yield show
 
 
 def _done(stage: str) -> None:

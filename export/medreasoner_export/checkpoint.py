@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -24,7 +24,7 @@ import numpy.typing as npt
 from medreasoner._text import printable
 from medreasoner.errors import BundleError
 
-__all__ = ["Checkpoint", "Entry", "Weights", "numbered", "read_header", "read_json", "sha256_of"]
+__all__ = ["Checkpoint", "Entry", "Progress", "Weights", "numbered", "read_header", "read_json", "sha256_of"]
 
 DTYPES: Mapping[str, Any] = {
     "F64": np.dtype("<f8"),
@@ -46,6 +46,10 @@ class Entry:
     dtype: str
     shape: tuple[int, ...]
     read: Callable[[], npt.NDArray[Any]]
+
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""Told how many tensors have been read, how many there are, and the name of the last one."""
 
 
 class Weights:
@@ -70,6 +74,7 @@ class Weights:
         self.config = dict(config)
         self._entries, self._files = dict(entries), list(files)
         self._unread = set(self._entries)
+        self.progress: Progress | None = None
 
     @property
     def entries(self) -> Mapping[str, Entry]:
@@ -132,6 +137,8 @@ class Weights:
         if not np.isfinite(array).all():
             raise BundleError(f"{entry.file}: tensor {name} holds values that are not finite")
         self._unread.discard(name)
+        if self.progress is not None:
+            self.progress(len(self._entries) - len(self._unread), len(self._entries), name)
         return array
 
     def dtype(self, name: str) -> str:

@@ -1,7 +1,7 @@
 """A Qwen2.5-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,10 +10,11 @@ import numpy as np
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
-from medreasoner_export.checkpoint import Checkpoint, Weights
+from medreasoner_export.checkpoint import Checkpoint, Progress, Weights
 from medreasoner_export.folder import describe, writing_export
 from medreasoner_export.graph import Precision, Storage, are_large, save_graph, store, weights_file
 from medreasoner_export.lora import with_adapter
+from medreasoner_export.needs import check_needs, reasoner_needs
 from medreasoner_export.qwen_config import QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
 from medreasoner_export.qwen_vision import vision_graph
@@ -63,7 +64,12 @@ class ReasonerExport:
 
 
 def export_reasoner(
-    checkpoint_dir: str | Path, out_dir: str | Path, *, options: ReasonerOptions | None = None
+    checkpoint_dir: str | Path,
+    out_dir: str | Path,
+    *,
+    options: ReasonerOptions | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> ReasonerExport:
     """Write ``vision.onnx``, ``decoder.onnx``, ``embedding.bin``, ``tokenizer.json`` and ``export.json``.
 
@@ -75,6 +81,10 @@ def export_reasoner(
         Folder to write into, made if absent.
     options
         Element type of the weights, and settings.
+    progress
+        Called for every tensor that has been read.
+    announce
+        Told in words what will be needed, before the work starts.
 
     Raises
     ------
@@ -89,6 +99,10 @@ def export_reasoner(
     settings = reasoner_settings(checkpoint.path, config, options.settings)
     embedding = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight") + "embed_tokens.weight"
     storage = source_storage(checkpoint, embedding, options.weights)
+    needs = reasoner_needs(checkpoint.shapes, storage, options.precision)
+    announce(f"{needs} are needed")
+    check_needs(needs, Path(out_dir))
+    checkpoint.progress = progress
     sha256 = checkpoint.sha256()
     metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
     external = options.external_data

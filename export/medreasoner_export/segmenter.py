@@ -1,13 +1,15 @@
 """A checkpoint of a SAM or SAM 2 as two ONNX graphs and a description."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from medreasoner._version import __version__
+from medreasoner_export.checkpoint import Progress
 from medreasoner_export.folder import describe, writing_export
 from medreasoner_export.graph import Storage, are_large, save_graph, weights_file
+from medreasoner_export.needs import check_needs, segmenter_needs
 from medreasoner_export.reasoner import source_storage
 from medreasoner_export.sam_family import open_sam, recognise
 from medreasoner_export.settings import SamArch, segmenter_settings
@@ -60,7 +62,12 @@ class SegmenterExport:
 
 
 def export_segmenter(
-    checkpoint_path: str | Path, out_dir: str | Path, *, options: SegmenterOptions | None = None
+    checkpoint_path: str | Path,
+    out_dir: str | Path,
+    *,
+    options: SegmenterOptions | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] = lambda _: None,
 ) -> SegmenterExport:
     """Write ``encoder.onnx``, ``decoder.onnx`` and ``export.json``.
 
@@ -74,6 +81,10 @@ def export_segmenter(
         Folder to write into, made if absent.
     options
         Element type of the weights, and settings.
+    progress
+        Called for every tensor that has been read.
+    announce
+        Told in words what was recognised and what will be needed, before the work starts.
 
     Raises
     ------
@@ -88,6 +99,10 @@ def export_segmenter(
     settings = segmenter_settings(checkpoint.path, config.image_size, family.arch, options.settings)
     storage = source_storage(checkpoint, PROBE, options.weights)
     multimask, box_mask = bool(settings["multimask"]), bool(settings["box_mask"])
+    needs = segmenter_needs(checkpoint.shapes, storage)
+    announce(f"{family.recognised}; {needs} are needed")
+    check_needs(needs, Path(out_dir))
+    checkpoint.progress = progress
     sha256 = checkpoint.sha256()
     metadata = {
         "exporter": f"medreasoner {__version__}",

@@ -1,0 +1,95 @@
+"""What an export will take of disk and memory, told before it starts and refused if it is not there."""
+
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from medreasoner.errors import BundleError
+from medreasoner_export.graph import LARGEST_INSIDE, Precision, Storage
+from medreasoner_export.quantise import BLOCK
+
+__all__ = ["Needs", "check_needs", "reasoner_needs", "segmenter_needs"]
+
+# What Python, NumPy and ONNX hold before the first tensor is read.
+_PROGRAM_BYTES = 400 * 2**20
+_MEMINFO = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """Bytes that an export writes, and the most that it holds in memory (mapped files not counted)."""
+
+    disk: int
+    memory: int
+
+    def __str__(self) -> str:
+        disk = f"{self.disk / 1e9:.1f} GB" if self.disk >= 1e9 else f"{self.disk / 1e6:.0f} MB"
+        return f"{disk} on disk and {self.memory / 2**30:.1f} GiB of memory"
+
+
+def reasoner_needs(shapes: Mapping[str, Sequence[int]], storage: Storage, precision: Precision) -> Needs:
+    """Of :func:`export_reasoner`, from the shapes of a checkpoint's tensors by name."""
+    disk = 0
+    for name, shape in shapes.items():
+        in_layers = "layers." in name and "visual" not in name
+        four_bits = precision == "int4" and in_layers and len(shape) == 2 and shape[1] % BLOCK == 0
+        # A block has half a byte a level, a float32 scale and half a byte of zero point.
+        each = 0.5 + 4.5 / BLOCK if four_bits else 2 if precision == "fp16" else _width(storage)
+        disk += math.ceil(math.prod(shape) * each)
+    return _needs(disk, shapes.values(), storage)
+
+
+def segmenter_needs(shapes: Mapping[str, Sequence[int]], storage: Storage) -> Needs:
+    """Of :func:`export_segmenter`, from the shapes of a checkpoint's tensors by name."""
+    return _needs(sum(math.prod(shape) * _width(storage) for shape in shapes.values()), shapes.values(), storage)
+
+
+def _needs(disk: int, shapes: Iterable[Sequence[int]], storage: Storage) -> Needs:
+    sizes = [math.prod(shape) for shape in shapes]
+    total = sum(sizes) * _width(storage)
+    # One tensor as stored, in float32 and as it is written; a small model's graphs as a whole, and once more as text.
+    inside = 2 * total if total <= LARGEST_INSIDE else 0
+    return Needs(disk=disk, memory=_PROGRAM_BYTES + 12 * max(sizes, default=0) + inside)
+
+
+def _width(storage: Storage) -> int:
+    return 4 if storage == "float32" else 2
+
+
+def check_needs(needs: Needs, folder: Path) -> None:
+    """Refuse an export that would not fit.
+
+    Parameters
+    ----------
+    needs
+        What it takes.
+    folder
+        Where it will be written; need not exist yet.
+
+    Raises
+    ------
+    BundleError
+        If the disk has too little room, or the machine too little memory; the message gives both figures.
+    """
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
+    free = shutil.disk_usage(there).free
+    if free < needs.disk:
+        raise BundleError(f"{folder}: {needs.disk / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are free there")
+    available = _available_memory()
+    if available is not None and available < needs.memory:
+        raise BundleError(
+            f"{needs.memory / 2**30:.1f} GiB of memory are needed, {available / 2**30:.1f} GiB are available; "
+            "close other programs, or export on a larger machine"
+        )
+
+
+def _available_memory() -> int | None:
+    """Bytes that new programs can have, or None where the system does not say."""
+    try:
+        lines = _MEMINFO.read_text().splitlines()
+    except OSError:
+        return None
+    found = next((line.split() for line in lines if line.startswith("MemAvailable:")), None)
+    return int(found[1]) * 1024 if found else None
