@@ -1,12 +1,15 @@
-"""The sizes of a Qwen2.5-VL model, read from ``config.json`` as published and as transformers 5 writes it."""
+"""The sizes of a Qwen2.5-VL or Qwen2-VL model, from ``config.json`` as published and as transformers 5 writes it."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from medreasoner.errors import BundleError
 from medreasoner_export.config_section import ConfigSection
 
-__all__ = ["QwenConfig", "QwenTextConfig", "QwenVisionConfig"]
+__all__ = ["Family", "QwenConfig", "QwenTextConfig", "QwenVisionConfig"]
+
+
+Family: TypeAlias = Literal["qwen2_5_vl", "qwen2_vl"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,7 @@ class QwenTextConfig:
 class QwenConfig:
     """Both towers."""
 
+    family: Family
     vision: QwenVisionConfig
     text: QwenTextConfig
 
@@ -68,25 +72,23 @@ class QwenConfig:
             If a size is missing or malformed, or the model is of another architecture or uses what the graphs do not
             have (sliding windows in the decoder, scaled rotary positions, another activation).
         """
-        if config.get("model_type") != "qwen2_5_vl":
-            raise BundleError(f"config.json: model_type: expected qwen2_5_vl, got {config.get('model_type')!r}")
+        family = config.get("model_type")
+        if family not in ("qwen2_5_vl", "qwen2_vl"):
+            raise BundleError(f"config.json: model_type: expected qwen2_5_vl or qwen2_vl, got {family!r:.60}")
         # The published files are flat; transformers 5 nests the decoder's sizes.
         text = ConfigSection(config.get("text_config", config), "text_config")
         vision = ConfigSection(config.get("vision_config"), "vision_config")
-        spec = cls(vision=_vision(vision), text=_text(text, tied=bool(config.get("tie_word_embeddings", False))))
-        if vision.integer("out_hidden_size", 3584) != spec.text.hidden_dim:
-            raise BundleError("config.json: vision_config.out_hidden_size is not the decoder's hidden_size")
-        return spec
+        make, width = (_vision, "out_hidden_size") if family == "qwen2_5_vl" else (_qwen2_vision, "hidden_size")
+        decoder = _text(text, tied=bool(config.get("tie_word_embeddings", False)))
+        if vision.integer(width, 3584) != decoder.hidden_dim:
+            raise BundleError(f"config.json: vision_config.{width} is not the decoder's hidden_size")
+        return cls(family=family, vision=_checked(make(vision), vision), text=decoder)
 
 
 def _vision(data: ConfigSection) -> QwenVisionConfig:
     data.expect("hidden_act", "silu")
-    data.expect("in_channels", 3)
-    data.expect("in_chans", 3)
-    # The runtime makes the rotary tables of the tower with this base.
-    ConfigSection(data.data.get("rope_parameters") or {}, f"{data.name}.rope_parameters").expect("rope_theta", 10_000.0)
     # Defaults are those of transformers' Qwen2_5_VLVisionConfig, which published files lean on.
-    config = QwenVisionConfig(
+    return QwenVisionConfig(
         n_layers=data.integer("depth", 32),
         hidden_dim=data.integer("hidden_size", 3584),
         mlp_dim=data.integer("intermediate_size", 3420),
@@ -97,6 +99,31 @@ def _vision(data: ConfigSection) -> QwenVisionConfig:
         window_size=data.integer("window_size", 112),
         full_attention_layers=data.integers("fullatt_block_indexes", (7, 15, 23, 31)),
     )
+
+
+def _qwen2_vision(data: ConfigSection) -> QwenVisionConfig:
+    """Every layer of Qwen2-VL's tower sees the whole image; defaults are those of transformers."""
+    data.expect("hidden_act", "quick_gelu")
+    depth, dim = data.integer("depth", 32), data.integer("embed_dim", 1280)
+    patch, merge = data.integer("patch_size", 14), data.integer("spatial_merge_size", 2)
+    return QwenVisionConfig(
+        n_layers=depth,
+        hidden_dim=dim,
+        mlp_dim=int(dim * data.number("mlp_ratio", 4)),
+        n_heads=data.integer("num_heads", 16),
+        patch_size=patch,
+        temporal_patch_size=data.integer("temporal_patch_size", 2),
+        merge_size=merge,
+        window_size=4 * patch * merge,  # no layer uses it, the runtime's tables want one
+        full_attention_layers=tuple(range(depth)),
+    )
+
+
+def _checked(config: QwenVisionConfig, data: ConfigSection) -> QwenVisionConfig:
+    data.expect("in_channels", 3)
+    data.expect("in_chans", 3)
+    # The runtime makes the rotary tables of the tower with this base.
+    ConfigSection(data.data.get("rope_parameters") or {}, f"{data.name}.rope_parameters").expect("rope_theta", 10_000.0)
     if config.hidden_dim % config.n_heads or config.head_dim % 4:
         raise BundleError(
             f"config.json: {data.name}: {config.n_heads} heads of a multiple of 4 do not fit {config.hidden_dim}"

@@ -16,7 +16,7 @@ from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Precision, Storage, WeightsFile
 from medreasoner_export.qwen_config import QwenConfig, QwenVisionConfig
 
-__all__ = ["vision_graph"]
+__all__ = ["EPSILON", "VisionTower", "vision_graph"]
 
 PREFIXES = ("model.visual.", "visual.")
 # Qwen2_5_VLVisionBlock and Qwen2_5_VLPatchMerger hold this number in code, not in the configuration.
@@ -31,13 +31,14 @@ def vision_graph(
     metadata: Mapping[str, str],
     precision: Precision = "fp32",
     outside: WeightsFile | None = None,
+    tower: "type[VisionTower] | None" = None,
 ) -> onnx.ModelProto:
     """The graph from patches to image embeddings.
 
     Inputs: ``patches`` (batch, n_patches, 3 * patch * patch) float32; ``rotary_cos`` and ``rotary_sin``
     (n_patches, head_dim) float32, second half equal to the first; ``window_gather`` (n_windows, window_tokens) int64;
     ``window_bias`` (n_windows, 1, 1, window_tokens) float32, below -1 for padding; ``window_scatter`` (n_patches,)
-    int64. Output: ``image_embeds`` (batch, n_patches / merge**2, hidden_dim) float32.
+    int64. Output: ``image_embeds`` (batch, n_patches / merge**2, hidden_dim) float32. `tower`: of another family.
 
     Raises
     ------
@@ -45,10 +46,12 @@ def vision_graph(
         If a tensor is missing, misshapen or does not fit `storage`.
     """
     builder = GraphBuilder("vision", storage=storage, precision=precision, outside=outside)
-    return _VisionTower(checkpoint, config, builder).build(metadata)
+    return (tower or VisionTower)(checkpoint, config, builder).build(metadata)
 
 
-class _VisionTower:
+class VisionTower:
+    """The tower of Qwen2.5-VL; other families replace the parts in which they differ."""
+
     def __init__(self, checkpoint: Weights, config: QwenConfig, builder: GraphBuilder) -> None:
         self.config: QwenVisionConfig = config.vision
         self.out_dim = config.text.hidden_dim
@@ -57,9 +60,11 @@ class _VisionTower:
         self.g = builder
 
     def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
+        """A tensor of the tower, by its name without the tower's."""
         return self.checkpoint.tensor(self.prefix + name, shape)
 
     def build(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
+        """The finished graph."""
         g, c = self.g, self.config
         patch_dim = 3 * c.patch_size**2
         patches = g.input("patches", FLOAT, ("batch", "n_patches", patch_dim))
@@ -68,12 +73,13 @@ class _VisionTower:
         self.cos, self.sin = (g.op("Slice", table, g.ints(0), g.ints(c.head_dim // 2), g.ints(1)) for table in tables)
         self._windows(patches)
         x = g.op("MatMul", patches, g.weight("patch_embed.weight", self._patch_embedding().T, exact=True))
-        h = g.op("SimplifiedLayerNormalization", x, self._norm("blocks.0.norm1"), epsilon=EPSILON)
+        h = self.first_norm(x, "blocks.0.norm1")
         for index in range(c.n_layers):
             attended = self._attention(h, f"blocks.{index}.attn.", full=index in c.full_attention_layers)
-            x, h = self._add(x, attended, f"blocks.{index}.attn.proj.bias", f"blocks.{index}.norm2")
+            x, h = self.add(x, attended, f"blocks.{index}.attn.proj.bias", f"blocks.{index}.norm2")
             after = f"blocks.{index + 1}.norm1" if index + 1 < c.n_layers else "merger.ln_q"
-            x, h = self._add(x, self._mlp(h, f"blocks.{index}.mlp."), f"blocks.{index}.mlp.down_proj.bias", after)
+            y, bias = self.mlp(h, f"blocks.{index}.mlp.")
+            x, h = self.add(x, y, bias, after)
         self._merge(h)
         g.output("image_embeds", FLOAT, ("batch", "n_tokens", self.out_dim))
         return g.model(metadata)
@@ -134,8 +140,8 @@ class _VisionTower:
         q, k = g.ops("Split", qk, outputs=2, axis=-1, num_outputs=2)
         return g.op("com.microsoft.MultiHeadAttention", q, k, v, "", mask, num_heads=c.n_heads)
 
-    def _mlp(self, h: str, name: str) -> str:
-        """Gated linear unit, without the last bias."""
+    def mlp(self, h: str, name: str) -> tuple[str, str]:
+        """Gated linear unit without its last bias, and that bias's name."""
         g, c = self.g, self.config
         gate, up = (
             g.linear(
@@ -148,20 +154,26 @@ class _VisionTower:
         )
         # QuickGelu with alpha 1 is x * sigmoid(x), in one pass.
         gated = g.op("Mul", g.op("com.microsoft.QuickGelu", gate, alpha=1.0), up)
-        return g.linear(gated, name + "down", self.tensor(name + "down_proj.weight", c.hidden_dim, c.mlp_dim))
+        down = self.tensor(name + "down_proj.weight", c.hidden_dim, c.mlp_dim)
+        return g.linear(gated, name + "down", down), name + "down_proj.bias"
 
-    def _norm(self, name: str) -> str:
-        return self.g.weight(name + ".weight", self.tensor(name + ".weight", self.config.hidden_dim))
+    def vector(self, name: str) -> str:
+        """A weight of the width of the tower."""
+        return self.g.weight(name, self.tensor(name, self.config.hidden_dim))
 
-    def _add(self, x: str, y: str, bias: str, norm: str) -> tuple[str, str]:
+    def first_norm(self, x: str, name: str) -> str:
+        """The normalisation that no sum comes before."""
+        return self.g.op("SimplifiedLayerNormalization", x, self.vector(name + ".weight"), epsilon=EPSILON)
+
+    def add(self, x: str, y: str, bias: str, norm: str) -> tuple[str, str]:
         """``x + y + bias`` and its normalisation by `norm`."""
         g = self.g
         h, _, _, total = g.ops(
             "com.microsoft.SkipSimplifiedLayerNormalization",
             y,
             x,
-            self._norm(norm),
-            g.weight(bias, self.tensor(bias, self.config.hidden_dim)),
+            self.vector(norm + ".weight"),
+            self.vector(bias),
             outputs=(g.fresh("norm"), "", "", g.fresh("sum")),
             epsilon=EPSILON,
         )

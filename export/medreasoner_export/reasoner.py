@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
+"""A Qwen2.5-VL or Qwen2-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -15,12 +15,16 @@ from medreasoner_export.folder import describe, writing_export
 from medreasoner_export.graph import Precision, Storage, are_large, save_graph, store, weights_file
 from medreasoner_export.lora import with_adapter
 from medreasoner_export.needs import check_needs, reasoner_needs
-from medreasoner_export.qwen_config import QwenConfig
+from medreasoner_export.qwen2_vision import Qwen2VisionTower
+from medreasoner_export.qwen_config import Family, QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
-from medreasoner_export.qwen_vision import vision_graph
+from medreasoner_export.qwen_vision import VisionTower, vision_graph
 from medreasoner_export.settings import reasoner_settings
 
 __all__ = ["ReasonerExport", "ReasonerOptions", "export_reasoner", "source_storage"]
+
+TOWERS: Mapping[Family, type[VisionTower]] = {"qwen2_5_vl": VisionTower, "qwen2_vl": Qwen2VisionTower}
+"""The vision tower of each family; their decoders are the same."""
 
 # Rows of the embedding converted at a time, to bound memory at vocabularies of 152k.
 ROWS = 8192
@@ -110,14 +114,16 @@ def export_reasoner(
         external = are_large(checkpoint.shapes.values(), storage)
     common: dict[str, Any] = {"storage": storage, "metadata": metadata}
     section: dict[str, Any] = {
-        "architecture": "qwen2_5_vl",
+        "architecture": config.family,
         "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"},
     }
     with writing_export(out_dir) as out:
         _copy_tokenizer(checkpoint.path, out)
         with weights_file(out / "vision.onnx", wanted=external) as outside:
             precision: Precision = "fp32" if options.precision == "int4" else options.precision
-            graph = vision_graph(checkpoint, config, precision=precision, outside=outside, **common)
+            graph = vision_graph(
+                checkpoint, config, precision=precision, outside=outside, tower=TOWERS[config.family], **common
+            )
         save_graph(graph, out / "vision.onnx")
         with weights_file(out / "decoder.onnx", wanted=external) as outside:
             graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)

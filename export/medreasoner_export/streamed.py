@@ -1,4 +1,4 @@
-"""A Qwen2.5-VL as transformers runs it, in float32, with the weights of one layer at a time in memory.
+"""A Qwen2.5-VL or Qwen2-VL as transformers runs it, in float32, with the weights of one layer at a time in memory.
 
 The model is made without weights. Before a module with weights of its own runs, they are read from the mapped files of
 the checkpoint and brought to float32; behind it they are let go. A model of seven billion parameters thus needs the
@@ -30,7 +30,7 @@ TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head.weight"
 
 
 def streamed_qwen(folder: str | Path, *, adapter: Path | None = None, change: Change | None = None) -> Any:
-    """The ``Qwen2_5_VLForConditionalGeneration`` of a checkpoint's folder, ready to be run without gradients.
+    """The ``Qwen2_5_VLForConditionalGeneration``, or Qwen2-VL's, of a checkpoint's folder; not for gradients.
 
     Parameters
     ----------
@@ -53,9 +53,10 @@ def streamed_qwen(folder: str | Path, *, adapter: Path | None = None, change: Ch
     if adapter is not None:
         checkpoint = with_adapter(checkpoint, adapter)
     try:
-        config = transformers.Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+        kind = {"qwen2_vl": "Qwen2VL"}.get(str(checkpoint.config.get("model_type")), "Qwen2_5_VL")
+        config = getattr(transformers, f"{kind}Config").from_pretrained(folder, local_files_only=True)
         with accelerate.init_empty_weights(include_buffers=False):
-            model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+            model = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
     except Exception as err:  # transformers raises many kinds for a configuration that is not its own
         raise BundleError(f"{folder}: transformers cannot make a model of it ({one_line(err)})") from err
     names = _Names(checkpoint)

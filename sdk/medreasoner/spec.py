@@ -222,7 +222,7 @@ class ReasonerGraphs:
 class ReasonerSpec:
     """The vision-language model: graphs, tokenizer, sizes, texts and limits (in tokens)."""
 
-    architecture: Literal["qwen2_5_vl"]
+    architecture: Literal["qwen2_5_vl", "qwen2_vl"]
     graphs: ReasonerGraphs
     embedding: WeightSpec
     lm_head: WeightSpec
