@@ -206,7 +206,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(TEXT), default="7b")
     parser.add_argument("--layers", type=int, help="of the decoder, for a quick look; default: all")
-    parser.add_argument("--precision", choices=("fp32", "int4"), default="int4")
+    parser.add_argument("--precision", choices=("fp32", "int8", "int4"), default="int4")
     parser.add_argument("--work", type=Path, required=True, help="folder for the files, which are removed at the end")
     options = parser.parse_args()
     text = dict(TEXT[options.size])

@@ -37,8 +37,8 @@ def reasoner(
     output: OutOption,
     weights: WeightsOption = "source",
     precision: Annotated[
-        Literal["fp32", "fp16", "int4"],
-        typer.Option(help="fp16 is for GPUs; int4 rounds the decoder's matrices to four bits."),
+        Literal["fp32", "fp16", "int8", "int4"],
+        typer.Option(help="fp16 is for GPUs; int8 rounds matrices to 8 bits, int4 those of the decoder to 4."),
     ] = "fp32",
     adapter: AdapterOption = None,
     settings: SettingsOption = None,
@@ -68,7 +68,7 @@ def segmenter(
     ] = "auto",
     weights: WeightsOption = "source",
     precision: Annotated[
-        Literal["fp32", "fp16"], typer.Option(help="Of the image encoder; fp16 is for GPUs.")
+        Literal["fp32", "fp16", "int8"], typer.Option(help="Of the image encoder; fp16 is for GPUs.")
     ] = "fp32",
     settings: SettingsOption = None,
 ) -> None:

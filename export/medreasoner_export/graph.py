@@ -14,9 +14,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
-from medreasoner_export.quantise import BLOCK, quantise_int4
+from medreasoner_export.quantise import BLOCK, Bits, quantise
 
 __all__ = [
+    "BITS",
     "IR_VERSION",
     "MAX_GRAPH_BYTES",
     "OPSET",
@@ -41,8 +42,12 @@ LARGEST_INSIDE = 2**30
 Storage: TypeAlias = Literal["float32", "float16", "bfloat16"]
 """Element type of matrices in a file. Arithmetic is float32: the cast is folded when a session is made."""
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int4"]
-"""Arithmetic: float32, float16, or float32 with matrix products of four-bit weights and eight-bit activations."""
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int4"]
+"""Arithmetic: float32, float16, or float32 with matrix products of eight- or four-bit weights and eight-bit
+activations."""
+
+BITS: Mapping[Precision, Bits] = {"int8": 8, "int4": 4}
+"""Of a weight, at the precisions that round them."""
 
 Shape: TypeAlias = Sequence[int | str]
 
@@ -107,7 +112,7 @@ class GraphBuilder:
     storage
         Element type in which matrices are stored.
     precision
-        Of the arithmetic: of all of it if it is ``"fp16"``, of the products in :meth:`linear` if it is ``"int4"``.
+        Of the arithmetic: of all of it if it is ``"fp16"``, else of the products in :meth:`linear`.
     outside
         File that takes the weights; None: they stay in the graph.
     """
@@ -228,16 +233,16 @@ class GraphBuilder:
     def linear(self, x: str, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None) -> str:
         """``x @ weight.T + bias``; `weight` is (out, in) as in torch.
 
-        It is stored transposed, or in four bits if the precision says so and its columns divide into blocks.
+        It is stored transposed, or in few bits if the precision says so and its columns divide into blocks.
         """
-        if self.precision == "int4" and weight.shape[1] % BLOCK == 0:
-            y = self._int4_product(x, f"{name}.weight", weight)
+        if self.precision in BITS and weight.shape[1] % BLOCK == 0:
+            y = self._rounded_product(x, f"{name}.weight", weight, BITS[self.precision])
         else:
             y = self.op("MatMul", x, self.weight(f"{name}.weight", weight.T))
         return y if bias is None else self.op("Add", y, self.weight(f"{name}.bias", bias))
 
-    def _int4_product(self, x: str, name: str, weight: npt.NDArray[Any]) -> str:
-        matrix = quantise_int4(weight, name)
+    def _rounded_product(self, x: str, name: str, weight: npt.NDArray[Any], bits: Bits) -> str:
+        matrix = quantise(weight, name, bits)
         for part, array in (("levels", matrix.levels), ("scales", matrix.scales), ("zeros", matrix.zero_points)):
             self._keep(f"{name}.{part}", array)
         self._n_rounded += 1
@@ -248,7 +253,7 @@ class GraphBuilder:
             *(f"{name}.{part}" for part in ("levels", "scales", "zeros")),
             K=columns,
             N=rows,
-            bits=4,
+            bits=bits,
             block_size=BLOCK,
             accuracy_level=4,  # activations in eight bits, block by block
         )
@@ -259,10 +264,10 @@ class GraphBuilder:
         Raises
         ------
         BundleError
-            If four bits were asked for and no matrix has columns that divide into blocks.
+            If few bits were asked for and no matrix has columns that divide into blocks.
         """
-        if self.precision == "int4" and not self._n_rounded:
-            raise BundleError(f"{self.name}: no matrix has columns that are a multiple of {BLOCK}, as four bits need")
+        if self.precision in BITS and not self._n_rounded:
+            raise BundleError(f"{self.name}: no matrix has columns that are a multiple of {BLOCK}, as few bits need")
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medreasoner.errors import BundleError
-from medreasoner_export.graph import LARGEST_INSIDE, Precision, Storage
+from medreasoner_export.graph import BITS, LARGEST_INSIDE, Precision, Storage
 from medreasoner_export.quantise import BLOCK
 
 __all__ = ["Needs", "check_needs", "reasoner_needs", "segmenter_needs"]
@@ -34,9 +34,11 @@ def reasoner_needs(shapes: Mapping[str, Sequence[int]], storage: Storage, precis
     disk = 0
     for name, shape in shapes.items():
         in_layers = "layers." in name and "visual" not in name
-        four_bits = precision == "int4" and in_layers and len(shape) == 2 and shape[1] % BLOCK == 0
-        # A block has half a byte a level, a float32 scale and half a byte of zero point.
-        each = 0.5 + 4.5 / BLOCK if four_bits else 2 if precision == "fp16" else _width(storage)
+        rounded = (precision == "int8" and ("visual" in name or in_layers)) or (precision == "int4" and in_layers)
+        bits = BITS.get(precision) if rounded and len(shape) == 2 and shape[1] % BLOCK == 0 else None
+        # Beside its levels a block has a float32 scale and a zero point.
+        few = None if bits is None else bits / 8 + (4 + bits / 8) / BLOCK
+        each = few if few is not None else 2 if precision == "fp16" else _width(storage)
         disk += math.ceil(math.prod(shape) * each)
     return _needs(disk, shapes.values(), storage)
 

@@ -5,6 +5,7 @@ equality with transformers' own is thus part of what is compared.
 """
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,17 @@ from medreasoner.reasoner.rotary import prompt_positions, rotary_tables, text_po
 from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
-from medreasoner_export.quantise import BLOCK, dequantise_int4, quantise_int4
+from medreasoner_export.graph import BITS
+from medreasoner_export.quantise import BLOCK, Bits, dequantise, quantise
 from medreasoner_export.report import ParityStage, compare
-from medreasoner_export.streamed import TEXT, streamed_qwen
+from medreasoner_export.streamed import TEXT, VISION, streamed_qwen
 
 __all__ = ["DecoderRun", "reasoner_stages"]
 
 QUERY = "Which structure is shown here, and where does it lie?"
 N_STEPS = 8
-INT4_TOLERANCE = 0.05
-"""Accepted error of a four-bit decoder: its activations are rounded to eight bits in every product."""
+ROUNDED_TOLERANCE = 0.05
+"""Accepted error of graphs with rounded matrices: their activations are rounded to eight bits in every product."""
 FP16_TOLERANCE = 0.02
 """Accepted error of graphs that compute in float16, whose eleven bits are lost anew in every layer."""
 
@@ -47,7 +49,7 @@ def reasoner_stages(
         The checkpoint that the bundle was made of.
     tolerance
         Largest accepted error, relative to the reference's largest value; `FP16_TOLERANCE` for graphs in float16 and
-        `INT4_TOLERANCE` for a four-bit decoder, which is compared with the checkpoint's rounded matrices.
+        `ROUNDED_TOLERANCE` for rounded matrices, which are compared with the checkpoint's rounded in the same way.
     seed
         Of the images.
     adapter
@@ -55,19 +57,22 @@ def reasoner_stages(
     """
     torch = require("torch", extra="export", feature="The parity check")
     precision = bundle.spec.precision
-    model = streamed_qwen(checkpoint_dir, adapter=adapter, change=_rounded if precision == "int4" else None)
-    half = FP16_TOLERANCE if precision == "fp16" else tolerance
+    bits = BITS.get(precision)  # type: ignore[call-overload]
+    change = None if bits is None else partial(_rounded, bits)
+    model = streamed_qwen(checkpoint_dir, adapter=adapter, change=change)
+    loose = {"fp16": FP16_TOLERANCE, "int8": ROUNDED_TOLERANCE, "int4": ROUNDED_TOLERANCE}.get(precision, tolerance)
     check = _Check(bundle, model, np.random.default_rng(seed))
     with torch.inference_mode():
         for rows, columns in check.grids():
-            yield check.vision(rows, columns, half)
-        yield from check.decoder(INT4_TOLERANCE if precision == "int4" else half)
+            yield check.vision(rows, columns, tolerance if precision == "int4" else loose)
+        yield from check.decoder(loose)
 
 
-def _rounded(name: str, weight: Array) -> Array:
-    """Gives the reference the matrices that a four-bit graph holds: what is left is the error of the graph."""
-    if name.startswith(TEXT + "layers.") and weight.ndim == 2 and weight.shape[1] % BLOCK == 0:
-        return dequantise_int4(quantise_int4(weight, name))
+def _rounded(bits: Bits, name: str, weight: Array) -> Array:
+    """Gives the reference the matrices that a graph of few bits holds: what is left is the error of the graph."""
+    own = (TEXT + "layers.",) if bits == 4 else (TEXT + "layers.", VISION + "blocks.", VISION + "merger.mlp.0")
+    if name.startswith(own) and weight.ndim == 2 and weight.shape[1] % BLOCK == 0:
+        return dequantise(quantise(weight, name, bits))
     return weight
 
 
@@ -214,7 +219,7 @@ class _Check:
         for name, sizes in ways.items():
             run = DecoderRun(self.decoder_session, self.spec)
             found = _in_parts(run, inputs, positions, sizes)
-            kind = " against the checkpoint's matrices in four bits" if precision == "int4" else ""
+            kind = f" against the checkpoint's matrices in {precision[3:]} bits" if precision in BITS else ""
             yield compare(f"hidden states, {name} of {n} tokens{kind}", found, expected, tolerance)
         if precision == "fp32":  # else two tokens that lie close may change places
             yield self._greedy(run, found[-1], after, reference)

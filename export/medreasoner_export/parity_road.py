@@ -58,9 +58,10 @@ class Limits:
 LIMITS = {
     "fp32": Limits(logits=1e-3, tokens=0.0, found=0.0, box=1e-4, dice=0.01),
     "fp16": Limits(logits=0.02, tokens=0.1, found=0.0, box=0.02, dice=0.05),
+    "int8": Limits(logits=0.1, tokens=0.2, found=0.1, box=0.03, dice=0.08),
     "int4": Limits(logits=0.5, tokens=0.5, found=0.2, box=0.1, dice=0.25),
 }
-"""By a bundle's precision. Four bits change what a model says, here within reason; `medreasoner-cli eval` says what
+"""By a bundle's precision. Few bits change what a model says, here within reason; `medreasoner-cli eval` says what
 they cost."""
 
 

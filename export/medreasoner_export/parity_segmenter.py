@@ -18,8 +18,8 @@ from medreasoner_export.report import ParityStage, compare
 __all__ = ["mask_of", "segmenter_stages"]
 
 N_IMAGES = 2
-FP16_TOLERANCE = 0.03
-"""Accepted error of what an image encoder in float16 sees, and of the masks that follow."""
+TOLERANCES = {"fp16": 0.03, "int8": 0.1}
+"""Accepted error of what an image encoder of that precision sees, and of the masks that follow."""
 
 Array = npt.NDArray[Any]
 
@@ -52,8 +52,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
         ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
         for name in (spec.graphs.encoder, spec.graphs.decoder)
     )
-    if _metadata(encoder, "precision") == "fp16":
-        tolerance = max(tolerance, FP16_TOLERANCE)
+    tolerance = max(tolerance, TOLERANCES.get(_metadata(encoder, "precision") or "", 0.0))
     box, points = _prompts(generator, size)
     names = [output.name for output in encoder.get_outputs()]
     with torch.inference_mode():

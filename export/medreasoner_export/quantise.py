@@ -1,35 +1,36 @@
-"""Matrices in four bits: blocks of a row share scale and zero point, as ONNX Runtime's ``MatMulNBits`` reads them."""
+"""Matrices in four or eight bits, as ONNX Runtime's ``MatMulNBits`` reads them: blocks share scale and zero point."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from medreasoner.errors import BundleError
 
-__all__ = ["BLOCK", "Int4Matrix", "dequantise_int4", "quantise_int4"]
+__all__ = ["BLOCK", "Bits", "Rounded", "dequantise", "quantise"]
 
+Bits: TypeAlias = Literal[4, 8]
 BLOCK = 32
-LEVELS = 15
 ROWS = 2048  # at a time: the matrix of a large vocabulary would fill the memory in float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Int4Matrix:
+class Rounded:
     """A matrix (rows, columns): value = (level - zero point) * scale.
 
-    levels : (rows, blocks, BLOCK / 2) uint8, two a byte, the first in the lower half; scales : (rows, blocks) float32;
-    zero_points : (rows, ceil(blocks / 2)) uint8, packed in the same way.
+    levels : (rows, blocks, BLOCK * bits / 8) uint8, of four bits two a byte, the first in the lower half; scales :
+    (rows, blocks) float32; zero_points : (rows, ceil(blocks * bits / 8)) uint8, packed in the same way.
     """
 
+    bits: Bits
     levels: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float32]
     zero_points: npt.NDArray[np.uint8]
 
 
-def quantise_int4(matrix: npt.NDArray[Any], name: str) -> Int4Matrix:
-    """Round to the nearest of 16 levels between the least and the largest value of each block, 0 among them.
+def quantise(matrix: npt.NDArray[Any], name: str, bits: Bits) -> Rounded:
+    """Round to the nearest of 16 or 256 levels between the least and the largest value of each block, 0 among them.
 
     Parameters
     ----------
@@ -37,6 +38,8 @@ def quantise_int4(matrix: npt.NDArray[Any], name: str) -> Int4Matrix:
         (rows, columns) of floating point; columns a multiple of `BLOCK`.
     name
         For messages.
+    bits
+        Of a level.
 
     Raises
     ------
@@ -46,8 +49,9 @@ def quantise_int4(matrix: npt.NDArray[Any], name: str) -> Int4Matrix:
     rows, columns = matrix.shape
     blocks, rest = divmod(columns, BLOCK)
     if rest or not blocks:
-        raise BundleError(f"weight {name}: {columns} columns are no multiple of {BLOCK}, as four bits need")
-    levels = np.empty((rows, blocks, BLOCK // 2), np.uint8)
+        raise BundleError(f"weight {name}: {columns} columns are no multiple of {BLOCK}, as {bits} bits need")
+    largest = 2**bits - 1
+    levels = np.empty((rows, blocks, BLOCK * bits // 8), np.uint8)
     scales = np.empty((rows, blocks), np.float32)
     zeros = np.empty((rows, blocks), np.uint8)
     for start in range(0, rows, ROWS):
@@ -55,26 +59,33 @@ def quantise_int4(matrix: npt.NDArray[Any], name: str) -> Int4Matrix:
         with np.errstate(over="ignore"):
             values = matrix[part].astype(np.float32).reshape(-1, blocks, BLOCK)
             low, high = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
-            scale = (high - low) / LEVELS
+            scale = (high - low) / largest
         if not np.isfinite(scale).all():
-            raise BundleError(f"weight {name}: values beyond what float32 holds cannot be rounded to four bits")
+            raise BundleError(f"weight {name}: values beyond what float32 holds cannot be rounded to {bits} bits")
         scale = np.where(scale > 0, scale, np.float32(1))
-        zero = np.clip(np.rint(-low / scale), 0, LEVELS)
-        level = np.clip(np.rint(values / scale[..., None]) + zero[..., None], 0, LEVELS).astype(np.uint8)
-        levels[part] = level[..., ::2] | level[..., 1::2] << 4
+        zero = np.clip(np.rint(-low / scale), 0, largest)
+        level = np.clip(np.rint(values / scale[..., None]) + zero[..., None], 0, largest).astype(np.uint8)
+        levels[part] = _packed(level, bits)
         scales[part], zeros[part] = scale, zero
-    padded = np.pad(zeros, ((0, 0), (0, blocks % 2)))
-    return Int4Matrix(levels=levels, scales=scales, zero_points=padded[:, ::2] | padded[:, 1::2] << 4)
+    odd = ((0, 0), (0, blocks % 2 if bits == 4 else 0))
+    return Rounded(bits=bits, levels=levels, scales=scales, zero_points=_packed(np.pad(zeros, odd), bits))
 
 
-def dequantise_int4(matrix: Int4Matrix) -> npt.NDArray[np.float32]:
+def dequantise(matrix: Rounded) -> npt.NDArray[np.float32]:
     """The matrix (rows, columns) float32 that its levels stand for."""
     rows, blocks = matrix.scales.shape
-    zeros = _unpacked(matrix.zero_points)[:, :blocks, None]
-    values = (_unpacked(matrix.levels).astype(np.float32) - zeros) * matrix.scales[..., None]
+    zeros = _unpacked(matrix.zero_points, matrix.bits)[:, :blocks, None].astype(np.float32)
+    values = (_unpacked(matrix.levels, matrix.bits).astype(np.float32) - zeros) * matrix.scales[..., None]
     return np.asarray(values, np.float32).reshape(rows, -1)
 
 
-def _unpacked(pairs: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Twice as many along the last axis."""
-    return np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(*pairs.shape[:-1], -1)
+def _packed(levels: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
+    """Levels of four bits, two a byte."""
+    return levels if bits == 8 else levels[..., ::2] | levels[..., 1::2] << 4
+
+
+def _unpacked(packed: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
+    """Of four bits, twice as many along the last axis."""
+    if bits == 8:
+        return packed
+    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)

@@ -39,9 +39,9 @@ class ReasonerOptions:
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     precision
-        ``"int4"`` rounds the decoder's matrices to four bits; vision tower, embedding and language head stay as they
-        are. ``"fp16"``: both graphs compute in float16 and the decoder's caches are float16, as attention on a GPU
-        needs them.
+        ``"int8"`` rounds the matrices of both graphs to eight bits, ``"int4"`` those of the decoder to four; the rest,
+        embedding and language head too, stays as it is. ``"fp16"``: both graphs compute in float16 and the decoder's
+        caches are float16, as attention on a GPU needs them.
     external_data
         Whether the graphs' weights go into files beside them; None: where the checkpoint is too large for one file.
     adapter

@@ -43,7 +43,7 @@ class SegmenterOptions:
 
     arch: SamArch = "auto"
     weights: Storage | Literal["source"] = "source"
-    precision: Literal["fp32", "fp16"] = "fp32"
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 

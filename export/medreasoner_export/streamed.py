@@ -21,7 +21,7 @@ from medreasoner_export.lora import with_adapter
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES
 from medreasoner_export.qwen_vision import PREFIXES as VISION_PREFIXES
 
-__all__ = ["TEXT", "Change", "streamed_qwen"]
+__all__ = ["TEXT", "VISION", "Change", "streamed_qwen"]
 
 Change: TypeAlias = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 """What to make of a weight, by its name in transformers: such as its value in four bits."""

@@ -76,3 +76,14 @@ def test_an_output_that_is_used_on_the_way_stays_float32_outside() -> None:
     assert y_found.dtype == z_found.dtype == np.float32
     assert (y_found == 2.25).all()
     assert (z_found == 3.25).all()
+
+
+def test_eight_bits_are_near_the_checkpoints_too(toy: Path, tmp_path: Path) -> None:
+    export_reasoner(toy / "reasoner", tmp_path / "r", options=ReasonerOptions(precision="int8"))
+    export_segmenter(toy / "segmenter", tmp_path / "s", options=SegmenterOptions(precision="int8"))
+    folder = build_bundle(tmp_path / "r", tmp_path / "s", tmp_path / "b", name="eight")
+    report = verify_bundle(folder, toy / "reasoner", toy / "segmenter")
+    assert report.passed, report.to_markdown()
+    for name in ("reasoner/vision.onnx", "reasoner/decoder.onnx", "segmenter/encoder.onnx"):
+        products = [node for node in onnx.load(folder / name).graph.node if node.op_type == "MatMulNBits"]
+        assert products, name

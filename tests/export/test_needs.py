@@ -17,7 +17,7 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.suffix in (".onnx", ".data", ".bin"))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int4"])
 def test_the_disk_that_is_told_is_what_is_written(toy: Path, tmp_path: Path, precision: Precision) -> None:
     # Beside the graphs the weights are padded to pages, which in a toy is most of them.
     options = ReasonerOptions(precision=precision, external_data=False)

@@ -1,4 +1,4 @@
-"""Four-bit matrices against ONNX Runtime, which reads them, and against the arithmetic that they stand for."""
+"""Matrices of few bits against ONNX Runtime, which reads them, and against the arithmetic that they stand for."""
 
 from typing import Any
 
@@ -12,21 +12,25 @@ from onnx import TensorProto, helper
 
 from medreasoner.errors import BundleError
 from medreasoner_export.graph import FLOAT, GraphBuilder
-from medreasoner_export.quantise import BLOCK, dequantise_int4, quantise_int4
+from medreasoner_export.quantise import BLOCK, Bits, dequantise, quantise
 
 
 @given(
-    rows=st.integers(1, 5), blocks=st.integers(1, 5), seed=st.integers(0, 99), shift=st.sampled_from([-3.0, 0.0, 3.0])
+    rows=st.integers(1, 5),
+    blocks=st.integers(1, 5),
+    seed=st.integers(0, 99),
+    shift=st.sampled_from([-3.0, 0.0, 3.0]),
+    bits=st.sampled_from([4, 8]),
 )
 def test_values_are_rounded_to_the_nearest_level_and_zero_stays(
-    rows: int, blocks: int, seed: int, shift: float
+    rows: int, blocks: int, seed: int, shift: float, bits: Bits
 ) -> None:
     rng = np.random.default_rng(seed)
     matrix = (rng.standard_normal((rows, blocks * BLOCK)) + shift).astype(np.float32)
     matrix[:, 3] = 0
-    found = dequantise_int4(quantise_int4(matrix, "m"))
+    found = dequantise(quantise(matrix, "m", bits))
     parts = matrix.reshape(rows, blocks, BLOCK)
-    step = (np.maximum(parts.max(-1), 0) - np.minimum(parts.min(-1), 0)) / 15
+    step = (np.maximum(parts.max(-1), 0) - np.minimum(parts.min(-1), 0)) / (2**bits - 1)
     error, step = np.abs(found - matrix).reshape(rows, blocks, BLOCK), step[..., None]
     # Zero is a level, so that the ends of the range may lie half a step outside of the levels: only they are off more.
     low, high = (getattr(found.reshape(parts.shape), side)(-1)[..., None] for side in ("min", "max"))
@@ -41,23 +45,23 @@ def test_what_the_levels_hold_exactly_comes_back_exactly() -> None:
     levels = rng.integers(0, 16, (70, 3, BLOCK))
     levels[..., 0], levels[..., 1], levels[..., 2] = 0, 15, 6
     matrix = ((levels - 6) * 0.25).astype(np.float32).reshape(70, -1)
-    np.testing.assert_array_equal(dequantise_int4(quantise_int4(matrix, "m")), matrix)
+    np.testing.assert_array_equal(dequantise(quantise(matrix, "m", 4)), matrix)
 
 
 @pytest.mark.parametrize("matrix", [np.zeros((3, 64), np.float32), np.full((3, 64), -2.5, np.float32)])
 def test_constant_blocks_are_exact(matrix: np.ndarray) -> None:
-    np.testing.assert_allclose(dequantise_int4(quantise_int4(matrix, "m")), matrix, rtol=1e-6)
+    np.testing.assert_allclose(dequantise(quantise(matrix, "m", 4)), matrix, rtol=1e-6)
 
 
 @pytest.mark.parametrize("matrix", [np.full((2, 32), 1e39), np.array([[3e38, -3e38] * 16], np.float32)])
 def test_values_that_overflow_are_refused(matrix: np.ndarray) -> None:
     with pytest.raises(BundleError, match="weight m: values beyond"):
-        quantise_int4(matrix, "m")
+        quantise(matrix, "m", 4)
 
 
 def test_columns_must_divide_into_blocks() -> None:
     with pytest.raises(BundleError, match="weight m: 40 columns are no multiple of 32"):
-        quantise_int4(np.zeros((2, 40), np.float32), "m")
+        quantise(np.zeros((2, 40), np.float32), "m", 4)
 
 
 def _product(graph: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
@@ -73,15 +77,16 @@ def _linear(weight: np.ndarray, bias: np.ndarray | None, **options: Any) -> onnx
     return g.model({})
 
 
+@pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("shape", [(48, 96), (33, 160), (64, 32)])  # odd numbers of rows and of blocks among them
-def test_onnx_runtime_multiplies_with_the_levels(shape: tuple[int, int]) -> None:
+def test_onnx_runtime_multiplies_with_the_levels(shape: tuple[int, int], bits: Bits) -> None:
     rng = np.random.default_rng(0)
     weight = rng.standard_normal(shape).astype(np.float32)
     bias = rng.standard_normal(shape[0]).astype(np.float32)
     x = rng.standard_normal((5, shape[1])).astype(np.float32)
-    graph = _linear(weight, bias, precision="int4")
+    graph = _linear(weight, bias, precision=f"int{bits}")
     (node,) = (node for node in graph.graph.node if node.op_type == "MatMulNBits")
-    expected = x @ dequantise_int4(quantise_int4(weight, "m")).T + bias
+    expected = x @ dequantise(quantise(weight, "m", bits)).T + bias
     assert np.abs(_product(graph, x) - expected).max() < 0.02 * np.abs(expected).max()  # activations of eight bits
     level = next(each for each in node.attribute if each.name == "accuracy_level")
     level.CopyFrom(helper.make_attribute("accuracy_level", 1))  # and without them

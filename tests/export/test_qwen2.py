@@ -52,7 +52,7 @@ def test_every_stage_and_whole_answers_equal_transformers(bundle: Path, checkpoi
     assert load_bundle(bundle).spec.reasoner.architecture == "qwen2_vl"
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int4"])
 def test_the_other_precisions_too(checkpoint: Path, toy: Path, tmp_path: Path, precision: Any) -> None:
     export_reasoner(checkpoint, tmp_path / "r", options=ReasonerOptions(precision=precision))
     export_segmenter(toy / "segmenter", tmp_path / "s")
