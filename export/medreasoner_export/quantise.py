@@ -81,7 +81,7 @@ def dequantise(matrix: Rounded) -> npt.NDArray[np.float32]:
 
 def _packed(levels: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
     """Levels of four bits, two a byte."""
-    return levels if bits == 8 else levels[..., ::2] | levels[..., 1::2] << 4
+    return levels if bits == 8 else np.asarray(levels[..., ::2] | levels[..., 1::2] << 4, np.uint8)
 
 
 def _unpacked(packed: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
