@@ -4,9 +4,14 @@ from medreasoner_export.package import Licence, build_bundle
 from medreasoner_export.reasoner import ReasonerExport, ReasonerOptions, export_reasoner
 from medreasoner_export.report import ParityReport, ParityStage
 from medreasoner_export.segmenter import SegmenterExport, SegmenterOptions, export_segmenter
+from medreasoner_export.tensorrt import EngineExport, EngineOptions, export_engines
+from medreasoner_export.trt_plan import EngineLimits
 from medreasoner_export.verify import verify_bundle
 
 __all__ = [
+    "EngineExport",
+    "EngineLimits",
+    "EngineOptions",
     "Licence",
     "ParityReport",
     "ParityStage",
@@ -15,6 +20,7 @@ __all__ = [
     "SegmenterExport",
     "SegmenterOptions",
     "build_bundle",
+    "export_engines",
     "export_reasoner",
     "export_segmenter",
     "verify_bundle",

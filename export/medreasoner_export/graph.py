@@ -47,6 +47,8 @@ Precision: TypeAlias = Literal["fp32", "int4"]
 Shape: TypeAlias = Sequence[int | str]
 
 FLOAT, INT32, INT64 = TensorProto.FLOAT, TensorProto.INT32, TensorProto.INT64
+# Domain of ONNX Runtime's own operators.
+MICROSOFT = "com.microsoft"
 
 
 class WeightsFile:
@@ -169,6 +171,18 @@ class GraphBuilder:
         name = "ints_" + "_".join(str(value) for value in values)
         return self.constant(name, np.array(values, dtype=np.int64))
 
+    def copy(self, node: onnx.NodeProto, inputs: Sequence[str]) -> None:
+        """Append a node of another graph, with other inputs."""
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.ClearField("input")
+        copied.input.extend(inputs)
+        self._nodes.append(copied)
+
+    def has_initializer(self, name: str) -> bool:
+        """Whether a constant or a weight has this name."""
+        return name in self._initializers
+
     def constant(self, name: str, array: npt.NDArray[Any]) -> str:
         """A constant in its own type, shared between equal names."""
         if name not in self._initializers:
@@ -187,13 +201,20 @@ class GraphBuilder:
             If a value does not fit `storage`, or all weights together one file.
         """
         if array.ndim < 2 or exact or self.storage == "float32":
-            self._keep(name, store(array, "float32", name))
+            self.keep(name, store(array, "float32", name))
             return name
         stored = f"{name}.{self.storage}"
-        self._keep(stored, store(array, self.storage, name))
+        self.keep(stored, store(array, self.storage, name))
         return self.op("Cast", stored, out=name, to=FLOAT)
 
-    def _keep(self, name: str, array: npt.NDArray[Any]) -> None:
+    def keep(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Add an initializer in its own type, beside the graph if it is large and there is a file for it.
+
+        Raises
+        ------
+        BundleError
+            If all of them together do not fit one file.
+        """
         if self.outside is not None and array.nbytes >= self.outside.LEAST_BYTES:
             self._initializers[name] = self.outside.add(name, array)
             return
@@ -216,7 +237,7 @@ class GraphBuilder:
     def _int4_product(self, x: str, name: str, weight: npt.NDArray[Any]) -> str:
         matrix = quantise_int4(weight, name)
         for part, array in (("levels", matrix.levels), ("scales", matrix.scales), ("zeros", matrix.zero_points)):
-            self._keep(f"{name}.{part}", array)
+            self.keep(f"{name}.{part}", array)
         self._n_rounded += 1
         rows, columns = weight.shape
         return self.op(
@@ -243,7 +264,9 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == MICROSOFT for node in self._nodes):
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medreasoner")
         model.producer_version = __version__
         helper.set_model_props(
