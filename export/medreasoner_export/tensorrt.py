@@ -4,14 +4,15 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import onnx
 
 from medreasoner.bundle import Bundle, load_bundle
+from medreasoner.engines import ENGINES, ENGINES_VERSION, EngineRecord, TensorRecord
 from medreasoner.errors import BundleError
 from medreasoner_export.calibrate import input_ranges, segmenter_images
 from medreasoner_export.checkpoint import sha256_of
@@ -20,14 +21,10 @@ from medreasoner_export.graph import save_graph, weights_file
 from medreasoner_export.stored import StoredWeights
 from medreasoner_export.trt_build import build_engine, builder_version, check_architectures
 from medreasoner_export.trt_dialect import trt_graph
-from medreasoner_export.trt_plan import EngineLimits, EnginePlan, GraphName, engine_plans
+from medreasoner_export.trt_plan import EngineLimits, EnginePlan, GraphName, TensorSpec, engine_plans
 
-__all__ = ["ENGINES", "EngineExport", "EngineOptions", "EnginePrecision", "export_engines"]
+__all__ = ["EngineExport", "EngineOptions", "EnginePrecision", "export_engines"]
 
-ENGINES = "engines.json"
-"""Name of the file that says which engines are in a folder."""
-
-SCHEMA_VERSION = 1
 # What an engine holds beside the weights; measured on nano, where it is most of it.
 KERNEL_BYTES = 12_000_000
 # Graphs whose weights take more than this keep them in a file beside them.
@@ -70,10 +67,10 @@ class EngineOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineExport:
-    """Exported engines: their folder, and the entries of its ``engines.json``."""
+    """Exported engines: their folder, and what its ``engines.json`` says of each."""
 
     folder: Path
-    engines: tuple[Mapping[str, Any], ...]
+    engines: tuple[EngineRecord, ...]
 
 
 def export_engines(
@@ -112,7 +109,7 @@ def export_engines(
     cache: Literal["float32", "float16"] = "float32" if options.precision == "fp32" else "float16"
     plans = [plan for plan in engine_plans(bundle, options.limits, cache) if plan.name in options.graphs]
     _need_disk(bundle, plans, out, options, say)
-    entries: list[dict[str, Any]] = []
+    entries: list[EngineRecord] = []
     with writing_export(out, description=ENGINES, stale="*.engine") as scratch:
         for plan in plans:
             graph, precision = _write_graph(bundle, plan, options, scratch)
@@ -122,10 +119,10 @@ def export_engines(
                 for path in scratch.glob(f"{graph.name}*"):
                     path.unlink()
         content = {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": ENGINES_VERSION,
             "bundle": {"name": bundle.spec.name, "version": bundle.spec.version, "sha256": bundle.digest},
             "builder": version,
-            "engines": entries,
+            "engines": [asdict(each) for each in entries],
         }
         (scratch / ENGINES).write_text(json.dumps(content, indent=1) + "\n")
     return EngineExport(folder=out, engines=tuple(entries))
@@ -149,27 +146,36 @@ def _write_graph(
 
 def _write_engine(
     bundle: Bundle, plan: EnginePlan, graph: Path, architecture: str, precision: EnginePrecision, say: Progress
-) -> dict[str, Any]:
+) -> EngineRecord:
     """Build and write one engine, and describe it."""
     started = time.monotonic()
     engine = memoryview(build_engine(graph, plan, architecture))
     path = graph.with_name(f"{plan.name}.{architecture}.{precision}.engine")
     path.write_bytes(engine)
     say(f"{path.name}: {engine.nbytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
-    return {
-        "file": path.name,
-        "sha256": hashlib.sha256(engine).hexdigest(),
-        "size_bytes": engine.nbytes,
-        "architecture": architecture,
-        "precision": precision,
-        "graph": plan.name,
-        "source": plan.source,
-        "source_sha256": bundle.spec.files[plan.source].sha256,
-        "graph_sha256": sha256_of(graph),
-        "inputs": {each.name: [each.dtype, list(each.shape)] for each in plan.inputs},
-        "outputs": {each.name: [each.dtype, list(each.shape)] for each in plan.outputs},
-        "profiles": [{name: span.to_json() for name, span in profile.items()} for profile in plan.profiles],
-    }
+    return EngineRecord(
+        file=path.name,
+        sha256=hashlib.sha256(engine).hexdigest(),
+        size_bytes=engine.nbytes,
+        architecture=architecture,
+        precision=precision,
+        graph=plan.name,
+        source=plan.source,
+        source_sha256=bundle.spec.files[plan.source].sha256,
+        graph_sha256=sha256_of(graph),
+        inputs=_records(plan.inputs),
+        outputs=_records(plan.outputs),
+        profiles=tuple(
+            {name: (span.least, span.usual, span.most) for name, span in each.items()} for each in plan.profiles
+        ),
+    )
+
+
+def _records(tensors: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name=each.name, dtype=each.dtype, shape=tuple(str(size) for size in each.shape))
+        for each in tensors
+    )
 
 
 def _n_bytes(source: Path, precision: EnginePrecision) -> int:

@@ -17,7 +17,8 @@ from onnx import helper
 
 from medreasoner.errors import BundleError
 from medreasoner_export.graph import MICROSOFT, OPSET, WeightsFile
-from medreasoner_export.standard_ops import EXPANSIONS, StandardGraph
+from medreasoner_export.standard_graph import StandardGraph
+from medreasoner_export.standard_ops import EXPANSIONS
 from medreasoner_export.stored import StoredWeights
 from medreasoner_export.trt_plan import EnginePlan
 

@@ -8,11 +8,12 @@ from typing import ParamSpec, TypeVar
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
-from medreasoner.providers import OrtSession, RuntimeOptions
+from medreasoner.providers import RuntimeOptions
 from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
+from medreasoner.sessions import SessionOpener
 
 __all__ = ["Engine", "load_engine", "step_options"]
 
@@ -92,14 +93,15 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
         (reasoner.graphs.decoder, step_options(options, splits=reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM)),
         (segmenter.graphs.decoder, step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)),
     )
+    opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(len(graphs) + 1) as pool:
-        sessions = [pool.submit(OrtSession, bundle.path(name), chosen) for name, chosen in graphs]
+        opening = [pool.submit(opener.open, name, chosen) for name, chosen in graphs]
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
         lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)
-        loaded = {name: session.result() for (name, _), session in zip(graphs, sessions, strict=True)}
-        vision, encoder, decoder, mask_decoder = loaded.values()
-        warnings = dict.fromkeys(line for session in loaded.values() for line in session.warnings)
+        opened = {name: each.result() for (name, _), each in zip(graphs, opening, strict=True)}
+        vision, encoder, decoder, mask_decoder = (each.session for each in opened.values())
+        warnings = dict.fromkeys(line for each in opened.values() for line in each.warnings)
         return Engine(
             reasoner=Reasoner(
                 reasoner,
@@ -114,6 +116,6 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
             model_name=spec.name,
             model_version=spec.version,
             model_digest=bundle.digest,
-            providers={name: session.providers[0] for name, session in loaded.items()},
+            providers={name: each.session.providers[0] for name, each in opened.items()},
             warnings=tuple(warnings),
         )
