@@ -1,6 +1,5 @@
 """A bundle's graphs as TensorRT-RTX engines, built ahead of time on a machine without a GPU."""
 
-import hashlib
 import json
 import shutil
 import time
@@ -149,14 +148,15 @@ def _write_engine(
 ) -> EngineRecord:
     """Build and write one engine, and describe it."""
     started = time.monotonic()
-    engine = memoryview(build_engine(graph, plan, architecture))
     path = graph.with_name(f"{plan.name}.{architecture}.{precision}.engine")
-    path.write_bytes(engine)
-    say(f"{path.name}: {engine.nbytes / 1e6:.1f} MB in {time.monotonic() - started:.1f} s")
+    fixed = build_engine(graph, plan, architecture, path)
+    size = path.stat().st_size
+    note = "" if fixed else "; addresses are random on this system, so that another build may differ in some bytes"
+    say(f"{path.name}: {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s{note}")
     return EngineRecord(
         file=path.name,
-        sha256=hashlib.sha256(engine).hexdigest(),
-        size_bytes=engine.nbytes,
+        sha256=sha256_of(path),
+        size_bytes=size,
         architecture=architecture,
         precision=precision,
         graph=plan.name,

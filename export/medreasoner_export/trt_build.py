@@ -7,19 +7,27 @@ References
 https://docs.nvidia.com/deeplearning/tensorrt-rtx/latest/ (building ahead of time for other compute capabilities)
 """
 
+import json
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from medreasoner._extras import require
 from medreasoner.errors import BundleError
+from medreasoner_export import trt_worker
 from medreasoner_export.trt_plan import EnginePlan, TensorSpec
 
 __all__ = ["build_engine", "builder_version", "check_architectures"]
 
 # Of TensorRT's log, what an error quotes.
 QUOTED = 400
+# What the worker gets of the environment: how to find Python, its packages and the system's libraries.
+PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "HOME", "TMPDIR")
 
 
 def builder_version() -> str:
@@ -62,8 +70,10 @@ def check_architectures(architectures: tuple[str, ...]) -> None:
             )
 
 
-def build_engine(graph: Path, plan: EnginePlan, architecture: str) -> Any:
-    """The serialised engine of a graph for one architecture, as a buffer of bytes.
+def build_engine(graph: Path, plan: EnginePlan, architecture: str, engine: Path) -> bool:
+    """Write the serialised engine of a graph for one architecture; return whether it is reproducible.
+
+    Then the same graph gives the same bytes on the same machine (see :mod:`medreasoner_export.trt_worker`).
 
     Parameters
     ----------
@@ -73,45 +83,57 @@ def build_engine(graph: Path, plan: EnginePlan, architecture: str) -> Any:
         Its tensors and profiles: what TensorRT reads from the graph must be the same.
     architecture
         Such as ``"sm_86"``.
+    engine
+        File to write, in the folder of the graph.
 
     Raises
     ------
     BundleError
         If the graph is not taken, has other tensors than the plan, or cannot be built; with TensorRT's own words.
     """
-    trt, log = _trt(), _log()
-    log.clear()
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse(graph.read_bytes(), str(graph)):
-        errors = "; ".join(parser.get_error(index).desc() for index in range(parser.num_errors))
-        raise BundleError(f"{plan.source}: TensorRT-RTX does not take the graph ({_short(errors)})")
-    _compare(network, plan)
-    config = builder.create_builder_config()
-    config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(_capabilities()[_label(architecture)], 0)
-    for sizes in plan.profiles:
-        profile = builder.create_optimization_profile()
-        for tensor in plan.inputs:
-            profile.set_shape(tensor.name, *tensor.sizes(sizes))
-        if config.add_optimization_profile(profile) < 0:
-            raise BundleError(f"{plan.source}: TensorRT-RTX refuses the profile {sizes} ({_short(log.text())})")
-    engine = builder.build_serialized_network(network, config)
-    if engine is None:
-        raise BundleError(f"{plan.source}: TensorRT-RTX cannot build it for {architecture} ({_short(log.text())})")
-    return engine
-
-
-def _compare(network: Any, plan: EnginePlan) -> None:
-    """Refuse a network whose tensors are not those of the plan."""
-    read = {
-        "inputs": [network.get_input(index) for index in range(network.num_inputs)],
-        "outputs": [network.get_output(index) for index in range(network.num_outputs)],
+    job = {
+        "graph": graph.name,
+        "engine": engine.name,
+        "architecture": _label(architecture),
+        "profiles": [{each.name: each.sizes(sizes) for each in plan.inputs} for sizes in plan.profiles],
     }
-    for side, tensors in read.items():
-        found = {each.name: (_trt().nptype(each.dtype).__name__, tuple(each.shape)) for each in tensors}
+    result = _run(job, graph.parent, plan.source)
+    words = " ".join(str(result["words"]).split())[:QUOTED] or "without a word"
+    if result["failed"] == "parse":
+        raise BundleError(f"{plan.source}: TensorRT-RTX does not take the graph ({words})")
+    if result["failed"] == "profile":
+        raise BundleError(f"{plan.source}: TensorRT-RTX refuses a profile of {job['profiles']!s:.200} ({words})")
+    _compare(result, plan)
+    if result["failed"]:
+        raise BundleError(f"{plan.source}: TensorRT-RTX cannot build it for {architecture} ({words})")
+    return bool(result["fixed"])
+
+
+def _run(job: Mapping[str, Any], folder: Path, source: str) -> dict[str, Any]:
+    """Result of the worker for a job."""
+    # Few variables, since what a process holds decides where in its memory all else comes to lie.
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment |= {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, trt_worker.__file__],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+    )
+    try:
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError) as err:
+        words = " ".join(done.stderr.split())[-QUOTED:]
+        raise BundleError(f"{source}: TensorRT-RTX's builder ended with {done.returncode} ({words})") from err
+    return result
+
+
+def _compare(result: Mapping[str, Any], plan: EnginePlan) -> None:
+    """Refuse a network whose tensors are not those of the plan."""
+    for side in ("inputs", "outputs"):
+        found = {name: (dtype, tuple(shape)) for name, dtype, shape in result[side]}
         expected = {each.name: (each.dtype, _sizes(each)) for each in getattr(plan, side)}
         if side == "outputs":  # some of their sizes TensorRT knows only when it runs
             expected = {
@@ -157,30 +179,3 @@ def _name(label: str) -> str:
 
 def _label(architecture: str) -> str:
     return f"SM{architecture[3:]}"
-
-
-@lru_cache(maxsize=1)
-def _log() -> Any:
-    """TensorRT's logger: it keeps the first that a process makes, so there is one, and it is emptied."""
-    trt = _trt()
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.ERROR:
-                self.lines.append(message)
-
-        def text(self) -> str:
-            return "; ".join(self.lines)
-
-        def clear(self) -> None:
-            self.lines.clear()
-
-    return Log()
-
-
-def _short(text: str) -> str:
-    return " ".join(text.split())[:QUOTED] or "without a word"
