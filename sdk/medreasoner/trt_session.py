@@ -8,9 +8,11 @@ References
 https://docs.nvidia.com/deeplearning/tensorrt/latest/ (Python: Runtime, ICudaEngine, IExecutionContext)
 """
 
+import logging
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,6 +24,8 @@ from medreasoner.errors import ProviderError
 from medreasoner.providers import Buffer
 
 __all__ = ["Gpu", "TrtBinding", "TrtBuffer", "TrtSession", "open_gpu"]
+
+logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
 
@@ -139,10 +143,13 @@ class TrtSession:
     def __init__(self, content: bytes, record: EngineRecord, gpu: Gpu) -> None:
         self.record, self._gpu = record, gpu
         trt = gpu.tensorrt
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        log = _logger(trt)
+        self._runtime = trt.Runtime(log)
         self._engine = self._runtime.deserialize_cuda_engine(content)
         if self._engine is None:
-            raise ProviderError(f"{record.file}: {gpu.runtime} does not take it on this GPU ({gpu.architecture})")
+            raise ProviderError(
+                f"{record.file}: {gpu.runtime} does not take it on this GPU, {gpu.architecture} ({log.last})"
+            )
         self._check_tensors()
         self._contexts: dict[int, Any] = {}
         self._scratch: dict[str, DeviceArray] = {}
@@ -253,6 +260,21 @@ class TrtBinding:
             If a shape fits no profile of the engine, or the run fails.
         """
         return self._session.run(inputs, self._inputs, self._outputs)
+
+
+@lru_cache(maxsize=1)
+def _logger(trt: Any) -> Any:
+    """TensorRT's words as log records, and the last error for our own message; it keeps one logger a process."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        last = "without a word"
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.ERROR:
+                self.last = " ".join(message.split())[:200]
+                logger.info("TensorRT: %s", self.last)
+
+    return Log()
 
 
 def _own(buffers: Mapping[str, Buffer]) -> dict[str, TrtBuffer]:

@@ -136,20 +136,17 @@ def test_eight_bits_build_with_explicit_marks(nano: Bundle, picture: Path, tmp_p
 @pytest.mark.slow
 def test_the_true_vit_b_builds_for_four_architectures(toy: Path, picture: Path, tmp_path: Path) -> None:
     bundle = _vit_b(toy, tmp_path)
-    for precision, megabytes in (("fp16", 200), ("fp32", 377)):
-        entries = export(bundle, tmp_path / precision, *FOUR, graphs=("encoder", "mask_decoder"), precision=precision)
-        assert [each["architecture"] for each in entries if each["graph"] == "encoder"] == list(FOUR)
-        for each in entries:
-            if each["graph"] == "encoder":
-                assert each["inputs"][0]["shape"] == ["batch", "3", "1024", "1024"]
-                assert each["outputs"][0]["shape"] == ["batch", "256", "64", "64"]
-                assert each["size_bytes"] == pytest.approx(megabytes * 1e6, rel=0.1)
-    (encoder,) = export(
-        bundle, tmp_path / "int8", "sm_86", graphs=("encoder",), precision="int8", calibration=(picture,)
-    )
-    (again,) = export(bundle, tmp_path / "int8", "sm_86", graphs=("encoder",), precision="int8", calibration=(picture,))
-    assert encoder == again
-    assert encoder["size_bytes"] < 150e6
+    entries = export(bundle, tmp_path / "half", *FOUR, graphs=("encoder", "mask_decoder"))
+    encoders = [each for each in entries if each["graph"] == "encoder"]
+    assert [each["architecture"] for each in encoders] == list(FOUR)
+    for each in encoders:
+        assert each["inputs"][0]["shape"] == ["batch", "3", "1024", "1024"]
+        assert each["outputs"][0]["shape"] == ["batch", "256", "64", "64"]
+        assert each["size_bytes"] == pytest.approx(200e6, rel=0.1)
+    again = export(bundle, tmp_path / "again", "sm_86", graphs=("encoder", "mask_decoder"))
+    assert again == [each for each in entries if each["architecture"] == "sm_86"]
+    (eight,) = export(bundle, tmp_path / "int8", "sm_86", graphs=("encoder",), precision="int8", calibration=(picture,))
+    assert eight["size_bytes"] < 150e6
 
 
 def _vit_b(toy: Path, folder: Path) -> Bundle:

@@ -21,6 +21,7 @@ from medreasoner import sessions as sessions_module
 from medreasoner.bundle import Bundle, load_bundle
 from medreasoner.engines import EngineRecord, read_engines
 from medreasoner.errors import BundleError, ProviderError
+from medreasoner.reasoner.static_cache import StaticDecoder
 from medreasoner.trt_session import Gpu, TrtSession, open_gpu
 from medreasoner_export import EngineLimits, EngineOptions, export_engines
 from medreasoner_export import tensorrt as export_module
@@ -141,10 +142,9 @@ class Engine:
 class StandIn:
     """What `TrtSession` uses of the module."""
 
-    class Logger:
-        ERROR = 1
-
-        def __init__(self, _: int) -> None: ...
+    class ILogger:
+        class Severity:
+            ERROR = 1
 
     def __init__(self, memory: TableMemory) -> None:
         self.memory = memory
@@ -153,11 +153,13 @@ class StandIn:
     def nptype(self, dtype: np.dtype[Any]) -> type[Any]:
         return dtype.type
 
-    def Runtime(self, _: object) -> "StandIn":  # noqa: N802
+    def Runtime(self, log: Any) -> "StandIn":  # noqa: N802
+        self.log = log
         return self
 
     def deserialize_cuda_engine(self, content: bytes) -> Engine | None:
         if content == b"for another GPU":
+            self.log.log(1, "a wrong\nnumber")
             return None
         self.engines.append(Engine(content, self.memory))
         return self.engines[-1]
@@ -294,6 +296,39 @@ def test_a_prompt_is_read_in_chunks_by_the_other_profile(
     assert min(by_profile[1]) > 1
 
 
+def test_several_rows_go_token_by_token_and_as_if_at_once(bundle: Bundle, engines: Path, gpu: Gpu) -> None:
+    spec, session = bundle.spec.reasoner, _session(engines, "decoder", gpu)
+    dtype = np.dtype(_record(engines, "decoder").inputs[-1].dtype).type
+    decoder = StaticDecoder(session, capacity=spec.max_length, chunk=24, dtype=dtype)
+    shape = (1, spec.n_kv_heads, spec.max_length, spec.head_dim)
+    names = [f"{kind}.{layer}" for layer in range(spec.n_layers) for kind in ("key", "value")]
+    rng = np.random.default_rng(1)
+    embeds = rng.standard_normal((2, 3, spec.hidden_dim)).astype(np.float32)
+    angles = rng.standard_normal((6, spec.head_dim // 2)).astype(np.float32)
+
+    def run(rows: slice) -> Array:
+        n = len(embeds[rows])
+        buffers = {name: decoder.allocate((n, *shape[1:]), np.float32) for name in names}
+        binding = decoder.bind(
+            {f"past_{k}": b for k, b in buffers.items()}, {f"present_{k}": b for k, b in buffers.items()}
+        )
+        return binding.run(
+            {
+                "inputs_embeds": embeds[rows],
+                "rotary_cos": np.cos(angles),
+                "rotary_sin": np.sin(angles),
+                "rotary_ids": np.arange(6).reshape(2, 3)[rows],
+                "seqlens_k": np.full(n, 2, np.int32),
+            }
+        )["hidden_states"]
+
+    alone = np.concatenate([run(slice(row, row + 1)) for row in range(2)])
+    np.testing.assert_allclose(run(slice(0, 2)), alone, atol=5e-3 if dtype is np.float16 else 1e-5)
+    contexts = {context.profile: context.runs for context in gpu.tensorrt.engines[-1].contexts}
+    assert [each["inputs_embeds"][:2] for each in contexts[0]] == [(2, 1)] * 3
+    assert [each["inputs_embeds"][:2] for each in contexts[1]] == [(1, 3)] * 2
+
+
 def test_a_buffer_is_saved_and_restored_head_by_head(engines: Path, gpu: Gpu) -> None:
     session = _session(engines, "decoder", gpu)
     buffer = session.allocate((1, 2, 16, 4), np.float32)
@@ -405,7 +440,7 @@ def test_an_engine_that_the_gpu_does_not_take_is_passed_over(
     (copy / "engines.json").write_text(json.dumps(content))
     _, warnings, providers = _answers(toy / "bundle", tmp_path, engines=copy)
     assert providers == {"CPUExecutionProvider", "TensorRT-RTX"}
-    assert any("stand-in 1.0 does not take it on this GPU (sm_86)" in line for line in warnings)
+    assert any("stand-in 1.0 does not take it on this GPU, sm_86 (a wrong number)" in line for line in warnings)
 
 
 def test_without_a_gpu_the_reason_is_said(toy: Path, engines: Path, tmp_path: Path, monkeypatch: Any) -> None:
