@@ -131,13 +131,13 @@ def tensorrt(
         max_batch=max_batch, max_images=max_images, max_chunk=max_chunk, image_size=_size(image_size)
     )
     options = package.EngineOptions(
-        architectures=tuple(arch.split(",")),
+        architectures=tuple(each.strip() for each in arch.split(",")),
         precision=precision,
         limits=limits,
         calibration=tuple(calibrate or ()),
         keep_graphs=keep_graphs,
     )
-    target = output or Path(f"{Path(bundle).name}-engines")
+    target = output or Path(f"{Path(bundle).resolve().name}-engines")
     export = package.export_engines(
         bundle_path(bundle), target, options=options, progress=lambda line: print(line, file=sys.stderr)
     )

@@ -171,18 +171,6 @@ class GraphBuilder:
         name = "ints_" + "_".join(str(value) for value in values)
         return self.constant(name, np.array(values, dtype=np.int64))
 
-    def copy(self, node: onnx.NodeProto, inputs: Sequence[str]) -> None:
-        """Append a node of another graph, with other inputs."""
-        copied = onnx.NodeProto()
-        copied.CopyFrom(node)
-        copied.ClearField("input")
-        copied.input.extend(inputs)
-        self._nodes.append(copied)
-
-    def has_initializer(self, name: str) -> bool:
-        """Whether a constant or a weight has this name."""
-        return name in self._initializers
-
     def constant(self, name: str, array: npt.NDArray[Any]) -> str:
         """A constant in its own type, shared between equal names."""
         if name not in self._initializers:

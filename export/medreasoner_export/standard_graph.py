@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 from onnx import TensorProto
 
 from medreasoner_export.graph import FLOAT, GraphBuilder, WeightsFile
@@ -53,6 +54,18 @@ class StandardGraph(GraphBuilder):
     def fresh(self, kind: str) -> str:
         """A tensor name that is used neither here nor in the graph that is rewritten."""
         return "std_" + super().fresh(kind)
+
+    def copy(self, node: onnx.NodeProto, inputs: Sequence[str]) -> None:
+        """Append a node of another graph, with other inputs."""
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.ClearField("input")
+        copied.input.extend(inputs)
+        self._nodes.append(copied)
+
+    def has_initializer(self, name: str) -> bool:
+        """Whether a constant or a weight has this name."""
+        return name in self._initializers
 
     def read(self, name: str) -> str:
         """`name`, with the weight of that name put into the graph."""

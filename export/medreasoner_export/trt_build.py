@@ -114,8 +114,8 @@ def _run(job: Mapping[str, Any], folder: Path, source: str) -> dict[str, Any]:
     # Few variables, since what a process holds decides where in its memory all else comes to lie.
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     environment |= {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, trt_worker.__file__],
+    done = subprocess.run(  # -P: the modules beside the worker must not be taken for others of their names
+        [sys.executable, "-P", trt_worker.__file__],
         input=json.dumps(job),
         capture_output=True,
         text=True,

@@ -199,6 +199,17 @@ def test_onnx_runtimes_own_operators_are_not_taken(bundle: Bundle, tmp_path: Pat
         build_engine(bundle.path(plan.source), plan, "sm_86", tmp_path / "engine")
 
 
+def test_a_builder_that_crashes_is_an_error_with_its_last_words(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = next(plan for plan in engine_plans(bundle, EngineLimits()) if plan.name == "encoder")
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, sys; print('half a', file=sys.stderr, flush=True); os.abort()")
+    monkeypatch.setattr(trt_build.trt_worker, "__file__", str(worker))
+    with pytest.raises(BundleError, match=r"segmenter/encoder\.onnx: TensorRT-RTX's builder ended with -6 \(half a"):
+        build_engine(tmp_path / "encoder.onnx", plan, "sm_86", tmp_path / "engine")
+
+
 def _stand_in(monkeypatch: pytest.MonkeyPatch, build: Any) -> None:
     monkeypatch.setattr(module, "build_engine", build)
     monkeypatch.setattr(module, "builder_version", lambda: "a builder 1.0")
