@@ -1,4 +1,4 @@
-"""`medreasoner-cli export`: reasoner, segmenter, bundle and verify."""
+"""`medreasoner-cli export`: reasoner, segmenter, bundle, tensorrt and verify."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Turn checkpoints into a bundle: reasoner, segmenter, then bundle, then verify.",
+    help="Turn checkpoints into a bundle (reasoner, segmenter, bundle, verify), and a bundle into engines (tensorrt).",
 )
 
 Weights = Literal["source", "float32", "float16", "bfloat16"]
@@ -109,6 +109,63 @@ def bundle(
     terms = package.Licence(weights=licence, notice=notice, file=licence_file)
     text = {"name": name, "version": version, "description": description, **_read_json(card)}
     print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **text))
+
+
+@app.command()
+def tensorrt(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder or name of the bundle.")],
+    arch: Annotated[str, typer.Option(help="GPU architectures, such as sm_86,sm_89.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder to write; NAME-engines if left out.")
+    ] = None,
+    precision: Annotated[
+        Literal["fp16", "fp32", "int8"],
+        typer.Option(help="int8 is for the segmenter's image encoder, and all else fp16."),
+    ] = "fp16",
+    calibrate: Annotated[list[Path] | None, typer.Option(help="Image to scale int8 by; repeat for more.")] = None,
+    max_batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 8,
+    max_images: Annotated[int, typer.Option(help="Images read at once.")] = 4,
+    max_chunk: Annotated[int, typer.Option(help="Tokens of a prompt read at once.")] = 512,
+    image_size: Annotated[
+        str | None,
+        typer.Option(metavar="WIDTHxHEIGHT", help="The reasoner's only size of image, for a smaller engine."),
+    ] = None,
+    keep_graphs: Annotated[
+        bool, typer.Option(help="Leave the ONNX graphs of the engines for another builder.")
+    ] = False,
+) -> None:
+    """Build a bundle's TensorRT-RTX engines ahead of time, on a machine without a GPU.
+
+    \b
+    medreasoner-cli export tensorrt nano --arch sm_86,sm_89 -o nano-engines
+    """  # noqa: D301
+    from medreasoner_cli.folders import bundle_path
+
+    package = load("medreasoner_export", extra="export")
+    limits = package.EngineLimits(
+        max_batch=max_batch, max_images=max_images, max_chunk=max_chunk, image_size=_size(image_size)
+    )
+    options = package.EngineOptions(
+        architectures=tuple(each.strip() for each in arch.split(",")),
+        precision=precision,
+        limits=limits,
+        calibration=tuple(calibrate or ()),
+        keep_graphs=keep_graphs,
+    )
+    target = output or Path(f"{Path(bundle).resolve().name}-engines")
+    export = package.export_engines(
+        bundle_path(bundle), target, options=options, progress=lambda line: print(line, file=sys.stderr)
+    )
+    print(export.folder)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise typer.BadParameter(f"--image-size: expected WIDTHxHEIGHT, got {text!r:.40}")
+    return int(width), int(height)
 
 
 @app.command()

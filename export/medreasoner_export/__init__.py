@@ -5,9 +5,14 @@ from medreasoner_export.parity_road import Question
 from medreasoner_export.reasoner import ReasonerExport, ReasonerOptions, export_reasoner
 from medreasoner_export.report import ParityReport, ParityStage
 from medreasoner_export.segmenter import SegmenterExport, SegmenterOptions, export_segmenter
+from medreasoner_export.tensorrt import EngineExport, EngineOptions, export_engines
+from medreasoner_export.trt_plan import EngineLimits
 from medreasoner_export.verify import verify_bundle
 
 __all__ = [
+    "EngineExport",
+    "EngineLimits",
+    "EngineOptions",
     "Licence",
     "ParityReport",
     "ParityStage",
@@ -17,6 +22,7 @@ __all__ = [
     "SegmenterExport",
     "SegmenterOptions",
     "build_bundle",
+    "export_engines",
     "export_reasoner",
     "export_segmenter",
     "verify_bundle",

@@ -16,11 +16,22 @@ DESCRIPTION = "export.json"
 
 
 @contextmanager
-def writing_export(out_dir: str | Path) -> Iterator[Path]:
+def writing_export(
+    out_dir: str | Path, *, description: str = DESCRIPTION, stale: str = "*.onnx.data"
+) -> Iterator[Path]:
     """A folder to write an export into, inside of `out_dir`; its files move there when the block ends.
 
     The description of an earlier export goes at once: should this one fail, the other is not taken for it. Nothing of
     the failed one stays.
+
+    Parameters
+    ----------
+    out_dir
+        The folder, made if absent.
+    description
+        Name of the description.
+    stale
+        Files of an earlier export that must not stay, as a pattern.
 
     Raises
     ------
@@ -31,12 +42,12 @@ def writing_export(out_dir: str | Path) -> Iterator[Path]:
     made = not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / DESCRIPTION).unlink(missing_ok=True)
+        (out / description).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as scratch:
             yield Path(scratch)
-            for stale in out.glob("*.onnx.data"):
-                stale.unlink()
-            for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == DESCRIPTION):
+            for path in out.glob(stale):
+                path.unlink()
+            for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == description):
                 path.replace(out / path.name)
     except BaseException as err:
         if made:

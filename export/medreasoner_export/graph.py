@@ -53,6 +53,8 @@ Shape: TypeAlias = Sequence[int | str]
 
 FLOAT, FLOAT16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
 INT32, INT64 = TensorProto.INT32, TensorProto.INT64
+# Domain of ONNX Runtime's own operators.
+MICROSOFT = "com.microsoft"
 
 
 class WeightsFile:
@@ -212,16 +214,23 @@ class GraphBuilder:
             If a value does not fit `storage`, or all weights together one file.
         """
         if self.precision == "fp16":
-            self._keep(name, store(array, "float16", name))
+            self.keep(name, store(array, "float16", name))
             return name
         if array.ndim < 2 or exact or self.storage == "float32":
-            self._keep(name, store(array, "float32", name))
+            self.keep(name, store(array, "float32", name))
             return name
         stored = f"{name}.{self.storage}"
-        self._keep(stored, store(array, self.storage, name))
+        self.keep(stored, store(array, self.storage, name))
         return self.op("Cast", stored, out=name, to=FLOAT)
 
-    def _keep(self, name: str, array: npt.NDArray[Any]) -> None:
+    def keep(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Add an initializer in its own type, beside the graph if it is large and there is a file for it.
+
+        Raises
+        ------
+        BundleError
+            If all of them together do not fit one file.
+        """
         if self.outside is not None and array.nbytes >= self.outside.LEAST_BYTES:
             self._initializers[name] = self.outside.add(name, array)
             return
@@ -244,7 +253,7 @@ class GraphBuilder:
     def _rounded_product(self, x: str, name: str, weight: npt.NDArray[Any], bits: Bits) -> str:
         matrix = quantise(weight, name, bits)
         for part, array in (("levels", matrix.levels), ("scales", matrix.scales), ("zeros", matrix.zero_points)):
-            self._keep(f"{name}.{part}", array)
+            self.keep(f"{name}.{part}", array)
         self._n_rounded += 1
         rows, columns = weight.shape
         return self.op(
@@ -271,7 +280,9 @@ class GraphBuilder:
         graph = helper.make_graph(
             self._nodes, self.name, self._inputs, self._outputs, list(self._initializers.values())
         )
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == MICROSOFT for node in self._nodes):
+            opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medreasoner")
         model.producer_version = __version__
         helper.set_model_props(

@@ -4,27 +4,24 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import ParamSpec, TypeVar
-
-import numpy as np
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
-from medreasoner.providers import CPU, OrtSession, RuntimeOptions
+from medreasoner.providers import RuntimeOptions
 from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
+from medreasoner.sessions import SessionOpener
 
-__all__ = ["Engine", "decoder_session", "load_engine", "step_options"]
+__all__ = ["Engine", "load_engine", "step_options"]
 
 # Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
 # times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
 _SPLIT_FROM_HIDDEN_DIM = 1024
 _SPLIT_FROM_MASK_SIZE = 128
 _CLOSED = "this Grounder is closed"
-_ANY_CACHE = "past_key.0"
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -86,28 +83,6 @@ def step_options(options: RuntimeOptions, *, splits: bool) -> RuntimeOptions:
     return options if splits or options.n_threads is not None else replace(options, n_threads=1)
 
 
-def decoder_session(path: Path, options: RuntimeOptions) -> OrtSession:
-    """Session of a reasoner's decoder, on the CPU if its caches are float32.
-
-    On a GPU, attention over shared caches takes float16 only. ONNX Runtime would place a float32 one on the CPU and
-    copy its caches to and fro; what came back was wrong (seen with 1.31 on an H200).
-
-    Raises
-    ------
-    ProviderError
-        If another device was named.
-    """
-    session = OrtSession(path, options)
-    if session.providers[0] == CPU or session.element_type(_ANY_CACHE) is np.float16:
-        return session
-    reason = "its caches are float32, and attention on a GPU takes float16: export it with --precision fp16"
-    if options.device != "auto":
-        raise ProviderError(f"{path.name} cannot run on device {options.device!r}: {reason}")
-    session = OrtSession(path, replace(options, device="cpu"))
-    session.warnings = (f"{path.stem} runs on {CPU}: {reason}",)
-    return session
-
-
 def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
     """Engine of a verified bundle; its sessions are made in threads, the longest first."""
     spec = bundle.spec
@@ -118,15 +93,15 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
         (reasoner.graphs.decoder, step_options(options, splits=reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM)),
         (segmenter.graphs.decoder, step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)),
     )
+    opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(len(graphs) + 1) as pool:
-        kinds: dict[str, Callable[[Path, RuntimeOptions], OrtSession]] = {reasoner.graphs.decoder: decoder_session}
-        sessions = [pool.submit(kinds.get(name, OrtSession), bundle.path(name), chosen) for name, chosen in graphs]
+        opening = [pool.submit(opener.open, name, chosen) for name, chosen in graphs]
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
         lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)
-        loaded = {name: session.result() for (name, _), session in zip(graphs, sessions, strict=True)}
-        vision, encoder, decoder, mask_decoder = loaded.values()
-        warnings = dict.fromkeys(line for session in loaded.values() for line in session.warnings)
+        opened = {name: each.result() for (name, _), each in zip(graphs, opening, strict=True)}
+        vision, encoder, decoder, mask_decoder = (each.session for each in opened.values())
+        warnings = dict.fromkeys(line for each in opened.values() for line in each.warnings)
         return Engine(
             reasoner=Reasoner(
                 reasoner,
@@ -141,6 +116,6 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
             model_name=spec.name,
             model_version=spec.version,
             model_digest=bundle.digest,
-            providers={name: session.providers[0] for name, session in loaded.items()},
+            providers={name: each.session.providers[0] for name, each in opened.items()},
             warnings=tuple(warnings),
         )

@@ -46,6 +46,7 @@ class Grounder:
         n_threads: int | None = None,
         verify: Verify = "auto",
         cache_dir: Path | None = None,
+        engines: str | os.PathLike[str] | None = None,
     ) -> "Grounder":
         """Load a bundle and prove its files.
 
@@ -63,18 +64,26 @@ class Grounder:
             ``"full"`` hashes every file, ``"auto"`` skips those above 64 MB that were hashed before.
         cache_dir
             For engines and the list of verified files; None: ``~/.cache/medreasoner``.
+        engines
+            Folder that `medreasoner-cli export tensorrt` wrote for this bundle. Graphs whose engine fits the GPU run on
+            it; results say in their warnings why another one does not.
 
         Raises
         ------
         BundleError
-            If the bundle is absent, malformed or altered.
+            If the bundle is absent, malformed or altered, or so are the engines.
         ProviderError
             If there is no ONNX Runtime, or two, or the device does not work.
         """
         require_runtime()
         verified = load_bundle(bundle, verify=verify, cache_dir=cache_dir)
-        engines = (cache_dir or Path.home() / ".cache" / "medreasoner") / "engines" / verified.digest
-        options = RuntimeOptions(device=device, n_threads=n_threads, engine_cache_dir=engines)
+        cache = (cache_dir or Path.home() / ".cache" / "medreasoner") / "engines" / verified.digest
+        options = RuntimeOptions(
+            device=device,
+            n_threads=n_threads,
+            engine_cache_dir=cache,
+            engines_dir=None if engines is None else Path(engines),
+        )
         return cls(load_engine(verified, options), verified)
 
     def __enter__(self) -> "Grounder":
@@ -87,7 +96,7 @@ class Grounder:
 
     @property
     def providers(self) -> Mapping[str, str]:
-        """Of each graph, by its path in the bundle, ONNX Runtime's execution provider that runs it."""
+        """Of each graph, by its path in the bundle, what runs it: a provider of ONNX Runtime, or TensorRT-RTX."""
         return self._engine.providers
 
     def close(self) -> None:

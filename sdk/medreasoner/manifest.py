@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from medreasoner.errors import BundleError
 from medreasoner.spec import SCHEMA_VERSION, BundleSpec, PadResize, Resize, SmartResize, StretchResize
 
-__all__ = ["manifest_sha256", "parse_manifest"]
+__all__ = ["manifest_sha256", "parse_manifest", "read_record"]
 
 Record = TypeVar("Record")
 
@@ -44,7 +44,7 @@ def parse_manifest(text: str | bytes) -> BundleSpec:
     stated = data.pop("sha256", None)  # manifests that people write by hand have none
     if stated is not None and stated != manifest_sha256(data):
         raise BundleError("manifest.json: its SHA-256 is not the one that it states; it was altered or damaged")
-    return _read_record(BundleSpec, data, "")
+    return read_record(BundleSpec, data, "")
 
 
 def manifest_sha256(data: Mapping[str, Any]) -> str:
@@ -57,7 +57,23 @@ def manifest_sha256(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _read_record(record: type[Record], data: Any, key: str) -> Record:
+def read_record(record: type[Record], data: Any, key: str) -> Record:
+    """A record of parsed JSON, by the record's own type hints.
+
+    Parameters
+    ----------
+    record
+        A dataclass whose hints are of the forms that those of `medreasoner.spec` have.
+    data
+        The JSON object.
+    key
+        Where it stands, for messages.
+
+    Raises
+    ------
+    BundleError
+        If a key is missing, unknown, or of another type or range.
+    """
     if not isinstance(data, dict):
         raise _mismatch(key, "an object", data)
     hints = get_type_hints(record)
@@ -77,7 +93,7 @@ def _read(hint: Any, value: Any, key: str) -> Any:
     if hint == Resize:
         return _read_resize(value, key)
     if is_dataclass(hint):
-        return _read_record(hint, value, key)  # type: ignore[arg-type]
+        return read_record(hint, value, key)  # type: ignore[arg-type]
     if origin is Literal:
         if value not in inner:
             raise _mismatch(key, f"one of {', '.join(map(str, inner))}", value)
@@ -124,7 +140,7 @@ def _read_resize(value: Any, key: str) -> Resize:
     rest = {name: each for name, each in value.items() if name != "rule"}
     if value["rule"] == "stretch" and rest.keys() == {"size"}:  # a square, as segmenters have it
         rest = {"width": rest["size"], "height": rest["size"]}
-    resize: Resize = _read_record(_RESIZE_RULES[value["rule"]], rest, key)
+    resize: Resize = read_record(_RESIZE_RULES[value["rule"]], rest, key)
     return resize
 
 

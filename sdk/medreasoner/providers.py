@@ -58,6 +58,8 @@ class RuntimeOptions:
         Whether a session on a GPU may be replayed as a graph; only for graphs whose shapes never change.
     engine_cache_dir
         Where TensorRT keeps its engines; None: built anew by every process.
+    engines_dir
+        Folder that `medreasoner-cli export tensorrt` wrote; its engines are preferred where they fit the GPU.
     """
 
     device: Device = "auto"
@@ -65,6 +67,7 @@ class RuntimeOptions:
     fp16: bool = True
     cuda_graphs: bool = False
     engine_cache_dir: Path | None = None
+    engines_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.device not in _CHAINS:

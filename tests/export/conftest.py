@@ -1,5 +1,6 @@
 """A toy bundle, and the same checkpoints in transformers as the reference."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import transformers
 
 from medreasoner.bundle import Bundle, load_bundle
 from medreasoner_export.toy import make_toy_bundle
+from medreasoner_export.trt_dialect import trt_graph
+from medreasoner_export.trt_plan import EngineLimits, engine_plans
 
 torch.set_num_threads(2)
 
@@ -85,3 +88,15 @@ def build_sam2() -> Any:
         return model
 
     return build
+
+
+@pytest.fixture
+def dialect_of() -> Callable[[Bundle, str], ort.InferenceSession]:
+    """Session of a bundle's graph (``"encoder"`` and so on) in the dialect that engines are built from."""
+
+    def session(bundle: Bundle, name: str) -> ort.InferenceSession:
+        plan = next(plan for plan in engine_plans(bundle, EngineLimits()) if plan.name == name)
+        graph = trt_graph(bundle.path(plan.source), plan, metadata={})
+        return ort.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+
+    return session

@@ -225,7 +225,7 @@ class Adapter(torch.nn.Module):
         return self.mlp(x) + self.norm((planes + self.spatial(gated)).movedim(1, -1))  # type: ignore[no-any-return]
 
 
-def test_adapters_of_sam_med2d_are_recognised(build_sam: BuildSam, toy: Path, tmp_path: Path) -> None:
+def test_adapters_of_sam_med2d_are_recognised(build_sam: BuildSam, toy: Path, tmp_path: Path, dialect_of: Any) -> None:
     sam = build_sam()
     for block in sam.image_encoder.blocks:
         block.mlp = Adapter(block.mlp, 48)
@@ -244,8 +244,13 @@ def test_adapters_of_sam_med2d_are_recognised(build_sam: BuildSam, toy: Path, tm
     assert max(_compare(sam, tmp_path / "segmenter", multimask=True).values()) < TOLERANCE
     export_reasoner(toy / "reasoner", tmp_path / "reasoner")
     folder = build_bundle(tmp_path / "reasoner", tmp_path / "segmenter", tmp_path / "bundle", name="med2d")
-    stages = list(segmenter_stages(load_bundle(folder), tmp_path / "sam-med2d_b.pth", tolerance=1e-4, seed=0))
+    bundle = load_bundle(folder)
+    stages = list(segmenter_stages(bundle, tmp_path / "sam-med2d_b.pth", tolerance=1e-4, seed=0))
     assert [stage.name for stage in stages if not stage.passed] == []
+    pixels = np.random.default_rng(1).standard_normal((2, 3, 64, 64), dtype=np.float32)
+    own = ort.InferenceSession(folder / "segmenter" / "encoder.onnx", providers=["CPUExecutionProvider"])
+    found, expected = (each.run(None, {"pixel_values": pixels})[0] for each in (dialect_of(bundle, "encoder"), own))
+    assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max()
     for name in ("norm.bias", "channel.2.weight", "spatial.0.weight"):
         changed = stored | {
             f"image_encoder.blocks.1.Adapter.{name}": torch.zeros_like(stored[f"image_encoder.blocks.1.Adapter.{name}"])

@@ -141,6 +141,16 @@ def test_a_bundle_with_it_is_recognised_verified_and_answers(file: Path, toy: Pa
     assert 0 <= score <= 1
 
 
+def test_in_standard_operators_it_computes_the_same(file: Path, toy: Path, tmp_path: Path, dialect_of: Any) -> None:
+    export_segmenter(file, tmp_path / "segmenter")
+    export_reasoner(toy / "reasoner", tmp_path / "reasoner")
+    folder = build_bundle(tmp_path / "reasoner", tmp_path / "segmenter", tmp_path / "bundle", name="lite")
+    pixels = np.random.default_rng(0).uniform(0, 1, (2, 3, 256, 256)).astype(np.float32)
+    found = dialect_of(load_bundle(folder), "encoder").run(None, {"pixel_values": pixels})[0]
+    expected = _embedding(tmp_path / "segmenter", pixels)
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
 @pytest.mark.parametrize(
     "name",
     [

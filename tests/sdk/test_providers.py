@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medreasoner import engine
+from medreasoner import sessions
 from medreasoner.errors import ProviderError
 from medreasoner.providers import (
     CPU,
@@ -227,19 +227,19 @@ class OnGpu:
 
 
 def test_a_decoder_with_float32_caches_never_runs_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "OrtSession", OnGpu)
-    session = engine.decoder_session(Path("decoder.onnx"), RuntimeOptions())
+    monkeypatch.setattr(sessions, "OrtSession", OnGpu)
+    session = sessions.decoder_session(Path("decoder.onnx"), RuntimeOptions())
     assert session.providers == (CPU,)
     (line,) = session.warnings
     assert line.startswith(f"decoder runs on {CPU}: its caches are float32")
     with pytest.raises(
         ProviderError, match=r"decoder\.onnx cannot run on device 'cuda': .* export it with --precision"
     ):
-        engine.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cuda"))
-    assert engine.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cpu")).warnings == ()
+        sessions.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cuda"))
+    assert sessions.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cpu")).warnings == ()
 
 
 def test_a_decoder_with_float16_caches_stays_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "OrtSession", OnGpu)
+    monkeypatch.setattr(sessions, "OrtSession", OnGpu)
     monkeypatch.setattr(OnGpu, "caches", np.float16)
-    assert engine.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cuda")).providers == (CUDA, CPU)
+    assert sessions.decoder_session(Path("decoder.onnx"), RuntimeOptions(device="cuda")).providers == (CUDA, CPU)

@@ -1,0 +1,92 @@
+"""How large the numbers in a segmenter's image encoder become on real images: what its int8 engine is scaled by."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+from medreasoner._extras import require
+from medreasoner.bundle import Bundle
+from medreasoner.errors import BundleError
+from medreasoner.image import read_image
+from medreasoner.providers import Binding, Buffer
+from medreasoner.segmenter import Segmenter
+from medreasoner_export.stored import StoredWeights
+
+__all__ = ["input_ranges", "segmenter_images"]
+
+Array = npt.NDArray[Any]
+
+
+def input_ranges(path: Path, feeds: Iterable[Mapping[str, Array]]) -> dict[str, float]:
+    """Largest absolute value of each tensor that a graph multiplies with a matrix of weights.
+
+    Parameters
+    ----------
+    path
+        A graph of a bundle with its weights inside.
+    feeds
+        Inputs of the graph, one run each.
+
+    Raises
+    ------
+    BundleError
+        If there is no input, a number is not finite, or the weights lie beside the graph.
+    """
+    ort = require("onnxruntime", extra="cpu", feature="Calibration")
+    model = onnx.load(str(path), load_external_data=False)
+    stored = StoredWeights(model, path)
+    if stored.are_outside:
+        raise BundleError(f"{path}: weights beside the graph cannot be calibrated yet; build with fp16")
+    products = [node for node in model.graph.node if node.op_type == "MatMul" and stored.is_matrix(node.input[1])]
+    names = sorted({node.input[0] for node in products} - {each.name for each in model.graph.input})
+    model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    ranges = dict.fromkeys(names, 0.0)
+    count = 0
+    for count, feed in enumerate(feeds, 1):  # noqa: B007  # counted for the check below
+        for name, array in zip(names, session.run(names, dict(feed)), strict=True):
+            ranges[name] = max(ranges[name], float(np.abs(array).max()))
+    if not count or not np.isfinite(list(ranges.values())).all():
+        raise BundleError(f"{path.name}: int8 needs at least one image to calibrate with, and finite numbers on it")
+    return ranges
+
+
+def segmenter_images(bundle: Bundle, images: Sequence[str | Path]) -> Iterator[Mapping[str, Array]]:
+    """Inputs of the encoder graph for image files, as the runtime would make them.
+
+    Raises
+    ------
+    ImageReadError
+        If one cannot be read.
+    """
+    recorder = _Recorder()
+    segmenter = Segmenter(bundle.spec.segmenter, encoder=recorder, decoder=recorder)
+    for image in images:
+        segmenter.encode(read_image(image))
+        yield recorder.inputs
+
+
+class _Recorder:
+    """A session and its binding that keep what they are given."""
+
+    providers = ("none",)
+
+    def __init__(self) -> None:
+        self.inputs: Mapping[str, Array] = {}
+
+    def element_type(self, name: str) -> type[np.generic]:
+        return np.float32
+
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
+        raise NotImplementedError("an encoder has no buffers")
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Binding:
+        return self
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        self.inputs = dict(inputs)
+        return {"image_embedding": np.zeros(0, np.float32)}

@@ -1,0 +1,196 @@
+"""A bundle's graphs as TensorRT-RTX engines, built ahead of time on a machine without a GPU."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import onnx
+
+from medreasoner.bundle import Bundle, load_bundle
+from medreasoner.engines import ENGINES, ENGINES_VERSION, EngineRecord, TensorRecord
+from medreasoner.errors import BundleError
+from medreasoner_export.calibrate import input_ranges, segmenter_images
+from medreasoner_export.checkpoint import sha256_of
+from medreasoner_export.folder import writing_export
+from medreasoner_export.graph import save_graph, weights_file
+from medreasoner_export.stored import StoredWeights
+from medreasoner_export.trt_build import build_engine, builder_version, check_architectures
+from medreasoner_export.trt_dialect import trt_graph
+from medreasoner_export.trt_plan import EngineLimits, EnginePlan, GraphName, TensorSpec, engine_plans
+
+__all__ = ["EngineExport", "EngineOptions", "EnginePrecision", "export_engines"]
+
+# What an engine holds beside the weights; measured on nano, where it is most of it.
+KERNEL_BYTES = 12_000_000
+# Graphs whose weights take more than this keep them in a file beside them.
+LARGEST_INSIDE = 2**30
+
+EnginePrecision: TypeAlias = Literal["fp32", "fp16", "int8"]
+"""Arithmetic of products; everything between them is float32."""
+
+Progress: TypeAlias = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Which engines are built.
+
+    Attributes
+    ----------
+    architectures
+        Such as ``("sm_86", "sm_89")``.
+    precision
+        ``"int8"`` computes the segmenter's image encoder in eight bits, scaled by `calibration`, and all else in
+        float16.
+    limits
+        Largest sizes of batch, images and length.
+    graphs
+        Which of the bundle's.
+    calibration
+        Image files, for int8.
+    keep_graphs
+        Leave the graphs that the engines were built from beside them, for another builder.
+    """
+
+    architectures: tuple[str, ...]
+    precision: EnginePrecision = "fp16"
+    limits: EngineLimits = field(default_factory=EngineLimits)
+    graphs: tuple[GraphName, ...] = ("mask_decoder", "encoder", "vision", "decoder")
+    calibration: Sequence[str | Path] = ()
+    keep_graphs: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineExport:
+    """Exported engines: their folder, and what its ``engines.json`` says of each."""
+
+    folder: Path
+    engines: tuple[EngineRecord, ...]
+
+
+def export_engines(
+    bundle_dir: str | Path, out_dir: str | Path, *, options: EngineOptions, progress: Progress | None = None
+) -> EngineExport:
+    """Write one engine for each graph and architecture, and ``engines.json``; all of them or nothing.
+
+    Parameters
+    ----------
+    bundle_dir
+        A bundle's folder, or ``"nano"``.
+    out_dir
+        Folder to write into, made if absent; not the bundle's own, which holds only what its manifest lists.
+    options
+        Architectures, precision and sizes.
+    progress
+        Is told in a line what is needed, and each engine as it is built.
+
+    Raises
+    ------
+    BundleError
+        If the bundle is malformed, the builder cannot target an architecture or build a graph, or the disk is too
+        small; the message names it.
+    MissingExtraError
+        If TensorRT-RTX is not installed.
+    """
+    say = progress or (lambda _: None)
+    version = builder_version()
+    check_architectures(options.architectures)
+    if options.precision == "int8" and not options.calibration:
+        raise BundleError("precision int8 needs images to calibrate with; give some, or build with fp16")
+    bundle = load_bundle(bundle_dir)
+    out = Path(out_dir)
+    if out.resolve() == bundle.root:
+        raise BundleError(f"{out}: engines go into another folder than the bundle, whose files its manifest lists")
+    cache: Literal["float32", "float16"] = "float32" if options.precision == "fp32" else "float16"
+    plans = [plan for plan in engine_plans(bundle, options.limits, cache) if plan.name in options.graphs]
+    _need_disk(bundle, plans, out, options, say)
+    entries: list[EngineRecord] = []
+    with writing_export(out, description=ENGINES, stale="*.engine") as scratch:
+        for plan in plans:
+            graph, precision = _write_graph(bundle, plan, options, scratch)
+            for architecture in options.architectures:
+                entries.append(_write_engine(bundle, plan, graph, architecture, precision, say))
+            if not options.keep_graphs:
+                for path in scratch.glob(f"{graph.name}*"):
+                    path.unlink()
+        content = {
+            "schema_version": ENGINES_VERSION,
+            "bundle": {"name": bundle.spec.name, "version": bundle.spec.version, "sha256": bundle.digest},
+            "builder": version,
+            "engines": [asdict(each) for each in entries],
+        }
+        (scratch / ENGINES).write_text(json.dumps(content, indent=1) + "\n")
+    return EngineExport(folder=out, engines=tuple(entries))
+
+
+def _write_graph(
+    bundle: Bundle, plan: EnginePlan, options: EngineOptions, folder: Path
+) -> tuple[Path, EnginePrecision]:
+    """The graph in the ``trt`` dialect, and the precision that it has."""
+    source, path = bundle.path(plan.source), folder / f"{plan.name}.onnx"
+    eighths = options.precision == "int8" and plan.name == "encoder"
+    half = options.precision != "fp32"
+    ranges = input_ranges(source, segmenter_images(bundle, options.calibration)) if eighths else None
+    metadata = {"source_graph_sha256": bundle.spec.files[plan.source].sha256}
+    large = _n_bytes(source, options.precision) > LARGEST_INSIDE
+    with weights_file(path, wanted=large) as outside:
+        model = trt_graph(source, plan, half=half, ranges=ranges, metadata=metadata, outside=outside)
+    save_graph(model, path)
+    return path, "int8" if eighths else "fp16" if half else "fp32"
+
+
+def _write_engine(
+    bundle: Bundle, plan: EnginePlan, graph: Path, architecture: str, precision: EnginePrecision, say: Progress
+) -> EngineRecord:
+    """Build and write one engine, and describe it."""
+    started = time.monotonic()
+    path = graph.with_name(f"{plan.name}.{architecture}.{precision}.engine")
+    fixed = build_engine(graph, plan, architecture, path)
+    size = path.stat().st_size
+    note = "" if fixed else "; addresses are random on this system, so that another build may differ in some bytes"
+    say(f"{path.name}: {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s{note}")
+    return EngineRecord(
+        file=path.name,
+        sha256=sha256_of(path),
+        size_bytes=size,
+        architecture=architecture,
+        precision=precision,
+        graph=plan.name,
+        source=plan.source,
+        source_sha256=bundle.spec.files[plan.source].sha256,
+        graph_sha256=sha256_of(graph),
+        inputs=_records(plan.inputs),
+        outputs=_records(plan.outputs),
+        profiles=tuple(
+            {name: (span.least, span.usual, span.most) for name, span in each.items()} for each in plan.profiles
+        ),
+    )
+
+
+def _records(tensors: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
+    return tuple(
+        TensorRecord(name=each.name, dtype=each.dtype, shape=tuple(str(size) for size in each.shape))
+        for each in tensors
+    )
+
+
+def _n_bytes(source: Path, precision: EnginePrecision) -> int:
+    """Weights of a graph in the element type of its engine."""
+    model = onnx.load(str(source), load_external_data=False)
+    return StoredWeights(model, source).n_values * (4 if precision == "fp32" else 2)
+
+
+def _need_disk(bundle: Bundle, plans: Sequence[EnginePlan], out: Path, options: EngineOptions, say: Progress) -> None:
+    """Tell how much disk the engines and the graphs on the way take, and refuse what is not there."""
+    copies = len(options.architectures)
+    weights = sum(_n_bytes(bundle.path(plan.source), options.precision) for plan in plans)
+    needed = weights * (copies + 1) + len(plans) * copies * KERNEL_BYTES
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise BundleError(f"{out}: about {needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
+    say(f"{len(plans) * copies} engines, about {needed / 1e6:.0f} MB of disk")
