@@ -1,4 +1,4 @@
-"""`medreasoner-cli train`: dense, sft and segmenter."""
+"""`medreasoner-cli train`: dense, sft, segmenter and mix."""
 
 from pathlib import Path
 from typing import Annotated
@@ -220,6 +220,21 @@ def segmenter(
             cache=cache,
         )
     )
+
+
+@app.command()
+def mix(
+    first: Annotated[Path, typer.Argument(metavar="FIRST", help="Folder of a finished checkpoint.")],
+    second: Annotated[Path, typer.Argument(metavar="SECOND", help="Folder of one that was trained on from it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    share: Annotated[float, typer.Option(min=0, max=1, help="Of the second's weights.")] = 0.5,
+) -> None:
+    """Average the weights of a checkpoint before and after it was taught something new.
+
+    \b
+    medreasoner-cli train mix runs/sft/checkpoint runs/sft2/checkpoint -o runs/mixed --share 0.7
+    """  # noqa: D301
+    print(load("medreasoner_train.mix", extra="train").mix(first, second, output, share=share))
 
 
 def _factors(pairs: list[str]) -> dict[str, float]:
