@@ -208,6 +208,9 @@ def _note(text: str) -> None:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int, str], None]]:
     """A bar on the error stream, with an estimate of the time that is left, for tensors that are read one by one."""
+    if not sys.stderr.isatty():
+        yield lambda _done, _total, _name: None
+        return
     with typer.progressbar(length=1, label="weights", file=sys.stderr, show_eta=True) as bar:
 
         def show(done: int, total: int, _name: str) -> None:

@@ -41,17 +41,25 @@ def input_ranges(path: Path, feeds: Iterable[Mapping[str, Array]]) -> dict[str, 
     stored = StoredWeights(model, path)
     if stored.are_outside:
         raise BundleError(f"{path}: weights beside the graph cannot be calibrated yet; build with fp16")
-    products = [node for node in model.graph.node if node.op_type == "MatMul" and stored.is_matrix(node.input[1])]
+    products = [
+        node
+        for node in model.graph.node
+        if node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and stored.is_matrix(node.input[1]))
+    ]
     names = sorted({node.input[0] for node in products} - {each.name for each in model.graph.input})
+    if not names:
+        raise BundleError(f"{path.name}: it has no product with weights that eight bits could compute")
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     ranges = dict.fromkeys(names, 0.0)
     count = 0
     for count, feed in enumerate(feeds, 1):  # noqa: B007  # counted for the check below
         for name, array in zip(names, session.run(names, dict(feed)), strict=True):
+            if not np.isfinite(array).all():
+                raise BundleError(f"{path.name}: {name} is not finite on an image to calibrate with")
             ranges[name] = max(ranges[name], float(np.abs(array).max()))
-    if not count or not np.isfinite(list(ranges.values())).all():
-        raise BundleError(f"{path.name}: int8 needs at least one image to calibrate with, and finite numbers on it")
+    if not count:
+        raise BundleError(f"{path.name}: int8 needs at least one image to calibrate with")
     return ranges
 
 
@@ -74,6 +82,7 @@ class _Recorder:
     """A session and its binding that keep what they are given."""
 
     providers = ("none",)
+    max_rows = None
 
     def __init__(self) -> None:
         self.inputs: Mapping[str, Array] = {}

@@ -2,12 +2,12 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from medreasoner.errors import BundleError
+from medreasoner.errors import BundleError, MedReasonerError
 
 __all__ = ["DESCRIPTION", "describe", "writing_export"]
 
@@ -17,7 +17,7 @@ DESCRIPTION = "export.json"
 
 @contextmanager
 def writing_export(
-    out_dir: str | Path, *, description: str = DESCRIPTION, stale: str = "*.onnx.data"
+    out_dir: str | Path, *, description: str = DESCRIPTION, stale: Sequence[str] = ("*.onnx.data",)
 ) -> Iterator[Path]:
     """A folder to write an export into, inside of `out_dir`; its files move there when the block ends.
 
@@ -31,7 +31,7 @@ def writing_export(
     description
         Name of the description.
     stale
-        Files of an earlier export that must not stay, as a pattern.
+        Files of an earlier export that must not stay, as patterns.
 
     Raises
     ------
@@ -45,7 +45,7 @@ def writing_export(
         (out / description).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as scratch:
             yield Path(scratch)
-            for path in out.glob(stale):
+            for path in [path for pattern in stale for path in out.glob(pattern)]:
                 path.unlink()
             for path in sorted(Path(scratch).iterdir(), key=lambda path: path.name == description):
                 path.replace(out / path.name)
@@ -53,7 +53,7 @@ def writing_export(
         if made:
             with suppress(OSError):
                 out.rmdir()  # only if it is empty
-        if isinstance(err, OSError):
+        if isinstance(err, OSError) and not isinstance(err, MedReasonerError):  # an unreadable image is both
             raise BundleError(f"{out}: it cannot be written ({err.strerror or type(err).__name__})") from err
         raise
 

@@ -309,7 +309,8 @@ def store(array: npt.NDArray[Any], storage: Storage, name: str) -> npt.NDArray[A
         stored = np.ascontiguousarray(array.astype(dtype, copy=False))
     if not np.isfinite(stored).all():
         largest = float(np.abs(array.astype(np.float64)).max())
-        advice = "export with --precision fp32 and its own weights" if storage == "float16" else "it is damaged"
+        wide = "export with --precision fp32, and --weights bfloat16 or float32"
+        advice = wide if storage == "float16" else "the checkpoint is damaged"
         raise BundleError(f"weight {name}: {largest:.4g} does not fit {storage}; {advice}")
     return stored
 

@@ -3,10 +3,10 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import onnx
 
@@ -28,6 +28,8 @@ __all__ = ["EngineExport", "EngineOptions", "EnginePrecision", "export_engines"]
 KERNEL_BYTES = 12_000_000
 # Graphs whose weights take more than this keep them in a file beside them.
 LARGEST_INSIDE = 2**30
+
+GRAPH_NAMES: tuple[str, ...] = get_args(GraphName)
 
 EnginePrecision: TypeAlias = Literal["fp32", "fp16", "int8"]
 """Arithmetic of products; everything between them is float32."""
@@ -101,17 +103,22 @@ def export_engines(
     check_architectures(options.architectures)
     if options.precision == "int8" and not options.calibration:
         raise BundleError("precision int8 needs images to calibrate with; give some, or build with fp16")
+    if options.calibration and options.precision != "int8":
+        raise BundleError(f"images to calibrate with are for precision int8, not {options.precision}")
     bundle = load_bundle(bundle_dir)
     out = Path(out_dir)
-    if out.resolve() == bundle.root:
+    if out.resolve().is_relative_to(bundle.root.resolve()):
         raise BundleError(f"{out}: engines go into another folder than the bundle, whose files its manifest lists")
     cache: Literal["float32", "float16"] = "float32" if options.precision == "fp32" else "float16"
     plans = [plan for plan in engine_plans(bundle, options.limits, cache) if plan.name in options.graphs]
     _need_disk(bundle, plans, out, options, say)
     entries: list[EngineRecord] = []
-    with writing_export(out, description=ENGINES, stale="*.engine") as scratch:
+    # Read before anything is written: one that cannot be read costs no engine.
+    feeds = list(segmenter_images(bundle, options.calibration)) if options.precision == "int8" else []
+    stale = ("*.engine", *(f"{plan}.onnx*" for plan in GRAPH_NAMES))
+    with writing_export(out, description=ENGINES, stale=stale) as scratch:
         for plan in plans:
-            graph, precision = _write_graph(bundle, plan, options, scratch)
+            graph, precision = _write_graph(bundle, plan, options, feeds, scratch)
             for architecture in options.architectures:
                 entries.append(_write_engine(bundle, plan, graph, architecture, precision, say))
             if not options.keep_graphs:
@@ -128,13 +135,13 @@ def export_engines(
 
 
 def _write_graph(
-    bundle: Bundle, plan: EnginePlan, options: EngineOptions, folder: Path
+    bundle: Bundle, plan: EnginePlan, options: EngineOptions, feeds: Sequence[Mapping[str, Any]], folder: Path
 ) -> tuple[Path, EnginePrecision]:
     """The graph in the ``trt`` dialect, and the precision that it has."""
     source, path = bundle.path(plan.source), folder / f"{plan.name}.onnx"
     eighths = options.precision == "int8" and plan.name == "encoder"
     half = options.precision != "fp32"
-    ranges = input_ranges(source, segmenter_images(bundle, options.calibration)) if eighths else None
+    ranges = input_ranges(source, feeds) if eighths else None
     metadata = {"source_graph_sha256": bundle.spec.files[plan.source].sha256}
     large = _n_bytes(source, options.precision) > LARGEST_INSIDE
     with weights_file(path, wanted=large) as outside:

@@ -66,7 +66,7 @@ def check_architectures(architectures: tuple[str, ...]) -> None:
             raise BundleError(
                 f"{architecture}: {builder_version()} builds ahead of time for {', '.join(known)} only; engines for a "
                 "Jetson or a data-centre GPU are built on that machine, by its own TensorRT from the graphs that "
-                "--keep-graphs leaves"
+                f"--keep-graphs leaves beside the engines of another architecture, such as {next(iter(known))}"
             )
 
 

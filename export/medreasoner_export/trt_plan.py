@@ -228,9 +228,9 @@ def _only_size(vision: VisionSpec, asked: tuple[int, int] | None) -> tuple[int, 
         if asked is None:
             return None
         area, sides = asked[0] * asked[1], all(side > 0 and side % unit == 0 for side in asked)
-        if not sides or area > resize.max_pixels:
+        if not sides or not resize.min_pixels <= area <= resize.max_pixels:
             raise BundleError(
-                f"image_size: expected multiples of {unit} and at most {resize.max_pixels} pixels in all, "
+                f"image_size: expected multiples of {unit}, {resize.min_pixels} to {resize.max_pixels} pixels in all, "
                 f"got {asked[0]} x {asked[1]}"
             )
         return asked

@@ -66,6 +66,14 @@ class EngineRecord:
     def __post_init__(self) -> None:
         if Path(self.file).name != self.file or self.file.startswith("."):
             raise BundleError(f"file: {self.file!r:.120} is not a plain name")
+        if "\0" in self.file:
+            raise BundleError("file: a name holds no zero byte")
+        varying = {name for each in self.inputs for name in each.shape if not name.isdecimal()}
+        if varying and not self.profiles:
+            raise BundleError(f"profiles: none says how large {', '.join(sorted(varying))} may be")
+        for index, profile in enumerate(self.profiles):
+            if missing := sorted(varying - profile.keys()):
+                raise BundleError(f"profiles[{index}]: {', '.join(missing)} is missing")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +155,9 @@ def read_engines(folder: Path) -> EngineFolder:
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1)
-        data = json.loads(text) if len(text) <= _MAX_BYTES else None
+        if len(text) > _MAX_BYTES:
+            raise BundleError(f"{path}: more than {_MAX_BYTES} bytes; build the engines again")
+        data = json.loads(text)
     except OSError as err:
         raise BundleError(f"{path}: {err.strerror}; 'medreasoner-cli export tensorrt' writes it") from err
     except (ValueError, RecursionError) as err:

@@ -96,6 +96,11 @@ class Session(Protocol):
         """Execution providers that the graph really runs on, the first preferred."""
         ...
 
+    @property
+    def max_rows(self) -> int | None:
+        """Most images or sequences in a run; None if any number will do."""
+        ...
+
     def element_type(self, name: str) -> type[np.generic]:
         """Of a graph input, such as a key-value cache, which may be of half precision."""
         ...
@@ -316,6 +321,11 @@ class OrtSession:
         self._halves = {each.name for each in self._session.get_inputs() if each.type == "tensor(float16)"}
         self.outputs = tuple(each.name for each in self._session.get_outputs())
         self._device: Literal["cpu", "cuda"] = "cpu" if got[0] == CPU else "cuda"
+
+    @property
+    def max_rows(self) -> int | None:
+        """Any number will do."""
+        return None
 
     def element_type(self, name: str) -> type[np.generic]:
         """Of a real-valued graph input: float32 or float16."""

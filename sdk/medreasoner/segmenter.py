@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner import ops
+from medreasoner.errors import GenerationError
 from medreasoner.geometry import Placement, place
 from medreasoner.image.record import Image
 from medreasoner.providers import Session
@@ -88,6 +89,11 @@ class Segmenter:
             Of the mask with the highest predicted intersection over union, over the whole grid.
         score : float
             That prediction, clipped to [0, 1].
+
+        Raises
+        ------
+        GenerationError
+            If the graph returned numbers that are not finite.
         """
         places, labels = self._prompts(image.placement.to_grid(corners), image.placement.to_grid(points))
         outputs = self._decoder.bind({}, {}).run(
@@ -97,8 +103,10 @@ class Segmenter:
                 "labels": np.array([labels], np.int64),
             }
         )
-        scores = np.nan_to_num(outputs["predicted_iou"][0], nan=0.0)
+        scores = outputs["predicted_iou"][0]
         best = int(np.argmax(scores))
+        if not (np.isfinite(scores).all() and np.isfinite(outputs["mask_logits"][0, best]).all()):
+            raise GenerationError("the segmenter's numbers are not finite; the model or its precision is at fault")
         return np.ascontiguousarray(outputs["mask_logits"][0, best]), float(np.clip(scores[best], 0.0, 1.0))
 
     def _prompts(

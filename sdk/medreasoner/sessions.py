@@ -91,7 +91,9 @@ class SessionOpener:
 def _static(session: TrtSession) -> StaticDecoder:
     """The decoder's engine as the runtime drives decoders."""
     tensors = {each.name: each for each in session.record.inputs}
-    cache = tensors["past_key.0"]
+    if _ANY_CACHE not in tensors:
+        raise ProviderError(f"{session.record.file}: no decoder's engine, {_ANY_CACHE} is missing; build it again")
+    cache = tensors[_ANY_CACHE]
     return StaticDecoder(
         session,
         capacity=int(cache.shape[2]),

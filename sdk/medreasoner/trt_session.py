@@ -164,6 +164,11 @@ class TrtSession:
             if found != each.dtype:
                 raise ProviderError(f"{self.record.file}: {each.name} is {found}, and not {each.dtype}")
 
+    @property
+    def max_rows(self) -> int | None:
+        """The largest batch of all profiles; None if the batch is fixed."""
+        return max((profile["batch"][2] for profile in self.record.profiles if "batch" in profile), default=None)
+
     def element_type(self, name: str) -> type[np.generic]:
         """Of a graph input, as ``engines.json`` has it."""
         return np.dtype(next(each.dtype for each in self.record.inputs if each.name == name)).type

@@ -481,6 +481,25 @@ def test_calibration_needs_an_image(bundle: Bundle) -> None:
         input_ranges(bundle.path(bundle.spec.segmenter.graphs.encoder), [])
 
 
+def test_calibration_refuses_numbers_that_are_not_finite(bundle: Bundle) -> None:
+    feed = pixels(bundle, 1)
+    feed["pixel_values"][0, 0, 3, 3] = np.nan
+    with pytest.raises(BundleError, match="is not finite on an image to calibrate with"):
+        input_ranges(bundle.path(bundle.spec.segmenter.graphs.encoder), [pixels(bundle, 1), feed])
+
+
+def test_an_encoder_in_eight_bits_is_calibrated_too(toy: Path, tmp_path: Path) -> None:
+    export_segmenter(toy / "segmenter", tmp_path, options=SegmenterOptions(precision="int8"))
+    graph = onnx.load(tmp_path / "encoder.onnx").graph
+    products = {node.input[0] for node in graph.node if node.op_type == "MatMulNBits"}
+    session = ort.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    _, channels, side, _ = session.get_inputs()[0].shape
+    feed = np.random.default_rng(0).standard_normal((1, channels, side, side), dtype=np.float32)
+    ranges = input_ranges(tmp_path / "encoder.onnx", [{"pixel_values": feed}])
+    assert products <= ranges.keys()
+    assert min(ranges.values()) > 0
+
+
 def _changed(bundle: Bundle, change: Any) -> str:
     """Change the decoder's file in place and return its name in the bundle."""
     path = bundle.path(bundle.spec.reasoner.graphs.decoder)

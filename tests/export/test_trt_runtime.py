@@ -18,13 +18,14 @@ import pytest
 
 import medreasoner as mr
 from medreasoner import sessions as sessions_module
-from medreasoner.bundle import Bundle, load_bundle
+from medreasoner.bundle import Bundle
 from medreasoner.engines import EngineRecord, read_engines
 from medreasoner.errors import BundleError, ProviderError
 from medreasoner.reasoner.static_cache import StaticDecoder
 from medreasoner.trt_session import Gpu, TrtSession, open_gpu
 from medreasoner_export import EngineLimits, EngineOptions, export_engines
 from medreasoner_export import tensorrt as export_module
+from medreasoner_export.trt_build import check_architectures
 
 Array = np.ndarray[Any, Any]
 RUNTIME = "stand-in 1.0"
@@ -508,16 +509,35 @@ def test_an_engine_with_other_tensors_than_its_record_is_refused(engines: Path, 
         TrtSession(read_engines(engines).read(record), dataclasses.replace(record, inputs=(other,)), gpu)
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"profiles": []}, "profiles: none says how large"),
+        ({"profiles": [{}]}, r"profiles\[0\]: .* is missing"),
+        ({"file": "a\0b"}, "zero byte"),
+        ({"file": "../x"}, "not a plain name"),
+    ],
+)
+def test_records_that_would_fail_later_are_refused_when_they_are_read(
+    engines: Path, tmp_path: Path, change: dict[str, Any], match: str
+) -> None:
+    content = json.loads((engines / "engines.json").read_text())
+    content["engines"][0] |= change
+    (tmp_path / "engines.json").write_text(json.dumps(content))
+    with pytest.raises(BundleError, match=match):
+        read_engines(tmp_path)
+
+
 @pytest.mark.gpu
-def test_engines_on_a_gpu_compute_what_the_cpu_computes(tmp_path: Path) -> None:
+def test_engines_on_a_gpu_compute_what_the_cpu_computes(toy: Path, tmp_path: Path) -> None:
     try:
         gpu = open_gpu()
-    except ProviderError as err:
-        pytest.skip(f"no GPU with TensorRT-RTX: {err}")
-    bundle = load_bundle("nano")
+        check_architectures([gpu.architecture])
+    except (BundleError, ProviderError) as err:
+        pytest.skip(f"no GPU that TensorRT-RTX builds for: {err}")
     options = EngineOptions(architectures=(gpu.architecture,), precision="fp32")
-    export_engines(bundle.root, tmp_path / "engines", options=options)
-    expected, _, _ = _answers(bundle.root, tmp_path, device="cpu")
-    found, warnings, providers = _answers(bundle.root, tmp_path, engines=tmp_path / "engines")
+    export_engines(toy / "bundle", tmp_path / "engines", options=options)
+    expected, _, _ = _answers(toy / "bundle", tmp_path, device="cpu")
+    found, warnings, providers = _answers(toy / "bundle", tmp_path, engines=tmp_path / "engines")
     assert providers == {"TensorRT-RTX"}, warnings
     assert found == expected

@@ -171,6 +171,8 @@ class NumpySession:
         self.graph = graph
         self.runs: list[dict[str, tuple[int, ...]]] = []
 
+    max_rows: int | None = None
+
     def element_type(self, name: str) -> Any:
         return np.float32
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from medreasoner import read_image
+from medreasoner.errors import GenerationError
 from medreasoner.segmenter import Segmenter
 
 
@@ -130,3 +131,15 @@ def test_each_architecture_has_its_padding_point(decoded, architecture, prompts,
     places = {1: [[5, 6], [7, 8]], 2: [[1, 2]], 3: [[30, 20]], -1: [[0, 0]]}
     expected = [row for label in dict.fromkeys(labels) for row in places[label]]
     np.testing.assert_allclose(given["points"][0], expected * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mask_logits", "predicted_iou"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite_are_an_error_and_no_empty_mask(spec, name, value):
+    broken = {key: each.copy() for key, each in MASKS.items()}
+    broken[name][0, 1] = value  # of the mask with the highest score
+    session = Recorder({**FEATURES, **broken})
+    segmenter = Segmenter(spec.segmenter, encoder=session, decoder=session)
+    embedded = segmenter.encode(read_image(PIXELS))
+    with pytest.raises(GenerationError, match="not finite"):
+        segmenter.decode(embedded, corners=np.array([[1.0, 1], [9, 9]]), points=np.array([[2.0, 2], [5, 5]]))

@@ -110,7 +110,7 @@ def evaluate(visual: torch.nn.Module, heads: DenseHeads, data: DenseData, *, siz
     ious: dict[str, list[float]] = {}
     for start in range(0, len(data.stored), 32):
         rows = [data.image(i, size, rng, NO_CHANGE) for i in range(start, min(start + 32, len(data.stored)))]
-        device = heads.place.weight.device
+        device = next(visual.parameters()).device
         coverage, geometry, _ = heads(tower(visual, torch.stack([row[0] for row in rows]).to(device)))
         targets = moved(stack([row[1] for row in rows]), device)
         _, iou = giou(pooled_geometry(coverage, geometry)[..., :4], targets.geometry[..., :4])

@@ -121,7 +121,12 @@ class Reasoner:
 
     def encode(self, patches: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
         """(batch, n_patches, ...) patches of images of one grid as (batch, n_tokens, hidden_dim) embeddings."""
-        return self._vision.bind({}, {}).run({"patches": patches, **self._grid(placement).inputs()})["image_embeds"]
+        grid, at_once = self._grid(placement).inputs(), self._vision.max_rows or len(patches)
+        parts = [
+            self._vision.bind({}, {}).run({"patches": patches[start : start + at_once], **grid})["image_embeds"]
+            for start in range(0, len(patches), at_once)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def read_prefix(self, embeds: NDArray[np.float32], placement: Placement) -> Prefix:
         """Prefix of all prompts on an image, from its (n_tokens, hidden_dim) embeddings.

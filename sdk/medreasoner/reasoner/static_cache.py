@@ -68,6 +68,11 @@ class StaticDecoder:
         """Those of the session below."""
         return self._session.providers
 
+    @property
+    def max_rows(self) -> int | None:
+        """Those of the session below."""
+        return self._session.max_rows
+
     def element_type(self, name: str) -> type[np.generic]:
         """Of the buffers."""
         return self._dtype

@@ -276,3 +276,16 @@ def test_a_stream_that_is_dropped_gives_its_cache_back(
         next(events)
         events.close()
     assert not allocated  # the prefix's cache serves them all
+
+
+def test_more_images_than_a_session_takes_at_once_go_in_several_runs(
+    spec: BundleSpec, toy: Any, tokenizer: Tokenizer, image: Image
+) -> None:
+    model = toy(spec, tokenizer)
+    reasoner, session = model.reasoner, model.vision
+    placement = reasoner.place(image)
+    patches = np.stack([reasoner.preprocess(image, placement) + index for index in range(5)])
+    together = reasoner.encode(patches, placement)
+    session.max_rows, before = 2, len(session.runs)
+    np.testing.assert_array_equal(reasoner.encode(patches, placement), together)
+    assert [run["patches"][0] for run in session.runs[before:]] == [2, 2, 1]
