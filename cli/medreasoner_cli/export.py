@@ -191,13 +191,15 @@ def verify(
     package = load("medreasoner_export", extra="export")
     if len(image or []) != len(query or []):
         raise typer.BadParameter(f"{len(image or [])} --image and {len(query or [])} --query: give one for each")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{output}: the folder {output.parent} does not exist")
     report = package.verify_bundle(
         bundle, reasoner, segmenter, adapter=adapter, questions=_questions(image or [], query or []), progress=_done
     )
     texts = {True: json.dumps(report.to_json(), indent=1) + "\n", False: report.to_markdown()}
+    print(texts[as_json], end="")
     if output is not None:
         output.write_text(texts[output.suffix == ".json"], encoding="utf-8")
-    print(texts[as_json], end="")
     raise typer.Exit(0 if report.passed else 4)
 
 

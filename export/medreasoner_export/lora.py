@@ -82,7 +82,8 @@ def with_adapter(weights: Weights, folder: str | Path) -> Weights:
         if other not in tensors:
             raise BundleError(f"{file}: {printable(name)} has no {printable(other)} beside it")
         stored = _stored(weights, module.removeprefix("base_model.model."), file)
-        entries[stored] = _merged(entries[stored], tensors[name], tensors[other], stored, scales.of(module))
+        scale = scales.of(module.removeprefix("base_model.model."))  # as peft names it in its patterns
+        entries[stored] = _merged(entries[stored], tensors[name], tensors[other], stored, scale)
         left -= {name, other}
     if left:
         raise BundleError(
@@ -98,6 +99,11 @@ def _scales(path: Path, config: Mapping[str, Any]) -> _Scales:
     for key in UNSUPPORTED:
         if config.get(key):
             raise BundleError(f"{path}: {key} is not supported: merge the adapter with peft's merge_and_unload")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        raise BundleError(
+            f"{path}: init_lora_weights {start!r:.40} changes the base model: merge the adapter with merge_and_unload"
+        )
     if config.get("bias", "none") != "none":
         raise BundleError(f"{path}: bias: only none is supported, got {config['bias']!r:.60}")
     if config.get("fan_in_fan_out"):

@@ -38,7 +38,8 @@ def reasoner_needs(shapes: Mapping[str, Sequence[int]], storage: Storage, precis
         bits = BITS.get(precision) if rounded and len(shape) == 2 and shape[1] % BLOCK == 0 else None
         # Beside its levels a block has a float32 scale and a zero point.
         few = None if bits is None else bits / 8 + (4 + bits / 8) / BLOCK
-        each = few if few is not None else 2 if precision == "fp16" else _width(storage)
+        outside = name.endswith(("embed_tokens.weight", "lm_head.weight"))  # beside the graphs, as stored
+        each = few if few is not None else 2 if precision == "fp16" and not outside else _width(storage)
         disk += math.ceil(math.prod(shape) * each)
     return _needs(disk, shapes.values(), storage)
 

@@ -1,5 +1,6 @@
 """The result of a parity check, as a record, as JSON and as a table."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,11 @@ class ParityReport:
 
     def to_json(self) -> dict[str, object]:
         """A mapping that ``json.dumps`` takes."""
-        stages = [asdict(stage) | {"relative": stage.relative, "passed": stage.passed} for stage in self.stages]
+        stages = [
+            {key: _json(value) for key, value in {**asdict(stage), "relative": stage.relative}.items()}
+            | {"passed": stage.passed}
+            for stage in self.stages
+        ]
         return {"bundle": self.bundle, "passed": self.passed, "versions": self.versions, "stages": stages}
 
     def to_markdown(self) -> str:
@@ -77,6 +82,11 @@ class ParityReport:
         ]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return "\n".join([*lines, "", f"Reference in float32. {versions}.", ""])
+
+
+def _json(value: object) -> object:
+    """The value, or None for a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compare(name: str, found: npt.ArrayLike, expected: npt.ArrayLike, tolerance: float) -> ParityStage:

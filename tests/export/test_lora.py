@@ -49,6 +49,7 @@ def adapted(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     [
         {},
         {"use_rslora": True},
+        {"alpha_pattern": {r"^model.language_model.layers.1.self_attn.q_proj": 40}},
         {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 3, "layers.0.self_attn.q_proj": 7}},
     ],
 )
@@ -92,6 +93,7 @@ def _changed(folder: Path, out: Path, **settings: Any) -> Path:
     [
         ({"peft_type": "IA3"}, "peft_type: expected LORA, got 'IA3'"),
         ({"use_dora": True}, "use_dora is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
         ({"bias": "all"}, "bias: only none is supported"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"r": "many"}, "must be numbers"),

@@ -22,7 +22,8 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
         weights = {"a": torch.randn(3, 4, generator=generator).bfloat16(), "b": torch.full((2,), float(index))}
         save_file(weights, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps({"hidden_size": 4, "transformers_version": f"5.{index}"}))
-        (folder / "tokenizer.json").write_text(f"of {name}")
+        (folder / "tokenizer.json").write_text("of both")
+        (folder / "medreasoner.json").write_text(f"of {name}")
         folders.append(folder)
     return folders[0], folders[1]
 
@@ -37,7 +38,7 @@ def test_weights_are_averaged_and_the_rest_is_the_seconds(
     expected = (1 - share) * one["a"].float() + share * two["a"].float()
     torch.testing.assert_close(found["a"].float(), expected, atol=0.01, rtol=0.01)
     assert found["b"].tolist() == [share, share]
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "of two"
+    assert (tmp_path / "out" / "medreasoner.json").read_text() == "of two"
     assert (tmp_path / "out" / "config.json").read_bytes() == (pair[1] / "config.json").read_bytes()
 
 
@@ -48,6 +49,9 @@ def test_what_cannot_be_mixed_is_refused_by_name(pair: tuple[Path, Path], tmp_pa
     with pytest.raises(BundleError, match="none: no finished checkpoint"):
         mix(one, tmp_path / "none", tmp_path / "out", share=0.5)
     other = Path(shutil.copytree(two, tmp_path / "other"))
+    (other / "tokenizer.json").write_text("of another")
+    with pytest.raises(BundleError, match="have other tokenizers"):
+        mix(one, other, tmp_path / "out", share=0.5)
     (other / "config.json").write_text('{"hidden_size": 5}')
     with pytest.raises(BundleError, match=r"their config\.json differ"):
         mix(one, other, tmp_path / "out", share=0.5)

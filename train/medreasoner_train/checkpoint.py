@@ -24,10 +24,14 @@ def load_weights(folder: Path, model: Any) -> None:
         If the folder holds no such checkpoint, or one of other sizes; the message names it.
     """
     try:
-        own = type(model).from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+        own, found = type(model).from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
         model.load_state_dict(own.state_dict())
-    except (OSError, RuntimeError, ValueError) as err:
+    except Exception as err:  # transformers and safetensors raise many kinds for one cause
         raise BundleError(f"{folder}: not a finished checkpoint of these sizes ({one_line(err)})") from err
+    if missing := sorted(found["missing_keys"]):
+        raise BundleError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
 
 
 def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path, *, size: int, absent_threshold: float = 0.5) -> None:

@@ -131,6 +131,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except IsADirectoryError as err:
+        raise BundleError(f"{path} is a folder; give a stage's last.pt in it") from err
     except FileNotFoundError as err:
         raise BundleError(f"{path}: no such checkpoint") from err
     except Exception as err:  # torch raises many kinds for one cause

@@ -48,6 +48,8 @@ def mix(first: Path, second: Path, out: Path, *, share: float) -> Path:
         raise BundleError(f"{first} and {second} have other tensors: only checkpoints of one start can be mixed")
     if _config(first) != _config(second):
         raise BundleError(f"{first} and {second}: their config.json differ: only checkpoints of one start can be mixed")
+    if _bytes(first / "tokenizer.json") != _bytes(second / "tokenizer.json"):
+        raise BundleError(f"{first} and {second} have other tokenizers: rows of unlike tokens would be averaged")
     mixed = {name: torch.lerp(a.float(), two[name].float(), share).to(two[name].dtype) for name, a in one.items()}
     out.mkdir(parents=True, exist_ok=True)
     for file in sorted(second.iterdir()):
@@ -64,6 +66,10 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
     except Exception as err:  # safetensors raises a class of its own
         raise BundleError(f"{folder}: no finished checkpoint with a readable {WEIGHTS} ({one_line(err)})") from err
     return weights
+
+
+def _bytes(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _config(folder: Path) -> object:

@@ -212,7 +212,9 @@ def _tokenizer(settings: SftRun) -> Tokenizer:
     """
     kept = settings.loop.out / "tokenizer.json"
     begun = settings.start / "tokenizer.json" if settings.start is not None and settings.start.is_dir() else None
-    source = settings.tokenizer or (kept if kept.exists() else begun)
+    # What an earlier, failed start left there is not that of a finished reasoner.
+    goes_on = kept.exists() and (begun is None or (settings.loop.out / "last.pt").exists())
+    source = settings.tokenizer or (kept if goes_on else begun)
     tokenizer = make_tokenizer(settings.vocab_size, NANO.image_size) if source is None else load_tokenizer(str(source))
     with appearing(kept) as beside:
         tokenizer.save(str(beside))
