@@ -12,8 +12,7 @@ from medreasoner._extras import require
 from medreasoner.bundle import Bundle
 from medreasoner.errors import BundleError
 from medreasoner.image import read_image
-from medreasoner.providers import Binding, Buffer
-from medreasoner.segmenter import Segmenter
+from medreasoner.segmenter import encoder_input
 from medreasoner_export.stored import StoredWeights
 
 __all__ = ["input_ranges", "segmenter_images"]
@@ -71,31 +70,6 @@ def segmenter_images(bundle: Bundle, images: Sequence[str | Path]) -> Iterator[M
     ImageReadError
         If one cannot be read.
     """
-    recorder = _Recorder()
-    segmenter = Segmenter(bundle.spec.segmenter, encoder=recorder, decoder=recorder)
     for image in images:
-        segmenter.encode(read_image(image))
-        yield recorder.inputs
-
-
-class _Recorder:
-    """A session and its binding that keep what they are given."""
-
-    providers = ("none",)
-    max_rows = None
-
-    def __init__(self) -> None:
-        self.inputs: Mapping[str, Array] = {}
-
-    def element_type(self, name: str) -> type[np.generic]:
-        return np.float32
-
-    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
-        raise NotImplementedError("an encoder has no buffers")
-
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Binding:
-        return self
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        self.inputs = dict(inputs)
-        return {"image_embedding": np.zeros(0, np.float32)}
+        planes, _ = encoder_input(bundle.spec.segmenter, read_image(image))
+        yield {"pixel_values": planes[None]}

@@ -30,6 +30,7 @@ __all__ = [
     "save_graph",
     "store",
     "weights_file",
+    "width",
 ]
 
 OPSET = 20
@@ -94,7 +95,12 @@ def weights_file(graph: Path, *, wanted: bool) -> Iterator[WeightsFile | None]:
 
 def are_large(shapes: Iterable[Sequence[int]], storage: Storage) -> bool:
     """Whether tensors of these shapes belong into a file beside their graph."""
-    return sum(math.prod(shape) for shape in shapes) * {"float32": 4}.get(storage, 2) > LARGEST_INSIDE
+    return sum(math.prod(shape) for shape in shapes) * width(storage) > LARGEST_INSIDE
+
+
+def width(storage: Storage) -> int:
+    """Bytes of a number in a file."""
+    return 4 if storage == "float32" else 2
 
 
 def joined(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:

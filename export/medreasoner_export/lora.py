@@ -22,15 +22,14 @@ import numpy.typing as npt
 from medreasoner._text import printable
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Entry, Weights, read_header, read_json
+from medreasoner_export.qwen_decoder import TEXT_PREFIXES
+from medreasoner_export.qwen_vision import PREFIXES as VISION_PREFIXES
 
 __all__ = ["with_adapter"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What an adapter may name a part of the model, and how the parts may be called in a checkpoint.
-PARTS = (
-    ("model.language_model.", "language_model.model.", "model."),
-    ("model.visual.", "visual."),
-)
+PARTS = ((*TEXT_PREFIXES, "language_model.model."), VISION_PREFIXES)
 UNSUPPORTED = ("use_dora", "megatron_config", "layer_replication", "trainable_token_indices", "alora_invocation_tokens")
 
 

@@ -2,15 +2,15 @@
 
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from medreasoner.errors import BundleError
-from medreasoner_export.graph import BITS, LARGEST_INSIDE, Precision, Storage
+from medreasoner_export.graph import BITS, Precision, Storage, are_large, width
 from medreasoner_export.quantise import BLOCK
 
-__all__ = ["Needs", "check_needs", "reasoner_needs", "segmenter_needs"]
+__all__ = ["Needs", "check_needs", "free_disk", "reasoner_needs", "segmenter_needs"]
 
 # What Python, NumPy and ONNX hold before the first tensor is read.
 _PROGRAM_BYTES = 400 * 2**20
@@ -39,26 +39,21 @@ def reasoner_needs(shapes: Mapping[str, Sequence[int]], storage: Storage, precis
         # Beside its levels a block has a float32 scale and a zero point.
         few = None if bits is None else bits / 8 + (4 + bits / 8) / BLOCK
         outside = name.endswith(("embed_tokens.weight", "lm_head.weight"))  # beside the graphs, as stored
-        each = few if few is not None else 2 if precision == "fp16" and not outside else _width(storage)
+        each = few if few is not None else 2 if precision == "fp16" and not outside else width(storage)
         disk += math.ceil(math.prod(shape) * each)
     return _needs(disk, shapes.values(), storage)
 
 
 def segmenter_needs(shapes: Mapping[str, Sequence[int]], storage: Storage) -> Needs:
     """Of :func:`export_segmenter`, from the shapes of a checkpoint's tensors by name."""
-    return _needs(sum(math.prod(shape) * _width(storage) for shape in shapes.values()), shapes.values(), storage)
+    return _needs(sum(math.prod(shape) * width(storage) for shape in shapes.values()), shapes.values(), storage)
 
 
-def _needs(disk: int, shapes: Iterable[Sequence[int]], storage: Storage) -> Needs:
+def _needs(disk: int, shapes: Collection[Sequence[int]], storage: Storage) -> Needs:
     sizes = [math.prod(shape) for shape in shapes]
-    total = sum(sizes) * _width(storage)
     # One tensor as stored, in float32 and as it is written; a small model's graphs as a whole, and once more as text.
-    inside = 2 * total if total <= LARGEST_INSIDE else 0
+    inside = 0 if are_large(shapes, storage) else 2 * sum(sizes) * width(storage)
     return Needs(disk=disk, memory=_PROGRAM_BYTES + 12 * max(sizes, default=0) + inside)
-
-
-def _width(storage: Storage) -> int:
-    return 4 if storage == "float32" else 2
 
 
 def check_needs(needs: Needs, folder: Path) -> None:
@@ -76,8 +71,7 @@ def check_needs(needs: Needs, folder: Path) -> None:
     BundleError
         If the disk has too little room, or the machine too little memory; the message gives both figures.
     """
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), Path("/"))
-    free = shutil.disk_usage(there).free
+    free = free_disk(folder)
     if free < needs.disk:
         raise BundleError(f"{folder}: {needs.disk / 1e9:.1f} GB will be written, {free / 1e9:.1f} GB are free there")
     available = _available_memory()
@@ -86,6 +80,12 @@ def check_needs(needs: Needs, folder: Path) -> None:
             f"{needs.memory / 2**30:.1f} GiB of memory are needed, {available / 2**30:.1f} GiB are available; "
             "close other programs, or export on a larger machine"
         )
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes that are free where a folder is, or will be made."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def _available_memory() -> int | None:

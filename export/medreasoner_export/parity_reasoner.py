@@ -22,7 +22,7 @@ from medreasoner.spec import ReasonerSpec, StretchResize
 from medreasoner_export.graph import BITS
 from medreasoner_export.quantise import BLOCK, Bits, dequantise, quantise
 from medreasoner_export.report import ParityStage, compare
-from medreasoner_export.streamed import TEXT, VISION, streamed_qwen
+from medreasoner_export.streamed import TEXT, VISION, prompt_inputs, streamed_qwen, two_frames
 
 __all__ = ["DecoderRun", "reasoner_stages"]
 
@@ -176,15 +176,10 @@ class _Check:
         patches = self.generator.standard_normal(shape, dtype=np.float32)
         found = self.vision_session.run(None, {"patches": patches, **self.grid(rows, columns).inputs()})[0]
         grid_thw = torch.tensor([[1, rows * merge, columns * merge]] * count)
-        features = self.model.get_image_features(self._two_frames(patches), grid_thw, return_dict=True).pooler_output
+        features = self.model.get_image_features(
+            two_frames(self.model, patches), grid_thw, return_dict=True
+        ).pooler_output
         return patches, found, torch.stack(list(features)).numpy()
-
-    def _two_frames(self, patches: Array) -> Any:
-        """Patches as transformers takes them: (n, 3 * 2 * patch * patch), an image being its own second frame."""
-        torch = require("torch", extra="export", feature="The parity check")
-        frames = self.model.config.vision_config.temporal_patch_size
-        planes = patches.reshape(-1, 3, 1, self.spec.vision.patch_size**2)
-        return torch.from_numpy(np.repeat(planes, frames, axis=2).reshape(len(planes), -1))
 
     def vision(self, rows: int, columns: int, tolerance: float) -> ParityStage:
         _, found, expected = self.images(rows, columns, 2)
@@ -193,7 +188,6 @@ class _Check:
     def decoder(self, tolerance: float) -> Iterator[ParityStage]:
         """Hidden states of a prompt read whole, in chunks and token by token; in float32, the tokens that follow."""
         precision = self.precision
-        torch = require("torch", extra="export", feature="The parity check")
         rows, columns = self.grids()[0]
         patches, embeds, _ = self.images(rows, columns, 1)
         prompt = Prompt(self.tokenizer, self.spec)
@@ -201,16 +195,9 @@ class _Check:
         text = text.replace("{image}", self.spec.prompt.image_token * (rows * columns))
         ids = self.tokenizer.encode(text, add_special_tokens=False).ids
         positions, after = prompt_positions(ids, prompt.image_token, rows, columns)
-        merge = self.spec.vision.merge_size
         is_image = np.array(ids) == prompt.image_token
-        reference = self.model(
-            input_ids=torch.tensor([ids]),
-            pixel_values=self._two_frames(patches),
-            image_grid_thw=torch.tensor([[1, rows * merge, columns * merge]]),
-            mm_token_type_ids=torch.from_numpy(is_image.astype(np.int32))[None],
-            use_cache=True,
-            output_hidden_states=True,
-        )
+        given = prompt_inputs(self.model, ids, prompt.image_token, patches, self.grid(rows, columns))
+        reference = self.model(**given, use_cache=True, output_hidden_states=True)
         expected = reference.hidden_states[-1][0].numpy()
         inputs = self.embedding.embed(np.array(ids, np.int64))
         inputs[is_image] = embeds[0]

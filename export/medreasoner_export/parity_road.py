@@ -18,6 +18,7 @@ from medreasoner.bundle import Bundle
 from medreasoner.engine import Engine, load_engine
 from medreasoner.image import Image
 from medreasoner.providers import RuntimeOptions
+from medreasoner.segmenter import encoder_input
 from medreasoner_export.reference_reasoner import ReferenceReasoner
 from medreasoner_export.report import ParityStage, compare
 
@@ -134,11 +135,13 @@ def road_stages(
     engine = load_engine(bundle, RuntimeOptions(device="cpu"))
     reference = ReferenceReasoner(bundle, reasoner_dir, adapter)
     with torch.inference_mode():
-        answers = [_compare(engine, reference, segment, question) for question in questions]
+        answers = [_compare(bundle, engine, reference, segment, question) for question in questions]
     yield from _stages(answers, LIMITS.get(bundle.spec.precision, LIMITS["fp32"]))
 
 
-def _compare(engine: Engine, reference: ReferenceReasoner, segment: Segment, question: Question) -> _Compared:
+def _compare(
+    bundle: Bundle, engine: Engine, reference: ReferenceReasoner, segment: Segment, question: Question
+) -> _Compared:
     reasoner, image = engine.reasoner, question.image
     placement = reasoner.place(image)
     patches = reasoner.preprocess(image, placement)
@@ -158,14 +161,19 @@ def _compare(engine: Engine, reference: ReferenceReasoner, segment: Segment, que
         embedded = engine.segmenter.encode(image)
         logits, _ = engine.segmenter.decode(embedded, corners=decoded.corners, points=decoded.points)
         mine = engine.segmenter.mask(logits, embedded)
-        planes, grid = engine.segmenter.planes(image)
+        planes, grid = encoder_input(bundle.spec.segmenter, image)
         theirs = segment(planes, grid, corners, points)
         off = (pixels, pixels / max(image.height, image.width), 1.0 - _dice(mine, theirs))
     return _Compared(
         found=found,
         expected=expected,
         agrees=walk.agrees,
-        lost=np.array([_total(row) - _total(row[rows]) for row, rows in zip(found, walk.allowed, strict=True)]),
+        lost=np.array(
+            [
+                np.logaddexp.reduce(row) - np.logaddexp.reduce(row[rows])
+                for row, rows in zip(found.astype(np.float64), walk.allowed, strict=True)
+            ]
+        ),
         likeliest=found.argmax(axis=1) == np.array(ids),
         differs=own.absent != (decoded.corners is None),
         off=off,
@@ -180,12 +188,6 @@ def _result(generator: Generator[Any, None, T]) -> T:
         except StopIteration as stop:
             value: T = stop.value
             return value
-
-
-def _total(logits: Array) -> float:
-    """Logarithm of the summed exponentials."""
-    largest = float(logits.max())
-    return largest + float(np.log(np.exp(logits.astype(np.float64) - largest).sum()))
 
 
 def _dice(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:

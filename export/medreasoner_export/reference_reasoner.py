@@ -16,7 +16,7 @@ from medreasoner.reasoner.generate import choose
 from medreasoner.reasoner.grammar import GrammarBook
 from medreasoner.reasoner.prompt import Prompt, load_tokenizer
 from medreasoner.reasoner.vision import VisionGrid
-from medreasoner_export.streamed import streamed_qwen
+from medreasoner_export.streamed import prompt_inputs, streamed_qwen
 
 __all__ = ["ReferenceReasoner", "Walk"]
 
@@ -95,18 +95,8 @@ class ReferenceReasoner:
         grid
             The image's tokens.
         """
-        torch, merge = self._torch, self._spec.vision.merge_size
-        ids = [*prompt, *answer[:-1]]
-        frames = self._model.config.vision_config.temporal_patch_size  # an image is its own second frame
-        planes = np.repeat(patches.reshape(-1, 3, 1, self._spec.vision.patch_size**2), frames, axis=2)
-        result = self._model(
-            input_ids=torch.tensor([ids]),
-            pixel_values=torch.from_numpy(planes.reshape(len(planes), -1)),
-            image_grid_thw=torch.tensor([[1, grid.rows * merge, grid.columns * merge]]),
-            mm_token_type_ids=torch.tensor([[int(token == self._image_token) for token in ids]]),
-            use_cache=True,
-            logits_to_keep=len(answer),
-        )
+        inputs = prompt_inputs(self._model, [*prompt, *answer[:-1]], self._image_token, patches, grid)
+        result = self._model(**inputs, use_cache=True, logits_to_keep=len(answer))
         self._cache, self._n_prompt = result.past_key_values, len(prompt)
         logits: Array = result.logits[0].numpy()
         return logits

@@ -5,7 +5,7 @@ the checkpoint and brought to float32; behind it they are let go. A model of sev
 memory of its largest matrix, and a run reads the whole checkpoint once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,12 +16,15 @@ import numpy.typing as npt
 from medreasoner._extras import require
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
+from medreasoner.reasoner.vision import VisionGrid
 from medreasoner_export.checkpoint import Checkpoint, Weights
 from medreasoner_export.lora import with_adapter
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES
 from medreasoner_export.qwen_vision import PREFIXES as VISION_PREFIXES
 
-__all__ = ["TEXT", "VISION", "Change", "streamed_qwen"]
+__all__ = ["TEXT", "VISION", "Change", "prompt_inputs", "streamed_qwen", "two_frames"]
+
+Array: TypeAlias = npt.NDArray[Any]
 
 Change: TypeAlias = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.float32]]
 """What to make of a weight, by its name in transformers: such as its value in four bits."""
@@ -66,6 +69,38 @@ def streamed_qwen(folder: str | Path, *, adapter: Path | None = None, change: Ch
             module.register_forward_pre_hook(partial(_load, checkpoint, path, own, change))
             module.register_forward_hook(partial(_drop, dict(module.named_parameters("", False))))
     return model.eval()
+
+
+def prompt_inputs(model: Any, ids: Sequence[int], image_token: int, patches: Array, grid: VisionGrid) -> dict[str, Any]:
+    """What `model` is given to read a prompt with one image: ``input_ids`` and what goes with them.
+
+    Parameters
+    ----------
+    model
+        As :func:`streamed_qwen` makes it.
+    ids, image_token
+        The prompt, and the token that stands for one of the image's in it.
+    patches
+        (n_patches, 3 * patch_size**2) float32 as the runtime makes them.
+    grid
+        The image's tokens.
+    """
+    torch = require("torch", extra="export", feature="The parity check")
+    merge = model.config.vision_config.spatial_merge_size
+    return {
+        "input_ids": torch.tensor([list(ids)]),
+        "pixel_values": two_frames(model, patches),
+        "image_grid_thw": torch.tensor([[1, grid.rows * merge, grid.columns * merge]]),
+        "mm_token_type_ids": torch.tensor([[int(token == image_token) for token in ids]]),
+    }
+
+
+def two_frames(model: Any, patches: Array) -> Any:
+    """Patches (..., 3 * patch**2) as (n, 3 * 2 * patch**2) for transformers: an image is its own second frame."""
+    torch = require("torch", extra="export", feature="The parity check")
+    vision = model.config.vision_config
+    planes = np.repeat(patches.reshape(-1, 3, 1, vision.patch_size**2), vision.temporal_patch_size, axis=2)
+    return torch.from_numpy(planes.reshape(len(planes), -1))
 
 
 class _Names:

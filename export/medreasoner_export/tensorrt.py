@@ -1,7 +1,6 @@
 """A bundle's graphs as TensorRT-RTX engines, built ahead of time on a machine without a GPU."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,8 @@ from medreasoner.errors import BundleError
 from medreasoner_export.calibrate import input_ranges, segmenter_images
 from medreasoner_export.checkpoint import sha256_of
 from medreasoner_export.folder import writing_export
-from medreasoner_export.graph import save_graph, weights_file
+from medreasoner_export.graph import LARGEST_INSIDE, save_graph, weights_file
+from medreasoner_export.needs import free_disk
 from medreasoner_export.stored import StoredWeights
 from medreasoner_export.trt_build import build_engine, builder_version, check_architectures
 from medreasoner_export.trt_dialect import trt_graph
@@ -26,8 +26,6 @@ __all__ = ["EngineExport", "EngineOptions", "EnginePrecision", "export_engines"]
 
 # What an engine holds beside the weights; measured on nano, where it is most of it.
 KERNEL_BYTES = 12_000_000
-# Graphs whose weights take more than this keep them in a file beside them.
-LARGEST_INSIDE = 2**30
 
 GRAPH_NAMES: tuple[str, ...] = get_args(GraphName)
 
@@ -196,8 +194,7 @@ def _need_disk(bundle: Bundle, plans: Sequence[EnginePlan], out: Path, options: 
     copies = len(options.architectures)
     weights = sum(_n_bytes(bundle.path(plan.source), options.precision) for plan in plans)
     needed = weights * (copies + 1) + len(plans) * copies * KERNEL_BYTES
-    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    free = free_disk(out)
     if needed > free:
         raise BundleError(f"{out}: about {needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
     say(f"{len(plans) * copies} engines, about {needed / 1e6:.0f} MB of disk")

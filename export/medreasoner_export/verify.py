@@ -1,15 +1,14 @@
 """Does a bundle compute what its checkpoints compute?"""
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from medreasoner.bundle import load_bundle
 from medreasoner_export.parity_reasoner import reasoner_stages
 from medreasoner_export.parity_road import Question, own_questions, road_stages
 from medreasoner_export.parity_segmenter import mask_of, segmenter_stages
-from medreasoner_export.report import ParityReport
+from medreasoner_export.report import ParityReport, ParityStage
 
 __all__ = ["DEFAULT_TOLERANCE", "verify_bundle"]
 
@@ -67,12 +66,15 @@ def verify_bundle(
     """
     bundle = load_bundle(bundle_dir, verify="full")
     reasoner, segmenter = Path(against_reasoner), Path(against_segmenter)
+    asked = questions or own_questions(seed)
+
+    def compared() -> Iterator[ParityStage]:  # one reference in memory at a time
+        yield from segmenter_stages(bundle, segmenter, tolerance=tolerance, seed=seed)
+        yield from reasoner_stages(bundle, reasoner, tolerance=tolerance, seed=seed, adapter=adapter)
+        yield from road_stages(bundle, reasoner, mask_of(bundle, segmenter), asked, adapter=adapter)
+
     stages = []
-    for stage in chain(
-        segmenter_stages(bundle, segmenter, tolerance=tolerance, seed=seed),
-        reasoner_stages(bundle, reasoner, tolerance=tolerance, seed=seed, adapter=adapter),
-        road_stages(bundle, reasoner, mask_of(bundle, segmenter), questions or own_questions(seed), adapter=adapter),
-    ):
+    for stage in compared():
         stages.append(stage)
         progress(stage.name)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}

@@ -5,23 +5,22 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from io import StringIO
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner._text import one_line
 from medreasoner.errors import ProviderError
+from medreasoner.session import Buffer
 
 __all__ = [
-    "Binding",
-    "Buffer",
     "Device",
     "OrtSession",
     "RuntimeOptions",
-    "Session",
     "fallback_warnings",
     "provider_list",
     "require_runtime",
@@ -74,52 +73,6 @@ class RuntimeOptions:
             raise ProviderError(f"device: expected one of {', '.join(_CHAINS)}, got {self.device!r:.80}")
         if self.n_threads is not None and self.n_threads < 1:
             raise ProviderError(f"n_threads: expected at least 1, got {self.n_threads}")
-
-
-class Buffer(Protocol):
-    """Keys or values (1, n_kv_heads, capacity, head_dim) that live on the session's device from run to run."""
-
-    def save(self, n_positions: int) -> Array:
-        """Copy (1, n_kv_heads, n_positions, head_dim) of the leading positions, on the host."""
-        ...
-
-    def restore(self, saved: Array) -> None:
-        """Write saved positions back, to the same places; the others become undefined."""
-        ...
-
-
-class Session(Protocol):
-    """A graph that is ready to run on one device."""
-
-    @property
-    def providers(self) -> tuple[str, ...]:
-        """Execution providers that the graph really runs on, the first preferred."""
-        ...
-
-    @property
-    def max_rows(self) -> int | None:
-        """Most images or sequences in a run; None if any number will do."""
-        ...
-
-    def element_type(self, name: str) -> type[np.generic]:
-        """Of a graph input, such as a key-value cache, which may be of half precision."""
-        ...
-
-    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> Buffer:
-        """Zeroed buffer on the session's device."""
-        ...
-
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "Binding":
-        """Run state whose named inputs and outputs stay in these buffers; one thread at a time may use it."""
-        ...
-
-
-class Binding(Protocol):
-    """One user's state of a session."""
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs, on the host, that are not bound to buffers; `inputs` are those that are not bound."""
-        ...
 
 
 def require_runtime() -> None:
@@ -378,15 +331,18 @@ _CUDA_LOCK = threading.Lock()
 
 
 def _load_cuda() -> None:
-    """Load the CUDA and cuDNN that pip put beside onnxruntime-gpu: the system's loader does not look there.
+    """Load the CUDA and cuDNN that pip put beside onnxruntime-gpu, once: the system's loader does not look there."""
+    with _CUDA_LOCK:  # sessions are made in threads
+        _preload()
 
-    What is missing is said by :func:`fallback_warnings`, so what ONNX Runtime prints about it is dropped: a program's
-    output may be JSON.
-    """
+
+@cache
+def _preload() -> None:
     import onnxruntime as ort
 
-    with _CUDA_LOCK, redirect_stdout(StringIO()):
-        if hasattr(ort, "preload_dlls"):
+    # What is missing is said by `fallback_warnings`, and a program's output may be JSON: these words are dropped.
+    if hasattr(ort, "preload_dlls"):
+        with redirect_stdout(StringIO()):
             ort.preload_dlls()
 
 

@@ -10,10 +10,10 @@ from medreasoner import ops
 from medreasoner.errors import GenerationError
 from medreasoner.geometry import Placement, place
 from medreasoner.image.record import Image
-from medreasoner.providers import Session
+from medreasoner.session import Session
 from medreasoner.spec import SegmenterSpec
 
-__all__ = ["Embedded", "Segmenter"]
+__all__ = ["Embedded", "Segmenter", "encoder_input"]
 
 _SMALLEST_RANGE = 1e-8  # of an image of one grey, as MedSAM has it
 _PAD, _POSITIVE, _TOP_LEFT, _BOTTOM_RIGHT = -1, 1, 2, 3  # labels of SAM's own ONNX decoder
@@ -28,6 +28,26 @@ class Embedded:
 
     features: Mapping[str, NDArray[np.float32]] = field(repr=False)
     placement: Placement
+
+
+def encoder_input(spec: SegmenterSpec, image: Image) -> tuple[NDArray[np.float32], Placement]:
+    """What a segmenter's encoder sees of an image, (3, grid height, grid width), and where the image lies in it."""
+    placement = place(spec.resize, height=image.height, width=image.width)
+    fixed = spec.rescale == "fixed"
+    planes = ops.preprocess_planes(
+        image.pixels,
+        placement.grid_height,
+        placement.grid_width,
+        content=(placement.content_height, placement.content_width),
+        mean=spec.image_mean if fixed else (0.0, 0.0, 0.0),
+        std=spec.image_std if fixed else (1.0, 1.0, 1.0),
+    )
+    if not fixed:  # padding stays 0
+        content = planes[:, : placement.content_height, : placement.content_width]
+        low, high = float(content.min()), float(content.max())
+        mean, std = (np.array(each, np.float32)[:, None, None] for each in (spec.image_mean, spec.image_std))
+        content[:] = ((content - low) / max(high - low, _SMALLEST_RANGE) - mean) / std
+    return planes, placement
 
 
 class Segmenter:
@@ -46,30 +66,9 @@ class Segmenter:
 
     def encode(self, image: Image) -> Embedded:
         """Read an image."""
-        planes, placement = self.planes(image)
+        planes, placement = encoder_input(self._spec, image)
         outputs = self._encoder.bind({}, {}).run({"pixel_values": planes[None]})
         return Embedded(features=outputs, placement=placement)
-
-    def planes(self, image: Image) -> tuple[NDArray[np.float32], Placement]:
-        """What the encoder sees of an image, (3, grid height, grid width), and where the image lies in it."""
-        placement = place(self._spec.resize, height=image.height, width=image.width)
-        fixed = self._spec.rescale == "fixed"
-        planes = ops.preprocess_planes(
-            image.pixels,
-            placement.grid_height,
-            placement.grid_width,
-            content=(placement.content_height, placement.content_width),
-            mean=self._spec.image_mean if fixed else (0.0, 0.0, 0.0),
-            std=self._spec.image_std if fixed else (1.0, 1.0, 1.0),
-        )
-        if not fixed:  # padding stays 0
-            content = planes[:, : placement.content_height, : placement.content_width]
-            low, high = float(content.min()), float(content.max())
-            mean, std = (
-                np.array(each, np.float32)[:, None, None] for each in (self._spec.image_mean, self._spec.image_std)
-            )
-            content[:] = ((content - low) / max(high - low, _SMALLEST_RANGE) - mean) / std
-        return planes, placement
 
     def decode(
         self, image: Embedded, *, corners: NDArray[np.float64], points: NDArray[np.float64]

@@ -8,8 +8,9 @@ import numpy as np
 from medreasoner.bundle import Bundle
 from medreasoner.engines import EngineFolder, read_engines
 from medreasoner.errors import ProviderError
-from medreasoner.providers import CPU, OrtSession, RuntimeOptions, Session
+from medreasoner.providers import CPU, OrtSession, RuntimeOptions
 from medreasoner.reasoner.static_cache import StaticDecoder
+from medreasoner.session import Session
 from medreasoner.trt_session import Gpu, TrtSession, open_gpu
 
 __all__ = ["OpenedSession", "SessionOpener", "decoder_session"]

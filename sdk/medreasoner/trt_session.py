@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from medreasoner.cuda import CudaMemory, DeviceArray, DeviceMemory
 from medreasoner.engines import EngineRecord, TensorRecord
 from medreasoner.errors import ProviderError
-from medreasoner.providers import Buffer
+from medreasoner.session import Buffer
 
 __all__ = ["Gpu", "TrtBinding", "TrtBuffer", "TrtSession", "open_gpu"]
 

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -266,7 +267,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_built(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _stand_in(monkeypatch, lambda *_: pytest.fail("it was built"))
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1_000_000})())
     with pytest.raises(BundleError, match=r"out: about 0\.0 GB are needed, and 0\.0 GB are free"):
         export(bundle, tmp_path / "out", "sm_86")
 

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner.errors import GenerationError
-from medreasoner.providers import Buffer, Session
 from medreasoner.reasoner.rotary import rotary_tables
+from medreasoner.session import Buffer, Session
 from medreasoner.spec import ReasonerSpec
 
 __all__ = ["Decoder", "KvCache", "SavedPrefix"]

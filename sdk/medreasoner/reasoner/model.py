@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from medreasoner import ops
 from medreasoner.geometry import Placement, place
 from medreasoner.image.record import Image
-from medreasoner.providers import Session
 from medreasoner.reasoner.answer import AnswerWriter, Written
 from medreasoner.reasoner.decoder import Decoder, SavedPrefix
 from medreasoner.reasoner.generate import Sequencer
@@ -19,6 +18,7 @@ from medreasoner.reasoner.rotary import prompt_positions
 from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import WeightMatrix
 from medreasoner.result import Answer, Thought
+from medreasoner.session import Session
 from medreasoner.spec import ReasonerSpec, StretchResize
 
 if TYPE_CHECKING:

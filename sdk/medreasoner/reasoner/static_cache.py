@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from medreasoner.providers import Binding, Buffer, Session
+from medreasoner.session import Binding, Buffer, Session
 
 __all__ = ["StaticDecoder", "static_places"]
 
