@@ -31,7 +31,7 @@ setup(
             "medreasoner._kernels",
             sorted(str(path) for path in Path("kernels").rglob("*.cpp")),
             include_dirs=["kernels/include"],
-            depends=sorted(str(path) for path in Path("kernels/include").rglob("*.h")),
+            depends=sorted(str(path) for path in Path("kernels").rglob("*.h")),
             cxx_std=17,
             extra_compile_args=["-O3", "-fvisibility=hidden", "-Wall", "-Wextra"],
         )

@@ -1,36 +1,19 @@
 // Python's view of the kernels: checks element type, dimensions and layout, takes the buffers, then releases the GIL.
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <algorithm>
 #include <cmath>
-#include <stdexcept>
 #include <string>
 
 #include "answer_grammar.h"
 #include "answer_parser.h"
+#include "bindings.h"
 #include "mask.h"
 #include "preprocess.h"
 #include "rows.h"
 #include "simd.h"
 #include "window.h"
 
-namespace py = pybind11;
-using namespace medreasoner;
-
 namespace {
-
-// With py::arg().noconvert() this type refuses other element types and strided arrays instead of copying them.
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-[[noreturn]] void refuse(const std::string& message) { throw std::invalid_argument(message); }
-
-void require(bool condition, const char* message) {
-    if (!condition) refuse(message);
-}
 
 ImageView view_image(const Array<uint8_t>& pixels) {
     require(pixels.ndim() == 2 || (pixels.ndim() == 3 && pixels.shape(2) == 3), "pixels must be (H, W) or (H, W, 3)");
@@ -117,26 +100,7 @@ Array<uint8_t> window_u8_py(const Array<T>& values, double slope, double interce
     return out;
 }
 
-Matrix view_matrix(const py::array& weight, const std::string& dtype) {
-    const bool is_float = weight.dtype().kind() == 'f', is_unsigned = weight.dtype().kind() == 'u';
-    const auto size = weight.itemsize();
-    Dtype type{};
-    if (dtype == "float32") {
-        require(is_float && size == 4, "weight must be a float32 array");
-        type = Dtype::float32;
-    } else if (dtype == "float16") {
-        require(is_float && size == 2, "weight must be a float16 array");
-        type = Dtype::float16;
-    } else {
-        require(dtype == "bfloat16", "dtype must be float32, float16 or bfloat16");
-        require(is_unsigned && size == 2, "weight must be a uint16 array that holds bfloat16 patterns");
-        type = Dtype::bfloat16;
-    }
-    require(weight.ndim() == 2 && (weight.flags() & py::array::c_style), "weight must be (V, D) and C-contiguous");
-    return {weight.data(), type, weight.shape(0), weight.shape(1)};
-}
-
-Matrix view_matrix(const py::array& weight, const std::string& dtype, const Array<float>& hidden) {
+Matrix view_head(const py::array& weight, const std::string& dtype, const Array<float>& hidden) {
     const Matrix matrix = view_matrix(weight, dtype);
     require(hidden.ndim() == 1 && hidden.shape(0) == matrix.cols, "hidden must be (D,) with the D of weight (V, D)");
     return matrix;
@@ -153,7 +117,7 @@ void check_indices(const Index* indices, int64_t n, int64_t rows) {
 
 std::pair<int32_t, float> select_token_py(const Array<float>& hidden, const py::array& weight, const std::string& dtype,
                                           const Array<int32_t>& rows) {
-    const Matrix matrix = view_matrix(weight, dtype, hidden);
+    const Matrix matrix = view_head(weight, dtype, hidden);
     require(rows.ndim() == 1 && rows.size() > 0, "rows must be (K,) with at least one row");
     const float* h = hidden.data();
     const int32_t* r = rows.data();
@@ -165,7 +129,7 @@ std::pair<int32_t, float> select_token_py(const Array<float>& hidden, const py::
 
 Array<float> project_rows_py(const Array<float>& hidden, const py::array& weight, const std::string& dtype,
                              const std::optional<Array<int32_t>>& rows) {
-    const Matrix matrix = view_matrix(weight, dtype, hidden);
+    const Matrix matrix = view_head(weight, dtype, hidden);
     require(!rows || rows->ndim() == 1, "rows must be (K,)");
     const int64_t n = rows ? rows->size() : matrix.rows;
     Array<float> out(n);
@@ -348,6 +312,7 @@ PYBIND11_MODULE(_kernels, m) {
     m.doc() = "Compiled kernels; use them through medreasoner.ops.";
     bind_images(m);
     bind_rows(m);
+    bind_decoder(m);
     bind_masks(m);
     bind_answers(m);
     m.def("cpu_features", &cpu_features, "Instruction sets that this processor offers, of those that matter here.");

@@ -67,8 +67,8 @@ class WeightsFile:
     ALIGNMENT = 4096  # ONNX Runtime maps the file by pages
     LEAST_BYTES = 1024  # smaller ones stay in the graph, where its checks can see them
 
-    def __init__(self, name: str, file: BinaryIO) -> None:
-        self.name, self._file = name, file
+    def __init__(self, name: str, file: BinaryIO, *, least_bytes: int = LEAST_BYTES) -> None:
+        self.name, self.least_bytes, self._file = name, least_bytes, file
 
     def add(self, name: str, array: npt.NDArray[Any]) -> onnx.TensorProto:
         """Append a contiguous array and return what stands for it in the graph."""
@@ -83,14 +83,16 @@ class WeightsFile:
 
 
 @contextmanager
-def weights_file(graph: Path, *, wanted: bool) -> Iterator[WeightsFile | None]:
-    """The file ``GRAPH.data`` for the weights of a graph, or None if it is not `wanted` and they stay inside."""
+def weights_file(
+    graph: Path, *, wanted: bool, least_bytes: int = WeightsFile.LEAST_BYTES
+) -> Iterator[WeightsFile | None]:
+    """The file ``GRAPH.data`` for the weights of a graph from a size on, or None: not `wanted`, they stay inside."""
     path = graph.with_name(graph.name + ".data")
     if not wanted:
         yield None
         return
     with path.open("wb") as file:
-        yield WeightsFile(path.name, file)
+        yield WeightsFile(path.name, file, least_bytes=least_bytes)
 
 
 def are_large(shapes: Iterable[Sequence[int]], storage: Storage) -> bool:
@@ -237,7 +239,7 @@ class GraphBuilder:
         BundleError
             If all of them together do not fit one file.
         """
-        if self.outside is not None and array.nbytes >= self.outside.LEAST_BYTES:
+        if self.outside is not None and array.nbytes >= self.outside.least_bytes:
             self._initializers[name] = self.outside.add(name, array)
             return
         self._n_bytes += array.nbytes

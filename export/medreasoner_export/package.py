@@ -134,6 +134,8 @@ def _paths(section: Mapping[str, Any]) -> Iterator[str]:
             yield section[matrix]["file"]
     if "tokenizer" in section:
         yield section["tokenizer"]
+    if section.get("step"):
+        yield section["step"]["file"]
 
 
 def _prefixed(section: Mapping[str, Any], folder: str) -> dict[str, Any]:
@@ -145,6 +147,8 @@ def _prefixed(section: Mapping[str, Any], folder: str) -> dict[str, Any]:
             result[matrix] = {**section[matrix], "file": f"{folder}/{section[matrix]['file']}"}
     if "tokenizer" in section:
         result["tokenizer"] = f"{folder}/{section['tokenizer']}"
+    if section.get("step"):
+        result["step"] = {**section["step"], "file": f"{folder}/{section['step']['file']}"}
     return result
 
 

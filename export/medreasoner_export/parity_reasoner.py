@@ -14,8 +14,10 @@ import numpy.typing as npt
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
+from medreasoner.ops import DecoderStep
 from medreasoner.reasoner.prompt import Prompt, load_tokenizer
 from medreasoner.reasoner.rotary import prompt_positions, rotary_tables, text_positions
+from medreasoner.reasoner.step import MAX_TOKENS, load_step
 from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
@@ -83,9 +85,11 @@ class DecoderRun:
     ----------
     session
         An ``onnxruntime.InferenceSession``.
+    kernel
+        Takes what is short enough for it in the graph's place, as in the runtime; one sequence only.
     """
 
-    def __init__(self, session: Any, spec: ReasonerSpec, *, batch: int = 1) -> None:
+    def __init__(self, session: Any, spec: ReasonerSpec, *, batch: int = 1, kernel: DecoderStep | None = None) -> None:
         ort = require("onnxruntime", extra="cpu", feature="The parity check")
         self._session, self._spec = session, spec
         self.lengths = np.zeros(batch, np.int32)
@@ -93,7 +97,11 @@ class DecoderRun:
         names = [f"{kind}.{layer}" for kind in ("key", "value") for layer in range(spec.n_layers)]
         half = any(each.type == "tensor(float16)" for each in session.get_inputs())
         dtype = np.float16 if half else np.float32
-        self._caches = {name: ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, dtype)) for name in names}
+        hosts = [np.zeros(shape, dtype) for _ in names]
+        self._caches = {name: ort.OrtValue.ortvalue_from_numpy(host) for name, host in zip(names, hosts, strict=True)}
+        self._kernel = None
+        if kernel is not None:
+            self._kernel = kernel.open(hosts[: spec.n_layers], hosts[spec.n_layers :])
 
     def step(self, embeds: Array, positions: Array) -> Array:
         """Hidden states (batch, seq, hidden_dim) of new tokens.
@@ -111,6 +119,8 @@ class DecoderRun:
             positions.reshape(3, -1), head_dim=spec.head_dim, theta=spec.rope_theta, sections=spec.mrope_section
         )
         self.lengths += seq
+        if self._kernel is not None and seq <= MAX_TOKENS:
+            return self._kernel.run(embeds[0], cos, sin, int(self.lengths[0]) - seq)[None]
         inputs = {
             "inputs_embeds": embeds,
             "rotary_cos": cos,
@@ -135,7 +145,7 @@ class _Check:
     def __init__(self, bundle: Bundle, model: Any, generator: np.random.Generator) -> None:
         ort = require("onnxruntime", extra="cpu", feature="The parity check")
         spec = bundle.spec.reasoner
-        self.spec, self.model, self.generator = spec, model, generator
+        self.bundle, self.spec, self.model, self.generator = bundle, spec, model, generator
         self.precision = bundle.spec.precision
         self.vision_session, self.decoder_session = (
             ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
@@ -203,8 +213,12 @@ class _Check:
         inputs[is_image] = embeds[0]
         n, half = len(ids), len(ids) // 2
         ways = {"prefill": [n], "chunked prefill": [half, n - half - 3, 3], "decode steps": [half, *[1] * (n - half)]}
+        kernel = None
+        if self.spec.step is not None:
+            kernel = load_step(self.bundle.path(self.spec.step.file), self.spec, self.spec.step)
+            ways["decode steps without the graph"] = [half, *[1] * (n - half - 3), 3]
         for name, sizes in ways.items():
-            run = DecoderRun(self.decoder_session, self.spec)
+            run = DecoderRun(self.decoder_session, self.spec, kernel=kernel if "without" in name else None)
             found = _in_parts(run, inputs, positions, sizes)
             kind = f" against the checkpoint's matrices in {precision[3:]} bits" if precision in BITS else ""
             yield compare(f"hidden states, {name} of {n} tokens{kind}", found, expected, tolerance)

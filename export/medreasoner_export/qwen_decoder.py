@@ -11,12 +11,49 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Precision, Storage, WeightsFile, joined
+from medreasoner_export.graph import (
+    BITS,
+    FLOAT,
+    INT32,
+    INT64,
+    GraphBuilder,
+    Precision,
+    Storage,
+    WeightsFile,
+    joined,
+    width,
+)
 from medreasoner_export.qwen_config import QwenConfig, QwenTextConfig
 
-__all__ = ["TEXT_PREFIXES", "decoder_graph"]
+__all__ = ["TEXT_PREFIXES", "decoder_graph", "step_section"]
 
 TEXT_PREFIXES = ("model.language_model.", "model.")
+
+LARGEST_STEP_BYTES = 64 * 2**20
+"""Of a decoder that a step is worth: one thread reads the weights of a larger one longer than a session takes."""
+STEP_ALIGNMENT = 16  # of all sizes, for the kernel's vectors
+
+
+def step_section(text: QwenTextConfig, storage: Storage, precision: Precision) -> dict[str, Any] | None:
+    """A manifest's ``reasoner.step`` for a decoder whose weights all are in the file beside its graph, in its order.
+
+    None for a large decoder, for one in few bits, and for sizes that do not divide into vectors.
+    """
+    if precision in BITS:
+        return None
+    q, kv = text.hidden_dim, text.n_kv_heads * text.head_dim
+    n_weights = text.n_layers * (text.hidden_dim * (2 * q + 2 * kv) + 3 * text.hidden_dim * text.mlp_dim)
+    matrices: Storage = "float16" if precision == "fp16" else storage
+    sizes = (text.hidden_dim, text.head_dim, text.mlp_dim)
+    if n_weights * width(matrices) > LARGEST_STEP_BYTES or any(size % STEP_ALIGNMENT for size in sizes):
+        return None
+    return {
+        "file": "decoder.onnx.data",
+        "matrices": matrices,
+        "vectors": "float16" if precision == "fp16" else "float32",
+        "mlp_dim": text.mlp_dim,
+        "rms_norm_eps": text.rms_norm_eps,
+    }
 
 
 def decoder_graph(

@@ -12,12 +12,12 @@ from medreasoner._version import __version__
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Checkpoint, Progress, Weights
 from medreasoner_export.folder import describe, writing_export
-from medreasoner_export.graph import Precision, Storage, are_large, save_graph, store, weights_file
+from medreasoner_export.graph import Precision, Storage, WeightsFile, are_large, save_graph, store, weights_file
 from medreasoner_export.lora import with_adapter
 from medreasoner_export.needs import check_needs, reasoner_needs
 from medreasoner_export.qwen2_vision import Qwen2VisionTower
 from medreasoner_export.qwen_config import Family, QwenConfig
-from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
+from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph, step_section
 from medreasoner_export.qwen_vision import VisionTower, vision_graph
 from medreasoner_export.settings import reasoner_settings
 
@@ -125,7 +125,11 @@ def export_reasoner(
                 checkpoint, config, precision=precision, outside=outside, tower=TOWERS[config.family], **common
             )
         save_graph(graph, out / "vision.onnx")
-        with weights_file(out / "decoder.onnx", wanted=external) as outside:
+        section["step"] = None if external else step_section(config.text, storage, options.precision)
+        steps = section["step"] is not None  # then all weights are in one file, the small ones too
+        with weights_file(
+            out / "decoder.onnx", wanted=external or steps, least_bytes=0 if steps else WeightsFile.LEAST_BYTES
+        ) as outside:
             graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)
         save_graph(graph, out / "decoder.onnx")
         section |= _matrices(checkpoint, config, embedding, storage, out)

@@ -33,12 +33,12 @@ namespace medreasoner::avx512 {
 #undef MR_TARGET
 #undef MR_LANES
 
-#define MR_DISPATCH(function)                                  \
-    (simd_level() == SimdLevel::avx512 ? &avx512::function     \
-     : simd_level() == SimdLevel::avx2 ? &avx2::function       \
-                                       : &baseline::function)
+#define MR_DISPATCH(...)                                          \
+    (simd_level() == SimdLevel::avx512 ? &avx512::__VA_ARGS__     \
+     : simd_level() == SimdLevel::avx2 ? &avx2::__VA_ARGS__       \
+                                       : &baseline::__VA_ARGS__)
 #else
-#define MR_DISPATCH(function) (&baseline::function)
+#define MR_DISPATCH(...) (&baseline::__VA_ARGS__)
 #endif
 
 #undef MR_BODY

@@ -11,35 +11,8 @@
 #include <arm_neon.h>
 #endif
 
+#include "floats.h"
 #include "simd.h"
-
-namespace medreasoner {
-
-struct Float16 {
-    uint16_t bits;
-};
-struct Bfloat16 {
-    uint16_t bits;
-};
-
-static inline float from_bits(uint32_t bits) {
-    float value;
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline float to_float(float value) { return value; }
-
-static inline float to_float(Bfloat16 value) { return from_bits(uint32_t{value.bits} << 16); }
-
-static inline float to_float(Float16 value) {
-    const uint32_t sign = (value.bits & 0x8000u) << 16, rest = value.bits & 0x7fffu;
-    if (rest >= 0x7c00u) return from_bits(sign | 0x7f800000u | rest << 13);  // infinities and NaN
-    const float magnitude = from_bits(rest << 13) * 0x1p112f;
-    return sign ? -magnitude : magnitude;
-}
-
-}  // namespace medreasoner
 
 #define MR_BODY "rows_simd.h"
 #include "for_each_level.h"

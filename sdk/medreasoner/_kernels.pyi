@@ -55,6 +55,28 @@ class AnswerParser:
     def feed(self, text: str) -> None: ...
     def result(self) -> ParsedAnswer: ...
 
+class DecoderSequence:
+    """A decoder and one sequence's keys and values."""
+
+    def run(
+        self, embeds: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32], past: int
+    ) -> NDArray[np.float32]: ...
+
+class DecoderStep:
+    """The weights of a small decoder."""
+
+    def __init__(
+        self,
+        dtype: str,
+        heads: int,
+        kv_heads: int,
+        epsilon: float,
+        matrices: Sequence[Sequence[NDArray[Any]]],
+        vectors: Sequence[Sequence[NDArray[np.float32]]],
+        final_norm: NDArray[np.float32],
+    ) -> None: ...
+    def open(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> DecoderSequence: ...
+
 def cpu_features() -> list[str]: ...
 def gather_rows(weight: NDArray[Any], dtype: str, ids: NDArray[np.int64]) -> NDArray[np.float32]: ...
 def mask_box(mask: NDArray[np.bool_]) -> list[int] | None: ...

@@ -8,9 +8,10 @@ from typing import ParamSpec, TypeVar
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
-from medreasoner.providers import RuntimeOptions
+from medreasoner.providers import CPU, RuntimeOptions
 from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.prompt import load_tokenizer
+from medreasoner.reasoner.step import load_step, steps_pay
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
 from medreasoner.sessions import SessionOpener
@@ -101,6 +102,10 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
         lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)
         opened = {name: each.result() for (name, _), each in zip(graphs, opening, strict=True)}
         vision, encoder, decoder, mask_decoder = (each.session for each in opened.values())
+        on_cpu = decoder.providers[0] == CPU
+        step = None
+        if reasoner.step is not None and on_cpu and steps_pay():
+            step = load_step(bundle.path(reasoner.step.file), reasoner, reasoner.step)
         warnings = dict.fromkeys(line for each in opened.values() for line in each.warnings)
         return Engine(
             reasoner=Reasoner(
@@ -110,6 +115,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
                 tokenizer=tokenizer.result(),
                 embedding=embedding,
                 lm_head=lm_head,
+                step=step,
             ),
             segmenter=Segmenter(segmenter, encoder=encoder, decoder=mask_decoder),
             pool=ThreadPoolExecutor(2, thread_name_prefix="medreasoner"),

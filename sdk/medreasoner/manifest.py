@@ -5,7 +5,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from medreasoner.errors import BundleError
@@ -77,7 +77,9 @@ def read_record(record: type[Record], data: Any, key: str) -> Record:
     if not isinstance(data, dict):
         raise _mismatch(key, "an object", data)
     hints = get_type_hints(record)
-    names = [field.name for field in fields(record)]  # type: ignore[arg-type]
+    every = fields(record)  # type: ignore[arg-type]
+    optional = {field.name for field in every if field.default is not MISSING}
+    names = [field.name for field in every if field.name in data or field.name not in optional]
     for name in sorted(data.keys() ^ set(names)):
         raise BundleError(f"{_join(key, name)}: {'unknown key' if name in data else 'missing'}")
     values = {name: _read(hints[name], data[name], _join(key, name)) for name in names}

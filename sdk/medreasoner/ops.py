@@ -22,13 +22,24 @@ from medreasoner._array_checks import (
     check_size,
     check_weight,
 )
-from medreasoner._kernels import AnswerGrammar, AnswerParser, AnswerState, ParsedAnswer, cpu_features, simd_level
+from medreasoner._kernels import (
+    AnswerGrammar,
+    AnswerParser,
+    AnswerState,
+    DecoderSequence,
+    DecoderStep,
+    ParsedAnswer,
+    cpu_features,
+    simd_level,
+)
 from medreasoner.errors import ArrayError
 
 __all__ = [
     "AnswerGrammar",
     "AnswerParser",
     "AnswerState",
+    "DecoderSequence",
+    "DecoderStep",
     "ParsedAnswer",
     "Rle",
     "VoiFunction",

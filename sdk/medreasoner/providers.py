@@ -227,17 +227,17 @@ class OrtBuffer:
 
         self.value = ort.OrtValue.ortvalue_from_numpy(host, device, 0)
         self._shape, self._dtype = host.shape, host.dtype
-        self._host = host if device == "cpu" else None
+        self.host = host if device == "cpu" else None
 
     def save(self, n_positions: int) -> Array:
         """Copy of the leading positions, on the host."""
-        content: Array = self.value.numpy() if self._host is None else self._host
+        content: Array = self.value.numpy() if self.host is None else self.host
         return content[:, :, :n_positions].copy()
 
     def restore(self, saved: Array) -> None:
         """Write saved positions back."""
-        if self._host is not None:
-            self._host[:, :, : saved.shape[2]] = saved
+        if self.host is not None:
+            self.host[:, :, : saved.shape[2]] = saved
             return
         content = np.zeros(self._shape, self._dtype)  # ONNX Runtime updates a device tensor as a whole
         content[:, :, : saved.shape[2]] = saved

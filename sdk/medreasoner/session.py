@@ -14,6 +14,11 @@ Array: TypeAlias = NDArray[Any]
 class Buffer(Protocol):
     """Keys or values (1, n_kv_heads, capacity, head_dim) that live on the session's device from run to run."""
 
+    @property
+    def host(self) -> Array | None:
+        """An array that shares its memory; None where that is a device's."""
+        ...
+
     def save(self, n_positions: int) -> Array:
         """Copy (1, n_kv_heads, n_positions, head_dim) of the leading positions, on the host."""
         ...

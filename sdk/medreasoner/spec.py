@@ -219,6 +219,21 @@ class ReasonerGraphs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepSpec:
+    """A small decoder's weights in the file beside its graph, for steps without the graph: element types and sizes."""
+
+    file: str
+    matrices: WeightDtype
+    vectors: Literal["float32", "float16"]
+    mlp_dim: int
+    rms_norm_eps: float
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "mlp_dim")
+        _need(self.rms_norm_eps > 0, "rms_norm_eps", "a positive number", self.rms_norm_eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonerSpec:
     """The vision-language model: graphs, tokenizer, sizes, texts and limits (in tokens)."""
 
@@ -243,6 +258,7 @@ class ReasonerSpec:
     absent_threshold: float | None
     max_query_tokens: int
     max_think_tokens: int
+    step: StepSpec | None = None
 
     def __post_init__(self) -> None:
         _need_positive(self, "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
@@ -330,4 +346,5 @@ class BundleSpec:
         reasoner, segmenter, licence = self.reasoner, self.segmenter, self.licence.file
         names = [reasoner.graphs.vision, reasoner.graphs.decoder, reasoner.embedding.file, reasoner.lm_head.file]
         names += [reasoner.tokenizer, segmenter.graphs.encoder, segmenter.graphs.decoder]
+        names += [reasoner.step.file] if reasoner.step else []
         return tuple(dict.fromkeys([*names, licence] if licence else names))

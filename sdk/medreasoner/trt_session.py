@@ -97,6 +97,10 @@ class TrtBuffer:
         assert self._back is not None
         self._front, self._back = self._back, self._front
 
+    @property
+    def host(self) -> None:
+        """Its memory is the GPU's."""
+
     def save(self, n_positions: int) -> Array:
         """Copy of the leading positions, on the host."""
         saved = np.empty((*self.shape[:2], n_positions, *self.shape[3:]), self._dtype)

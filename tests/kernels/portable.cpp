@@ -7,6 +7,7 @@
 
 #include "answer_grammar.h"
 #include "answer_parser.h"
+#include "decoder_step.h"
 #include "mask.h"
 #include "preprocess.h"
 #include "resize.h"
@@ -98,6 +99,31 @@ void rows() {
     }
 }
 
+void decoder() {
+    const DecoderShape shape{32, 4, 2, 16, 48, 1e-6f};
+    const int64_t capacity = 8, past = 3, n = 2;
+    std::vector<std::vector<float>> kept;
+    const auto drawn = [&](int64_t size, float scale) {
+        kept.emplace_back(size);
+        for (auto& v : kept.back()) v = scale * draw_float();
+        return kept.back().data();
+    };
+    DecoderWeights weights{shape, Dtype::float32, {}, nullptr};
+    DecoderCache cache{Dtype::float16, capacity, {}};
+    std::vector<std::vector<uint16_t>> buffers(4, std::vector<uint16_t>(2 * capacity * 16));
+    for (int layer = 0; layer < 2; ++layer) {
+        weights.layers.push_back({drawn(32, 1), drawn(32 * 128, 0.2f), drawn(128, 1), drawn(64 * 32, 0.2f), drawn(32, 1),
+                                  drawn(32 * 48, 0.2f), drawn(32 * 48, 0.2f), drawn(48 * 32, 0.2f)});
+        for (int part = 0; part < 2; ++part)
+            for (auto& v : buffers[2 * layer + part]) v = static_cast<uint16_t>(((draw() >> 16) & 0x83ff) | 0x3800);
+        cache.layers.push_back({buffers[2 * layer].data(), buffers[2 * layer + 1].data()});
+    }
+    weights.final_norm = drawn(32, 1);
+    std::vector<float> out(n * 32);
+    decoder_step(weights, cache, past, n, drawn(n * 32, 1), drawn(n * 8, 1), drawn(n * 8, 1), out.data());
+    print_floats("decoder", out);
+}
+
 void answers() {
     for (const char* text : {"<think>left</think><answer>{'bbox': [1.5, 2e1, 30, -4.25], \"points_1\": [1,2], 'points_2':[3 ,4.0]}</answer>",
                              "<answer>{'bbox': [1, 2, 3]}</answer>", "<answer>{\"bbox\": [1,2,3,4]", "none",
@@ -133,5 +159,6 @@ int main() {
     images();
     masks();
     rows();
+    decoder();
     answers();
 }

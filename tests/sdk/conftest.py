@@ -149,7 +149,9 @@ def toy_tokenizer() -> Callable[..., Tokenizer]:
 
 
 class ArrayBuffer:
-    """A buffer that is an array."""
+    """A buffer that is an array, as if on a device."""
+
+    host = None
 
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         self.content = np.zeros(shape, dtype)

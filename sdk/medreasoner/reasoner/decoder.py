@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner.errors import GenerationError
+from medreasoner.ops import DecoderStep
 from medreasoner.reasoner.rotary import rotary_tables
+from medreasoner.reasoner.step import MAX_TOKENS
 from medreasoner.session import Buffer, Session
 from medreasoner.spec import ReasonerSpec
 
@@ -31,10 +33,11 @@ class KvCache:
     """One sequence's keys and values, in buffers of the decoder's full length.
 
     The graph reads and writes the same buffers, so a step copies nothing. Positions beyond `length` hold whatever an
-    earlier sequence left; the graph does not look at them.
+    earlier sequence left; the graph does not look at them. `sequence` runs steps on them, where there is a `step` and
+    the buffers are in reach.
     """
 
-    def __init__(self, session: Session, spec: ReasonerSpec) -> None:
+    def __init__(self, session: Session, spec: ReasonerSpec, step: DecoderStep | None) -> None:
         shape = (1, spec.n_kv_heads, spec.max_length, spec.head_dim)
         names = [f"{kind}.{layer}" for layer in range(spec.n_layers) for kind in ("key", "value")]
         dtype = session.element_type(f"past_{names[0]}")
@@ -42,6 +45,9 @@ class KvCache:
         self.binding = session.bind(
             inputs=self._buffers, outputs={f"present_{name}": self._buffers[f"past_{name}"] for name in names}
         )
+        hosts = [buffer.host for buffer in self._buffers.values() if buffer.host is not None]
+        in_reach = len(hosts) == len(self._buffers)
+        self.sequence = step.open(hosts[::2], hosts[1::2]) if step is not None and in_reach else None
         self.length = 0
 
     def save(self) -> SavedPrefix:
@@ -65,10 +71,12 @@ class Decoder:
         Of the decoder graph.
     spec
         Sizes and limits.
+    step
+        What takes a few tokens in the graph's place, on the CPU.
     """
 
-    def __init__(self, session: Session, spec: ReasonerSpec) -> None:
-        self._session, self._spec = session, spec
+    def __init__(self, session: Session, spec: ReasonerSpec, step: DecoderStep | None = None) -> None:
+        self._session, self._spec, self._step = session, spec, step
         self._lock = threading.Lock()  # one run at a time: two would only take the cores from each other
         self._idle: list[KvCache] = []
 
@@ -77,7 +85,7 @@ class Decoder:
         try:
             cache = self._idle.pop()
         except IndexError:
-            return KvCache(self._session, self._spec)
+            return KvCache(self._session, self._spec, self._step)
         cache.length = 0
         return cache
 
@@ -115,6 +123,11 @@ class Decoder:
                 f"{total} tokens do not fit the model's {spec.max_length}; use a smaller image or query"
             )
         cos, sin = rotary_tables(positions, head_dim=spec.head_dim, theta=spec.rope_theta, sections=spec.mrope_section)
+        if cache.sequence is not None and n <= MAX_TOKENS:
+            with self._lock:
+                states = cache.sequence.run(embeds, cos, sin, cache.length)
+            cache.length = total
+            return states
         inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": embeds[None],  # (1, n, hidden_dim)
             "rotary_cos": cos,
@@ -126,5 +139,4 @@ class Decoder:
         with self._lock:
             hidden = cache.binding.run(inputs)["hidden_states"]
         cache.length = total
-        states: NDArray[np.float32] = hidden[0]
-        return states
+        return np.asarray(hidden[0], np.float32)

@@ -63,6 +63,8 @@ class Reasoner:
         Sessions of its graphs.
     tokenizer, embedding, lm_head
         What stays outside the graphs.
+    step
+        What takes a few tokens in the decoder graph's place, on the CPU.
 
     Raises
     ------
@@ -79,11 +81,12 @@ class Reasoner:
         tokenizer: "Tokenizer",
         embedding: WeightMatrix,
         lm_head: WeightMatrix,
+        step: ops.DecoderStep | None = None,
     ) -> None:
         self.spec = spec
         self.prompt = Prompt(tokenizer, spec)
         self._vision = vision
-        self._decoder = Decoder(decoder, spec)
+        self._decoder = Decoder(decoder, spec, step)
         self._embedding, self._lm_head = embedding, lm_head
         self._writer = AnswerWriter(spec, tokenizer, lm_head)
         if isinstance(spec.vision.resize, StretchResize):  # one grid only: its grammar is known now

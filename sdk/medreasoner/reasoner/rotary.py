@@ -77,7 +77,7 @@ def rotary_tables(
     cos, sin : (n, head_dim / 2) float32
     """
     frequencies, axis = _frequencies(head_dim, theta, sections)
-    angles = positions[axis].T.astype(np.float32) * frequencies  # (n, head_dim / 2)
+    angles = np.ascontiguousarray(positions[axis].T, np.float32) * frequencies  # (n, head_dim / 2)
     return np.cos(angles), np.sin(angles)
 
 

@@ -1,0 +1,59 @@
+// A few tokens through a small Qwen2 decoder, over the key-value buffers that ONNX Runtime uses too. A session of the
+// same graph spends most of such a step between its operators.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "rows.h"
+
+namespace medreasoner {
+
+// All sizes are multiples of kStepAlign, so that no row ends within a vector; heads divide by kv_heads.
+constexpr int64_t kStepAlign = 16;
+
+struct DecoderShape {
+    int64_t hidden, heads, kv_heads, head_dim, mlp;
+    float epsilon;  // of the normalisations
+
+    int64_t q_dim() const { return heads * head_dim; }
+    int64_t kv_dim() const { return kv_heads * head_dim; }
+};
+
+// Matrices are row-major (in, out), as the graph has them; vectors are float32.
+struct DecoderLayer {
+    const float* input_norm;      // (hidden,)
+    const void* qkv;              // (hidden, q_dim + 2 * kv_dim)
+    const float* qkv_bias;        // (q_dim + 2 * kv_dim,)
+    const void* output;           // (q_dim, hidden)
+    const float* attention_norm;  // (hidden,), behind the attention
+    const void* gate;             // (hidden, mlp)
+    const void* up;               // (hidden, mlp)
+    const void* down;             // (mlp, hidden)
+};
+
+struct DecoderWeights {
+    DecoderShape shape;
+    Dtype dtype;  // of the matrices
+    std::vector<DecoderLayer> layers;
+    const float* final_norm;  // (hidden,)
+};
+
+// Keys and values of one layer, (kv_heads, capacity, head_dim) each.
+struct LayerCache {
+    void* keys;
+    void* values;
+};
+
+struct DecoderCache {
+    Dtype dtype;  // float32 or float16
+    int64_t capacity;
+    std::vector<LayerCache> layers;
+};
+
+// embeds (n, hidden) and the tables cos, sin (n, head_dim / 2) of tokens at the places past .. past + n - 1 of the cache
+// -> out (n, hidden) after the last normalisation; their keys and values are appended. past + n <= capacity.
+void decoder_step(const DecoderWeights& weights, const DecoderCache& cache, int64_t past, int64_t n, const float* embeds,
+                  const float* cos, const float* sin, float* out);
+
+}  // namespace medreasoner

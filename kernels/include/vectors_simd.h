@@ -1,0 +1,61 @@
+// Vectors of floats, and how numbers are loaded into them; for the bodies of for_each_level.h.
+
+typedef float VecF __attribute__((vector_size(4 * MR_LANES)));
+typedef uint32_t VecU __attribute__((vector_size(4 * MR_LANES)));
+typedef float Quad __attribute__((vector_size(16)));
+
+template <class V>
+MR_TARGET inline V load(const void* from) {
+    V v;
+    std::memcpy(&v, from, sizeof v);
+    return v;
+}
+
+MR_TARGET inline VecF load_float(const float* from) { return load<VecF>(from); }
+
+MR_TARGET inline void save(VecF v, float* to) { std::memcpy(to, &v, sizeof v); }
+
+// 16-bit patterns to 32 bits. Intrinsics, since the compilers do this element by element otherwise.
+MR_TARGET inline VecU widen16(const uint16_t* from) {
+#if MR_LANES == 16
+    return (VecU)_mm512_cvtepu16_epi32(load<__m256i>(from));
+#elif MR_LANES == 8
+    return (VecU)_mm256_cvtepu16_epi32(load<__m128i>(from));
+#elif defined(__SSE2__)
+    return (VecU)_mm_unpacklo_epi16(_mm_loadl_epi64((const __m128i*)from), _mm_setzero_si128());
+#elif defined(__ARM_NEON)
+    return (VecU)vmovl_u16(vld1_u16(from));
+#else
+    return VecU{from[0], from[1], from[2], from[3]};
+#endif
+}
+
+MR_TARGET inline VecF load_float(const Bfloat16* from) { return (VecF)(widen16(&from->bits) << 16); }
+
+MR_TARGET inline VecF load_float(const Float16* from) {
+#if MR_LANES == 16
+    return (VecF)_mm512_cvtph_ps(load<__m256i>(from));
+#elif MR_LANES == 8
+    return (VecF)_mm256_cvtph_ps(load<__m128i>(from));
+#else
+    // Scaling by 2^112 moves the exponent bias from 15 to 127 and is exact for subnormal numbers too.
+    const VecU bits = widen16(&from->bits);
+    const VecF scaled = (VecF)((bits & 0x7fff) << 13) * 0x1p112f;
+    const VecU special = (VecU)((bits & 0x7c00) == 0x7c00) & 0x7f800000;
+    return (VecF)((VecU)scaled | special | ((bits & 0x8000) << 16));
+#endif
+}
+
+MR_TARGET inline float sum(VecF v) {
+#if MR_LANES == 16
+    const __m512 whole = (__m512)v;
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+    Quad four = (Quad)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#elif MR_LANES == 8
+    Quad four = (Quad)_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+#else
+    Quad four = v;
+#endif
+    four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
+    return four[0] + four[1];
+}
