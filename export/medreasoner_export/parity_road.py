@@ -16,8 +16,12 @@ import numpy.typing as npt
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
 from medreasoner.engine import Engine, load_engine
+from medreasoner.geometry import Placement
 from medreasoner.image import Image
 from medreasoner.providers import RuntimeOptions
+from medreasoner.reasoner.model import Decoded
+from medreasoner.reasoner.prompt import load_tokenizer
+from medreasoner.reasoner.vision import VisionGrid
 from medreasoner.segmenter import encoder_input
 from medreasoner_export.reference_reasoner import ReferenceReasoner
 from medreasoner_export.report import ParityStage, compare
@@ -133,37 +137,68 @@ def road_stages(
     """
     torch = require("torch", extra="export", feature="The parity check")
     engine = load_engine(bundle, RuntimeOptions(device="cpu"))
+    tokenizer = load_tokenizer(str(bundle.path(bundle.spec.reasoner.tokenizer)))
+    answers = [_answer(engine, tokenizer, question) for question in questions]
+    del engine  # a large bundle and its reference do not fit the memory together
     reference = ReferenceReasoner(bundle, reasoner_dir, adapter)
     with torch.inference_mode():
-        answers = [_compare(bundle, engine, reference, segment, question) for question in questions]
-    yield from _stages(answers, LIMITS.get(bundle.spec.precision, LIMITS["fp32"]))
+        compared = [_compare(bundle, answer, reference, segment) for answer in answers]
+    yield from _stages(compared, LIMITS.get(bundle.spec.precision, LIMITS["fp32"]))
 
 
-def _compare(
-    bundle: Bundle, engine: Engine, reference: ReferenceReasoner, segment: Segment, question: Question
-) -> _Compared:
-    reasoner, image = engine.reasoner, question.image
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answered:
+    """What a bundle makes of a question: `found` are (n, vocab_size) logits at the n tokens `ids` of its answer."""
+
+    image: Image
+    placement: Placement
+    patches: Array
+    grid: VisionGrid
+    prompt: list[int]
+    decoded: Decoded
+    ids: list[int]
+    found: Array
+    mask: npt.NDArray[np.bool_] | None
+
+
+def _answer(engine: Engine, tokenizer: Any, question: Question) -> _Answered:
+    reasoner, segmenter, image = engine.reasoner, engine.segmenter, question.image
     placement = reasoner.place(image)
     patches = reasoner.preprocess(image, placement)
     prefix = reasoner.read_prefix(reasoner.encode(patches[None], placement)[0], placement)
     decoded = _result(reasoner.answer(prefix, question.query, think=False))
-    ids = reference.encode(decoded.text)
-    found = reasoner.logits(prefix, question.query, ids)
-    prompt = reasoner.prompt.whole(question.query, prefix.grid.n_tokens)
-    expected = reference.read(prompt, ids, patches, prefix.grid)
+    ids = list(tokenizer.encode(decoded.text, add_special_tokens=False).ids)
+    mask = None
+    if decoded.corners is not None and decoded.points is not None:
+        embedded = segmenter.encode(image)
+        logits, _ = segmenter.decode(embedded, corners=decoded.corners, points=decoded.points)
+        mask = segmenter.mask(logits, embedded)
+    return _Answered(
+        image=image,
+        placement=placement,
+        patches=patches,
+        grid=prefix.grid,
+        prompt=reasoner.prompt.whole(question.query, prefix.grid.n_tokens),
+        decoded=decoded,
+        ids=ids,
+        found=reasoner.logits(prefix, question.query, ids),
+        mask=mask,
+    )
+
+
+def _compare(bundle: Bundle, answer: _Answered, reference: ReferenceReasoner, segment: Segment) -> _Compared:
+    found, ids, image, placement = answer.found, answer.ids, answer.image, answer.placement
+    expected = reference.read(answer.prompt, ids, answer.patches, answer.grid)
     walk = reference.walk(reference.start(placement), ids, expected)
     own = reference.answer(reference.start(placement), ids, expected)
     off = None
-    if decoded.corners is not None and decoded.points is not None and not own.absent:
+    if answer.mask is not None and answer.decoded.corners is not None and not own.absent:
         pairs = np.reshape(np.array(own.values, np.float64), (4, 2))
-        corners, points = np.split(placement.from_answer(pairs, reasoner.spec.coordinates), 2)
-        pixels = float(np.abs(corners - decoded.corners).max())
-        embedded = engine.segmenter.encode(image)
-        logits, _ = engine.segmenter.decode(embedded, corners=decoded.corners, points=decoded.points)
-        mine = engine.segmenter.mask(logits, embedded)
+        corners, points = np.split(placement.from_answer(pairs, bundle.spec.reasoner.coordinates), 2)
+        pixels = float(np.abs(corners - answer.decoded.corners).max())
         planes, grid = encoder_input(bundle.spec.segmenter, image)
         theirs = segment(planes, grid, corners, points)
-        off = (pixels, pixels / max(image.height, image.width), 1.0 - _dice(mine, theirs))
+        off = (pixels, pixels / max(image.height, image.width), 1.0 - _dice(answer.mask, theirs))
     return _Compared(
         found=found,
         expected=expected,
@@ -175,7 +210,7 @@ def _compare(
             ]
         ),
         likeliest=found.argmax(axis=1) == np.array(ids),
-        differs=own.absent != (decoded.corners is None),
+        differs=own.absent != (answer.decoded.corners is None),
         off=off,
     )
 

@@ -69,14 +69,10 @@ class ReferenceReasoner:
         self._spec = bundle.spec.reasoner
         self._model = streamed_qwen(folder, adapter=adapter)
         tokenizer = load_tokenizer(str(bundle.path(self._spec.tokenizer)))
-        self._tokenizer, self._image_token = tokenizer, Prompt(tokenizer, self._spec).image_token
+        self._image_token = Prompt(tokenizer, self._spec).image_token
         self._grammars = GrammarBook(tokenizer, self._spec.answer)
         self._cache: Any = None
         self._n_prompt = 0
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of an answer's text."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def start(self, placement: Placement) -> AnswerState:
         """The grammar at the beginning of an answer about an image that lies so in the grid."""

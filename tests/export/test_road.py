@@ -14,6 +14,7 @@ from medreasoner.bundle import Bundle
 from medreasoner.engine import load_engine
 from medreasoner.errors import BundleError
 from medreasoner.providers import RuntimeOptions
+from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_export import build_bundle, export_reasoner, export_segmenter, verify_bundle
 from medreasoner_export.parity_road import own_questions, road_stages
 from medreasoner_export.parity_segmenter import mask_of
@@ -98,7 +99,10 @@ def test_its_own_answer_does_not_depend_on_what_it_read_before(bundle: Bundle, t
     patches = engine.reasoner.preprocess(question.image, placement)
     prefix = engine.reasoner.read_prefix(engine.reasoner.encode(patches[None], placement)[0], placement)
     prompt = engine.reasoner.prompt.whole(question.query, prefix.grid.n_tokens)
-    template = bundle.spec.reasoner.answer.present
+    template, tokenizer = (
+        bundle.spec.reasoner.answer.present,
+        load_tokenizer(str(bundle.path(bundle.spec.reasoner.tokenizer))),
+    )
     answers = []
     with torch.inference_mode():
         for numbers in ((0, 0, 1, 1, 0, 0, 0, 0), (3, 9, 12, 17, 5, 11, 8, 13), (1, 2, 30, 40, 9, 9, 20, 30)):
@@ -106,7 +110,7 @@ def test_its_own_answer_does_not_depend_on_what_it_read_before(bundle: Bundle, t
             text = template
             for name, number in zip(names, numbers, strict=True):
                 text = text.replace("{" + name + "}", str(number))
-            ids = reference.encode(text)
+            ids = tokenizer.encode(text, add_special_tokens=False).ids
             logits = reference.read(prompt, ids, patches, prefix.grid)
             assert logits.shape == (len(ids), bundle.spec.reasoner.vocab_size)
             own = reference.answer(reference.start(placement), ids, logits)
