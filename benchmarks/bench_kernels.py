@@ -17,6 +17,13 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from medreasoner import ops
+from medreasoner.bundle import load_bundle
+from medreasoner.errors import BundleError
+from medreasoner.providers import RuntimeOptions
+from medreasoner.reasoner.decoder import Decoder
+from medreasoner.reasoner.rotary import text_positions
+from medreasoner.reasoner.step import load_step
+from medreasoner.sessions import decoder_session
 
 RNG = np.random.default_rng(0)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -194,7 +201,38 @@ def answer_cases() -> dict[str, Case]:
     }
 
 
-CASES = image_cases() | row_cases() | mask_cases() | answer_cases()
+def step_cases() -> dict[str, Case]:
+    """Tokens of an answer through nano's decoder, after a prompt; none in a build without nano."""
+    try:
+        bundle = load_bundle("nano")
+    except BundleError:
+        return {}
+    spec = bundle.spec.reasoner
+    if spec.step is None:
+        return {}
+    session = decoder_session(bundle.path(spec.graphs.decoder), RuntimeOptions(device="cpu", n_threads=1))
+    step = load_step(bundle.path(spec.step.file), spec, spec.step)
+    plain, stepping = Decoder(session, spec), Decoder(session, spec, step)
+
+    def case(n: int) -> Case:
+        embeds = RNG.standard_normal((n, spec.hidden_dim), np.float32)
+        positions = text_positions(110, n)
+
+        def run(decoder: Decoder) -> Callable[[], Any]:
+            cache = decoder.open_cache()
+
+            def once() -> Any:
+                cache.length = 110
+                return decoder.run(cache, embeds, positions)
+
+            return once
+
+        return Case(run(stepping), "ONNX Runtime, 1 thread", run(plain))
+
+    return {f"decoder of nano, {n} tokens after 110": case(n) for n in (1, 2, 9, 20)}
+
+
+CASES = image_cases() | row_cases() | mask_cases() | answer_cases() | step_cases()
 
 
 @pytest.fixture(scope="module")
