@@ -30,6 +30,10 @@ SettingsOption = Annotated[
     Path | None, typer.Option(help="JSON file whose entries replace those of the checkpoint's medreasoner.json.")
 ]
 
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Start anew, and drop what a stopped build has left beside the output.")
+]
+
 
 @app.command()
 def reasoner(
@@ -42,6 +46,7 @@ def reasoner(
     ] = "fp32",
     adapter: AdapterOption = None,
     settings: SettingsOption = None,
+    fresh: FreshOption = False,
 ) -> None:
     """Export a Qwen2.5-VL checkpoint: vision and decoder graphs, embedding, tokenizer.
 
@@ -50,7 +55,7 @@ def reasoner(
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
     options = package.ReasonerOptions(
-        weights=weights, precision=precision, adapter=adapter, settings=_read_json(settings)
+        weights=weights, precision=precision, adapter=adapter, settings=_read_json(settings), fresh=fresh
     )
     with _bar() as progress:
         export = package.export_reasoner(checkpoint, output, options=options, progress=progress, announce=_note)
@@ -71,6 +76,7 @@ def segmenter(
         Literal["fp32", "fp16", "int8"], typer.Option(help="Of the image encoder; fp16 is for GPUs.")
     ] = "fp32",
     settings: SettingsOption = None,
+    fresh: FreshOption = False,
 ) -> None:
     """Export a SAM, MedSAM, SAM-Med2D, LiteMedSAM, SAM 2 or MedSAM2: image encoder and mask decoder.
 
@@ -80,7 +86,9 @@ def segmenter(
     medreasoner-cli export segmenter MedSAM2_latest.pt --arch medsam2 -o build/segmenter
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
-    options = package.SegmenterOptions(arch=arch, weights=weights, precision=precision, settings=_read_json(settings))
+    options = package.SegmenterOptions(
+        arch=arch, weights=weights, precision=precision, settings=_read_json(settings), fresh=fresh
+    )
     with _bar() as progress:
         export = package.export_segmenter(checkpoint, output, options=options, progress=progress, announce=_note)
     print(export.folder)
@@ -133,6 +141,7 @@ def tensorrt(
     keep_graphs: Annotated[
         bool, typer.Option(help="Leave the ONNX graphs of the engines for another builder.")
     ] = False,
+    fresh: FreshOption = False,
 ) -> None:
     """Build a bundle's TensorRT-RTX engines ahead of time, on a machine without a GPU.
 
@@ -151,6 +160,7 @@ def tensorrt(
         limits=limits,
         calibration=tuple(calibrate or ()),
         keep_graphs=keep_graphs,
+        fresh=fresh,
     )
     target = output or Path(f"{Path(bundle).resolve().name}-engines")
     export = package.export_engines(

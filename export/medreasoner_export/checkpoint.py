@@ -156,6 +156,15 @@ class Weights:
             raise BundleError(f"{entry.file}: tensor {name}: expected one of {sorted(DTYPES)}, got {entry.dtype}")
         return str(DTYPES[entry.dtype].name)
 
+    @property
+    def unread(self) -> frozenset[str]:
+        """Names of the tensors that nothing has read yet."""
+        return frozenset(self._unread)
+
+    def mark_read(self, names: Iterable[str]) -> None:
+        """Count tensors as read: what was made of them is there already."""
+        self._unread -= set(names)
+
     def check_all_read(self, *, ignore: tuple[str, ...] = ()) -> None:
         """Refuse a checkpoint with tensors that the graphs do not use: they would be dropped silently.
 

@@ -2,8 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -12,9 +12,10 @@ import onnx
 from medreasoner.bundle import Bundle, load_bundle
 from medreasoner.engines import ENGINES, ENGINES_VERSION, EngineRecord, TensorRecord
 from medreasoner.errors import BundleError
+from medreasoner.manifest import read_record
 from medreasoner_export.calibrate import input_ranges, segmenter_images
 from medreasoner_export.checkpoint import sha256_of
-from medreasoner_export.folder import writing_export
+from medreasoner_export.folder import Build, build_key, building
 from medreasoner_export.graph import LARGEST_INSIDE, save_graph, weights_file
 from medreasoner_export.needs import free_disk
 from medreasoner_export.stored import StoredWeights
@@ -54,6 +55,8 @@ class EngineOptions:
         Image files, for int8.
     keep_graphs
         Leave the graphs that the engines were built from beside them, for another builder.
+    fresh
+        Do not use the engines that a stopped build has left beside the output.
     """
 
     architectures: tuple[str, ...]
@@ -62,6 +65,7 @@ class EngineOptions:
     graphs: tuple[GraphName, ...] = ("mask_decoder", "encoder", "vision", "decoder")
     calibration: Sequence[str | Path] = ()
     keep_graphs: bool = False
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,33 +113,57 @@ def export_engines(
         raise BundleError(f"{out}: engines go into another folder than the bundle, whose files its manifest lists")
     cache: Literal["float32", "float16"] = "float32" if options.precision == "fp32" else "float16"
     plans = [plan for plan in engine_plans(bundle, options.limits, cache) if plan.name in options.graphs]
-    _need_disk(bundle, plans, out, options, say)
-    entries: list[EngineRecord] = []
     # Read before anything is written: one that cannot be read costs no engine.
     feeds = list(segmenter_images(bundle, options.calibration)) if options.precision == "int8" else []
     stale = ("*.engine", *(f"{plan}.onnx*" for plan in GRAPH_NAMES))
-    with writing_export(out, description=ENGINES, stale=stale) as scratch:
+    # Each engine is a stage: those of other architectures and graphs may be asked for the next time.
+    about = replace(options, architectures=(), graphs=(), keep_graphs=False, fresh=False)
+    key = build_key(repr((version, bundle.digest, about)), map(Path, options.calibration))
+    with building(out, key=key, description=ENGINES, stale=stale, fresh=options.fresh, announce=say) as build:
+        _need_disk(bundle, plans, build, options, say)
+        entries: list[dict[str, Any]] = []
         for plan in plans:
-            graph, precision = _write_graph(bundle, plan, options, feeds, scratch)
-            for architecture in options.architectures:
-                entries.append(_write_engine(bundle, plan, graph, architecture, precision, say))
-            if not options.keep_graphs:
-                for path in scratch.glob(f"{graph.name}*"):
-                    path.unlink()
+            entries += _write_engines(build, bundle, plan, options, feeds, say)
         content = {
             "schema_version": ENGINES_VERSION,
             "bundle": {"name": bundle.spec.name, "version": bundle.spec.version, "sha256": bundle.digest},
             "builder": version,
-            "engines": [asdict(each) for each in entries],
+            "engines": entries,
         }
-        (scratch / ENGINES).write_text(json.dumps(content, indent=1) + "\n")
-    return EngineExport(folder=out, engines=tuple(entries))
+        build.write_description(json.dumps(content, indent=1) + "\n")
+    return EngineExport(folder=out, engines=tuple(read_record(EngineRecord, each, "") for each in entries))
+
+
+def _write_engines(
+    build: Build, bundle: Bundle, plan: EnginePlan, options: EngineOptions, feeds: Sequence[Mapping[str, Any]],
+    say: Progress,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """Build a graph's engines, or take those that a stopped build has left; entries of ``engines.json``."""
+    names = [f"{plan.name}.{architecture}" for architecture in options.architectures]
+    if not options.keep_graphs and all(name in build.found for name in names):
+        made: dict[str, Any] = {}  # nothing needs the graph any more
+    else:
+        made = build.stage(
+            f"{plan.name}.graph", lambda folder: _write_graph(bundle, plan, options, feeds, folder),
+            kept=options.keep_graphs,
+        )  # fmt: skip
+    for architecture, name in zip(options.architectures, names, strict=True):
+
+        def engine(folder: Path, architecture: str = architecture) -> dict[str, Any]:
+            graph = build.folder(f"{plan.name}.graph") / f"{plan.name}.onnx"
+            record = _write_engine(bundle, plan, graph, architecture, made, say)
+            (graph.parent / record.file).replace(folder / record.file)
+            return asdict(record)
+
+        yield build.stage(name, engine)
+    if not options.keep_graphs:
+        build.drop(f"{plan.name}.graph")
 
 
 def _write_graph(
     bundle: Bundle, plan: EnginePlan, options: EngineOptions, feeds: Sequence[Mapping[str, Any]], folder: Path
-) -> tuple[Path, EnginePrecision]:
-    """The graph in the ``trt`` dialect, and the precision that it has."""
+) -> dict[str, Any]:
+    """Write the graph in the ``trt`` dialect; return the precision that it has, and its hash."""
     source, path = bundle.path(plan.source), folder / f"{plan.name}.onnx"
     eighths = options.precision == "int8" and plan.name == "encoder"
     half = options.precision != "fp32"
@@ -145,15 +173,15 @@ def _write_graph(
     with weights_file(path, wanted=large) as outside:
         model = trt_graph(source, plan, half=half, ranges=ranges, metadata=metadata, outside=outside)
     save_graph(model, path)
-    return path, "int8" if eighths else "fp16" if half else "fp32"
+    return {"precision": "int8" if eighths else "fp16" if half else "fp32", "sha256": sha256_of(path)}
 
 
 def _write_engine(
-    bundle: Bundle, plan: EnginePlan, graph: Path, architecture: str, precision: EnginePrecision, say: Progress
+    bundle: Bundle, plan: EnginePlan, graph: Path, architecture: str, made: Mapping[str, Any], say: Progress
 ) -> EngineRecord:
-    """Build and write one engine, and describe it."""
+    """Build one engine beside its graph, of which `made` tells precision and hash, and describe it."""
     started = time.monotonic()
-    path = graph.with_name(f"{plan.name}.{architecture}.{precision}.engine")
+    path = graph.with_name(f"{plan.name}.{architecture}.{made['precision']}.engine")
     fixed = build_engine(graph, plan, architecture, path)
     size = path.stat().st_size
     note = "" if fixed else "; addresses are random on this system, so that another build may differ in some bytes"
@@ -163,11 +191,11 @@ def _write_engine(
         sha256=sha256_of(path),
         size_bytes=size,
         architecture=architecture,
-        precision=precision,
+        precision=made["precision"],
         graph=plan.name,
         source=plan.source,
         source_sha256=bundle.spec.files[plan.source].sha256,
-        graph_sha256=sha256_of(graph),
+        graph_sha256=made["sha256"],
         inputs=_records(plan.inputs),
         outputs=_records(plan.outputs),
         profiles=tuple(
@@ -189,12 +217,14 @@ def _n_bytes(source: Path, precision: EnginePrecision) -> int:
     return StoredWeights(model, source).n_values * (4 if precision == "fp32" else 2)
 
 
-def _need_disk(bundle: Bundle, plans: Sequence[EnginePlan], out: Path, options: EngineOptions, say: Progress) -> None:
+def _need_disk(
+    bundle: Bundle, plans: Sequence[EnginePlan], build: Build, options: EngineOptions, say: Progress
+) -> None:
     """Tell how much disk the engines and the graphs on the way take, and refuse what is not there."""
     copies = len(options.architectures)
     weights = sum(_n_bytes(bundle.path(plan.source), options.precision) for plan in plans)
-    needed = weights * (copies + 1) + len(plans) * copies * KERNEL_BYTES
-    free = free_disk(out)
+    needed = max(0, weights * (copies + 1) + len(plans) * copies * KERNEL_BYTES - build.found_bytes)
+    free = free_disk(build.out)
     if needed > free:
-        raise BundleError(f"{out}: about {needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
+        raise BundleError(f"{build.out}: about {needed / 1e9:.1f} GB are needed, and {free / 1e9:.1f} GB are free")
     say(f"{len(plans) * copies} engines, about {needed / 1e6:.0f} MB of disk")

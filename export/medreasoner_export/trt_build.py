@@ -22,12 +22,20 @@ from medreasoner.errors import BundleError
 from medreasoner_export import trt_worker
 from medreasoner_export.trt_plan import EnginePlan, TensorSpec
 
-__all__ = ["build_engine", "builder_version", "check_architectures"]
+__all__ = ["BuilderStoppedError", "build_engine", "builder_version", "check_architectures"]
 
 # Of TensorRT's log, what an error quotes.
 QUOTED = 400
+# Signals that come from outside: SIGINT, SIGKILL (also where memory runs out), SIGTERM.
+STOPPED = (2, 9, 15)
 # What the worker gets of the environment: how to find Python, its packages and the system's libraries.
 PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "HOME", "TMPDIR")
+
+
+class BuilderStoppedError(BundleError):
+    """The builder was ended from outside, for want of memory say: engines built before it are worth keeping."""
+
+    resumable = True
 
 
 def builder_version() -> str:
@@ -126,7 +134,8 @@ def _run(job: Mapping[str, Any], folder: Path, source: str) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (ValueError, IndexError) as err:
         words = " ".join(done.stderr.split())[-QUOTED:]
-        raise BundleError(f"{source}: TensorRT-RTX's builder ended with {done.returncode} ({words})") from err
+        kind = BuilderStoppedError if -done.returncode in STOPPED else BundleError
+        raise kind(f"{source}: TensorRT-RTX's builder ended with {done.returncode} ({words})") from err
     return result
 
 
