@@ -5,6 +5,7 @@ renamed when it is finished, so that a stage is whole wherever the program was s
 options and sources takes those; one with others throws them away.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -200,9 +201,10 @@ def building(
         If the folder cannot be written, the message names it; or if another process makes the same export.
     """
     out = Path(out_dir)
-    absent = [path for path in (out, *out.parents) if not path.exists()]
+    absent: list[Path] = []
     build: Build | None = None
     try:
+        absent += [path for path in (out, *out.parents) if not path.exists()]
         if out.exists() and not (out.is_dir() and os.access(out, os.W_OK)):
             raise BundleError(f"{out}: it cannot be written; name a new folder, or one that may be written")
         build = Build(out, description, key, fresh=fresh)
@@ -317,7 +319,10 @@ def _told(err: OSError, out: Path) -> BundleError:
     """A failure to write, or to read a source, in our words."""
     words = err.strerror or type(err).__name__
     named = None if err.filename is None else Path(os.fsdecode(err.filename)).absolute()
-    work = _work_folder(out)
-    if named is None or named.is_relative_to(work) or named.is_relative_to(out.absolute()) or not named.exists():
-        return BundleError(f"{out}: it cannot be written ({words}); free some space, or name another folder")
+    own = named is None or named.is_relative_to(out.absolute())  # asked first: a name may be too long to look for
+    if own or named is None or named.is_relative_to(_work_folder(out)) or not named.exists():
+        full = err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        return BundleError(
+            f"{out}: it cannot be written ({words}); {'free some space, or ' if full else ''}name another folder"
+        )
     return BundleError(f"{named}: it cannot be read ({words})")

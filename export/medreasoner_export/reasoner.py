@@ -10,7 +10,10 @@ import numpy as np
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
+from medreasoner.reasoner.prompt import load_tokenizer
+from medreasoner.spec import ReasonerSpec
 from medreasoner_export.checkpoint import Checkpoint, Progress, Weights
+from medreasoner_export.config_section import naming
 from medreasoner_export.folder import Build, build_key, building, describe, weights_stage
 from medreasoner_export.graph import Precision, Storage, are_large, save_graph, store, weights_file
 from medreasoner_export.lora import with_adapter
@@ -19,7 +22,7 @@ from medreasoner_export.qwen2_vision import Qwen2VisionTower
 from medreasoner_export.qwen_config import Family, QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
 from medreasoner_export.qwen_vision import VisionTower, vision_graph
-from medreasoner_export.settings import reasoner_settings
+from medreasoner_export.settings import check_section, reasoner_settings
 
 __all__ = ["ReasonerExport", "ReasonerOptions", "export_reasoner", "source_storage"]
 
@@ -111,10 +114,21 @@ def export_reasoner(
     folder = checkpoint.path
     if options.adapter is not None:
         checkpoint = with_adapter(checkpoint, options.adapter)
-    config = QwenConfig.from_json(checkpoint.config)
+    with naming(folder):
+        config = QwenConfig.from_json(checkpoint.config)
     settings = reasoner_settings(folder, config, options.settings)
     embedding = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight") + "embed_tokens.weight"
     storage = source_storage(checkpoint, embedding, options.weights)
+    section: dict[str, Any] = {
+        "architecture": config.family,
+        "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"},
+        "tokenizer": "tokenizer.json",
+        **_sizes(config, settings),
+    }
+    matrix = {"file": "embedding.bin", "dtype": storage, "shape": [config.text.vocab_size, config.text.hidden_dim]}
+    check_section(ReasonerSpec, {**section, "embedding": matrix, "lm_head": matrix}, folder)
+    checkpoint.expect(embedding, (config.text.vocab_size, config.text.hidden_dim))  # else it were told at the very end
+    _check_same(folder, Path(out_dir))
     needs = reasoner_needs(checkpoint.shapes, storage, options.precision)
     options_key = repr(("reasoner", replace(options, fresh=False)))
     key = build_key(options_key, [*checkpoint.files, *(folder / name for name in SMALL_FILES)])
@@ -124,13 +138,7 @@ def export_reasoner(
         check_needs(needs, build.out)
         checkpoint.progress = progress
         sha256 = str(build.stage("checksum", lambda _: {"sha256": checkpoint.sha256()})["sha256"])
-        section: dict[str, Any] = {
-            "architecture": config.family,
-            "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"},
-            **_write_parts(build, checkpoint, config, options, storage=storage, sha256=sha256, embedding=embedding),
-            "tokenizer": "tokenizer.json",
-            **_sizes(config, settings),
-        }
+        section |= _write_parts(build, checkpoint, config, options, storage=storage, sha256=sha256, embedding=embedding)
         checkpoint.check_all_read(ignore=("inv_freq",))
         description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
         describe(build, description)
@@ -161,7 +169,7 @@ def _write_parts(
             graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)
         save_graph(graph, out / "decoder.onnx")
 
-    build.stage("tokenizer", lambda out: _copy_tokenizer(checkpoint.path, out))
+    build.stage("tokenizer", lambda out: _copy_tokenizer(checkpoint.path, config, out))
     weights_stage(build, checkpoint, "vision", vision)
     weights_stage(build, checkpoint, "decoder", decoder)
     return weights_stage(
@@ -236,8 +244,19 @@ def _sizes(config: QwenConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _copy_tokenizer(folder: Path, out: Path) -> None:
+def _check_same(folder: Path, out: Path) -> None:
+    if out.resolve() == folder.resolve():
+        raise BundleError(f"{out} is the checkpoint's own folder; name another one to write")
+
+
+def _copy_tokenizer(folder: Path, config: QwenConfig, out: Path) -> None:
     source = folder / "tokenizer.json"
     if not source.is_file():
         raise BundleError(f"{source} is missing: save the tokenizer in its fast form beside the weights")
+    n_tokens = load_tokenizer(str(source)).get_vocab_size()
+    if not 0 < n_tokens <= config.text.vocab_size:
+        raise BundleError(
+            f"{source}: {n_tokens} tokens, and config.json says vocab_size {config.text.vocab_size}; "
+            "save the tokenizer of this checkpoint beside the weights"
+        )
     shutil.copyfile(source, out / source.name)

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medreasoner._version import __version__
+from medreasoner.spec import SegmenterSpec
 from medreasoner_export.checkpoint import Progress
 from medreasoner_export.folder import build_key, building, describe, weights_stage
 from medreasoner_export.graph import Storage, are_large, save_graph, weights_file
 from medreasoner_export.needs import check_needs, segmenter_needs
 from medreasoner_export.reasoner import SMALL_FILES, source_storage
 from medreasoner_export.sam_family import open_sam, recognise
-from medreasoner_export.settings import SamArch, segmenter_settings
+from medreasoner_export.settings import SamArch, check_section, segmenter_settings
 
 __all__ = ["SegmenterExport", "SegmenterOptions", "export_segmenter"]
 
@@ -114,6 +115,7 @@ def export_segmenter(
         "n_masks": config.n_masks if multimask else 1,
         "prompts": settings["prompts"],
     }
+    check_section(SegmenterSpec, section, checkpoint.path)
     common: dict[str, Any] = {"storage": storage}
 
     def encoder(out: Path) -> None:

@@ -1,13 +1,12 @@
-"""A bundle's graphs as TensorRT-RTX engines, built ahead of time on a machine without a GPU."""
+"""A bundle's graphs as engines: of TensorRT-RTX ahead of time, without a GPU, or of TensorRT for the GPU at hand."""
 
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
-
-import onnx
 
 from medreasoner.bundle import Bundle, load_bundle
 from medreasoner.engines import ENGINES, ENGINES_VERSION, EngineRecord, TensorRecord
@@ -18,8 +17,15 @@ from medreasoner_export.checkpoint import sha256_of
 from medreasoner_export.folder import Build, build_key, building
 from medreasoner_export.graph import LARGEST_INSIDE, save_graph, weights_file
 from medreasoner_export.needs import free_disk
-from medreasoner_export.stored import StoredWeights
-from medreasoner_export.trt_build import build_engine, builder_version, check_architectures
+from medreasoner_export.stored import StoredWeights, load_graph
+from medreasoner_export.trt_build import (
+    WORKSPACE_BYTES,
+    BuilderName,
+    build_engine,
+    builder_version,
+    check_architectures,
+    find_builder,
+)
 from medreasoner_export.trt_dialect import trt_graph
 from medreasoner_export.trt_plan import EngineLimits, EnginePlan, GraphName, TensorSpec, engine_plans
 
@@ -35,6 +41,12 @@ EnginePrecision: TypeAlias = Literal["fp32", "fp16", "int8"]
 
 Progress: TypeAlias = Callable[[str], None]
 
+# Why another build may give other bytes.
+NOT_FIXED: Mapping[BuilderName, str] = {
+    "tensorrt-rtx": "; addresses are random on this system, so that another build may differ in some bytes",
+    "tensorrt": "; its kernels were chosen by timing them, so that another build may differ",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -43,7 +55,7 @@ class EngineOptions:
     Attributes
     ----------
     architectures
-        Such as ``("sm_86", "sm_89")``.
+        Such as ``("sm_86", "sm_89")``; none for ``"tensorrt"``, which builds for the GPU of this machine.
     precision
         ``"int8"`` computes the segmenter's image encoder in eight bits, scaled by `calibration`, and all else in
         float16.
@@ -57,15 +69,24 @@ class EngineOptions:
         Leave the graphs that the engines were built from beside them, for another builder.
     fresh
         Do not use the engines that a stopped build has left beside the output.
+    builder
+        ``"tensorrt-rtx"`` or ``"tensorrt"``; None: the one that is installed, the first of them if both are.
+    workspace
+        Most bytes that a layer may take on the GPU; for ``"tensorrt"``.
+    cache_dir
+        Where ``"tensorrt"`` keeps its timings; None: ``~/.cache/medreasoner``.
     """
 
-    architectures: tuple[str, ...]
+    architectures: tuple[str, ...] = ()
     precision: EnginePrecision = "fp16"
     limits: EngineLimits = field(default_factory=EngineLimits)
     graphs: tuple[GraphName, ...] = ("mask_decoder", "encoder", "vision", "decoder")
     calibration: Sequence[str | Path] = ()
     keep_graphs: bool = False
     fresh: bool = False
+    builder: BuilderName | None = None
+    workspace: int = WORKSPACE_BYTES
+    cache_dir: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,11 +119,14 @@ def export_engines(
         If the bundle is malformed, the builder cannot target an architecture or build a graph, or the disk is too
         small; the message names it.
     MissingExtraError
-        If TensorRT-RTX is not installed.
+        If no builder is installed, or not the one that was asked for.
+    ProviderError
+        If TensorRT proper was asked for, and there is no GPU.
     """
     say = progress or (lambda _: None)
-    version = builder_version()
-    check_architectures(options.architectures)
+    builder = find_builder(options.builder)
+    version = builder_version(builder)
+    options = replace(options, builder=builder, architectures=check_architectures(options.architectures, builder))
     if options.precision == "int8" and not options.calibration:
         raise BundleError("precision int8 needs images to calibrate with; give some, or build with fp16")
     if options.calibration and options.precision != "int8":
@@ -117,7 +141,7 @@ def export_engines(
     feeds = list(segmenter_images(bundle, options.calibration)) if options.precision == "int8" else []
     stale = ("*.engine", *(f"{plan}.onnx*" for plan in GRAPH_NAMES))
     # Each engine is a stage: those of other architectures and graphs may be asked for the next time.
-    about = replace(options, architectures=(), graphs=(), keep_graphs=False, fresh=False)
+    about = replace(options, architectures=(), graphs=(), keep_graphs=False, fresh=False, cache_dir=None)
     key = build_key(repr((version, bundle.digest, about)), map(Path, options.calibration))
     with building(out, key=key, description=ENGINES, stale=stale, fresh=options.fresh, announce=say) as build:
         _need_disk(bundle, plans, build, options, say)
@@ -151,7 +175,7 @@ def _write_engines(
 
         def engine(folder: Path, architecture: str = architecture) -> dict[str, Any]:
             graph = build.folder(f"{plan.name}.graph") / f"{plan.name}.onnx"
-            record = _write_engine(bundle, plan, graph, architecture, made, say)
+            record = _write_engine(bundle, plan, graph, architecture, made, options, say)
             (graph.parent / record.file).replace(folder / record.file)
             return asdict(record)
 
@@ -177,14 +201,24 @@ def _write_graph(
 
 
 def _write_engine(
-    bundle: Bundle, plan: EnginePlan, graph: Path, architecture: str, made: Mapping[str, Any], say: Progress
+    bundle: Bundle,
+    plan: EnginePlan,
+    graph: Path,
+    architecture: str,
+    made: Mapping[str, Any],
+    options: EngineOptions,
+    say: Progress,
 ) -> EngineRecord:
     """Build one engine beside its graph, of which `made` tells precision and hash, and describe it."""
     started = time.monotonic()
     path = graph.with_name(f"{plan.name}.{architecture}.{made['precision']}.engine")
-    fixed = build_engine(graph, plan, architecture, path)
+    assert options.builder is not None
+    timings = _timings(options.cache_dir, architecture) if options.builder == "tensorrt" else None
+    fixed = build_engine(
+        graph, plan, architecture, path, builder=options.builder, timings=timings, workspace=options.workspace
+    )
     size = path.stat().st_size
-    note = "" if fixed else "; addresses are random on this system, so that another build may differ in some bytes"
+    note = "" if fixed else NOT_FIXED[options.builder]
     say(f"{path.name}: {size / 1e6:.1f} MB in {time.monotonic() - started:.1f} s{note}")
     return EngineRecord(
         file=path.name,
@@ -204,6 +238,14 @@ def _write_engine(
     )
 
 
+def _timings(cache_dir: Path | None, architecture: str) -> Path:
+    """File in which TensorRT keeps what it timed on GPUs of an architecture, beside the engines that it caches."""
+    folder = (cache_dir or Path.home() / ".cache" / "medreasoner") / "engines"
+    with suppress(OSError):  # without it a build only takes longer
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{builder_version('tensorrt').replace(' ', '-')}.{architecture}.timings"
+
+
 def _records(tensors: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
     return tuple(
         TensorRecord(name=each.name, dtype=each.dtype, shape=tuple(str(size) for size in each.shape))
@@ -213,7 +255,7 @@ def _records(tensors: Sequence[TensorSpec]) -> tuple[TensorRecord, ...]:
 
 def _n_bytes(source: Path, precision: EnginePrecision) -> int:
     """Weights of a graph in the element type of its engine."""
-    model = onnx.load(str(source), load_external_data=False)
+    model = load_graph(source)
     return StoredWeights(model, source).n_values * (4 if precision == "fp32" else 2)
 
 

@@ -54,19 +54,22 @@ OPTIONS = ReasonerOptions(external_data=True, precision="int8")
 def stand_in(meet: Any = lambda _: None) -> None:
     """A builder that copies the graph, and meets each engine first."""
 
-    def build(graph: Path, _plan: object, architecture: str, engine: Path) -> bool:
+    def build(graph: Path, _plan: object, architecture: str, engine: Path, **_: object) -> bool:
         meet(engine)
         engine.write_bytes(architecture.encode() + graph.read_bytes())
         return True
 
     vars(engines_module).update(
-        build_engine=build, builder_version=lambda: "a builder 1.0", check_architectures=lambda _: None
+        build_engine=build,
+        find_builder=lambda _: "tensorrt-rtx",
+        builder_version=lambda _: "a builder 1.0",
+        check_architectures=lambda architectures, _: architectures,
     )
 
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("build_engine", "builder_version", "check_architectures"):
+    for name in ("build_engine", "find_builder", "builder_version", "check_architectures"):
         monkeypatch.setattr(engines_module, name, getattr(engines_module, name))
     stand_in()
 

@@ -173,7 +173,7 @@ def test_what_the_builder_cannot_target_is_refused(bundle: Bundle, tmp_path: Pat
         BundleError, match=f"{architecture}: tensorrt_rtx .* builds ahead of time for {known}"
     ) as caught:
         export(bundle, tmp_path / "out", "sm_86", architecture)
-    assert "are built on that machine, by its own TensorRT" in str(caught.value)
+    assert "are built on that machine, by its own TensorRT: there" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -212,9 +212,10 @@ def test_a_builder_that_crashes_is_an_error_with_its_last_words(
 
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, build: Any) -> None:
-    monkeypatch.setattr(module, "build_engine", build)
-    monkeypatch.setattr(module, "builder_version", lambda: "a builder 1.0")
-    monkeypatch.setattr(module, "check_architectures", lambda _: None)
+    monkeypatch.setattr(module, "build_engine", lambda *arguments, **_: build(*arguments))
+    monkeypatch.setattr(module, "find_builder", lambda _: "tensorrt-rtx")
+    monkeypatch.setattr(module, "builder_version", lambda _: "a builder 1.0")
+    monkeypatch.setattr(module, "check_architectures", lambda architectures, _: architectures)
 
 
 def test_what_fails_leaves_nothing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +289,7 @@ def test_without_the_builder_the_extra_is_named(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     trt_build._trt.cache_clear()
     with pytest.raises(MissingExtraError, match=r"pip install 'medreasoner\[tensorrt-rtx\]'"):
         export(bundle, tmp_path / "out", "sm_86")
