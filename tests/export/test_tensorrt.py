@@ -296,6 +296,35 @@ def test_without_the_builder_the_extra_is_named(
     trt_build._trt.cache_clear()
 
 
+@builds
+def test_real_engines_of_a_killed_build_are_kept(bundle: Bundle, tmp_path: Path) -> None:
+    graphs = ("mask_decoder", "encoder", "vision")
+    export(bundle, tmp_path / "whole", "sm_86", graphs=graphs)
+    code = (
+        "import os, sys\n"
+        "from medreasoner_export import EngineOptions, export_engines\n"
+        "said = lambda line: os.kill(os.getpid(), 9) if line.startswith('vision') else None\n"
+        f"options = EngineOptions(architectures=('sm_86',), graphs={graphs}, builder='tensorrt-rtx')\n"
+        "export_engines(sys.argv[1], sys.argv[2], options=options, progress=said)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle.root), str(tmp_path / "out")])
+    assert done.returncode == -9
+    assert not (tmp_path / "out").exists()
+    work = tmp_path / ".out.export"
+    before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.sm_86/*.engine")}
+    assert set(before) == {"mask_decoder.sm_86.fp16.engine", "encoder.sm_86.fp16.engine"}
+    lines: list[str] = []
+    options = EngineOptions(architectures=("sm_86",), graphs=graphs, builder="tensorrt-rtx")
+    export_engines(bundle.root, tmp_path / "out", options=options, progress=lines.append)
+    assert lines[0].startswith("resumes: mask_decoder.sm_86, encoder.sm_86, vision.graph taken from the stopped build")
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}.items()
+    assert len([line for line in lines if ".engine: " in line]) == 1
+    if any("addresses are random" in line for line in lines):
+        pytest.skip("this system does not let a process fix its addresses, which the same bytes need")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     code = "from medreasoner_cli.start import main; main()"
     return subprocess.run(
