@@ -24,10 +24,25 @@ Weights = Literal["source", "float32", "float16", "bfloat16"]
 Arch = Literal["auto", "sam", "medsam", "sam-med2d", "litemedsam", "sam2", "medsam2"]
 CheckpointArgument = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Folder of a Hugging Face checkpoint.")]
 AdapterOption = Annotated[Path | None, typer.Option(help="Folder of a LoRA adapter (peft) on the reasoner, to merge.")]
-OutOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")]
+
+
+def _folder(text: str) -> Path:
+    """A folder to write; a script's empty variable must not become the current one."""
+    if not text or "\0" in text:
+        raise typer.BadParameter("it is no name of a folder")
+    return Path(text)
+
+
+OutOption = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder to write.", parser=_folder, metavar="DIRECTORY")
+]
 WeightsOption = Annotated[Weights, typer.Option(help="Element type of the weights; source keeps the checkpoint's.")]
 SettingsOption = Annotated[
     Path | None, typer.Option(help="JSON file whose entries replace those of the checkpoint's medreasoner.json.")
+]
+
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Start anew, and drop what a stopped build has left beside the output.")
 ]
 
 
@@ -42,6 +57,7 @@ def reasoner(
     ] = "fp32",
     adapter: AdapterOption = None,
     settings: SettingsOption = None,
+    fresh: FreshOption = False,
 ) -> None:
     """Export a Qwen2.5-VL checkpoint: vision and decoder graphs, embedding, tokenizer.
 
@@ -50,7 +66,7 @@ def reasoner(
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
     options = package.ReasonerOptions(
-        weights=weights, precision=precision, adapter=adapter, settings=_read_json(settings)
+        weights=weights, precision=precision, adapter=adapter, settings=_read_json(settings), fresh=fresh
     )
     with _bar() as progress:
         export = package.export_reasoner(checkpoint, output, options=options, progress=progress, announce=_note)
@@ -71,6 +87,7 @@ def segmenter(
         Literal["fp32", "fp16", "int8"], typer.Option(help="Of the image encoder; fp16 is for GPUs.")
     ] = "fp32",
     settings: SettingsOption = None,
+    fresh: FreshOption = False,
 ) -> None:
     """Export a SAM, MedSAM, SAM-Med2D, LiteMedSAM, SAM 2 or MedSAM2: image encoder and mask decoder.
 
@@ -80,7 +97,9 @@ def segmenter(
     medreasoner-cli export segmenter MedSAM2_latest.pt --arch medsam2 -o build/segmenter
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
-    options = package.SegmenterOptions(arch=arch, weights=weights, precision=precision, settings=_read_json(settings))
+    options = package.SegmenterOptions(
+        arch=arch, weights=weights, precision=precision, settings=_read_json(settings), fresh=fresh
+    )
     with _bar() as progress:
         export = package.export_segmenter(checkpoint, output, options=options, progress=progress, announce=_note)
     print(export.folder)
@@ -114,44 +133,65 @@ def bundle(
 @app.command()
 def tensorrt(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Folder or name of the bundle.")],
-    arch: Annotated[str, typer.Option(help="GPU architectures, such as sm_86,sm_89.")],
+    arch: Annotated[
+        str | None, typer.Option(help="GPU architectures, such as sm_86,sm_89; tensorrt builds for this machine's.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder to write; NAME-engines if left out.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder to write; NAME-engines if left out.", parser=_folder, metavar="DIRECTORY"
+        ),
     ] = None,
     precision: Annotated[
         Literal["fp16", "fp32", "int8"],
         typer.Option(help="int8 is for the segmenter's image encoder, and all else fp16."),
     ] = "fp16",
     calibrate: Annotated[list[Path] | None, typer.Option(help="Image to scale int8 by; repeat for more.")] = None,
-    max_batch: Annotated[int, typer.Option(help="Questions answered at once.")] = 8,
-    max_images: Annotated[int, typer.Option(help="Images read at once.")] = 4,
-    max_chunk: Annotated[int, typer.Option(help="Tokens of a prompt read at once.")] = 512,
+    max_batch: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
+    max_images: Annotated[int, typer.Option(min=1, help="Images read at once.")] = 4,
+    max_chunk: Annotated[int, typer.Option(min=1, help="Tokens of a prompt read at once.")] = 512,
     image_size: Annotated[
         str | None,
         typer.Option(metavar="WIDTHxHEIGHT", help="The reasoner's only size of image, for a smaller engine."),
     ] = None,
+    builder: Annotated[
+        Literal["tensorrt-rtx", "tensorrt"] | None,
+        typer.Option(
+            help="tensorrt-rtx needs no GPU, tensorrt builds for the GPU of this machine. Default: installed."
+        ),
+    ] = None,
+    workspace: Annotated[int, typer.Option(min=1, help="Most MiB that a layer may take, with tensorrt.")] = 2048,
     keep_graphs: Annotated[
         bool, typer.Option(help="Leave the ONNX graphs of the engines for another builder.")
     ] = False,
+    fresh: FreshOption = False,
 ) -> None:
-    """Build a bundle's TensorRT-RTX engines ahead of time, on a machine without a GPU.
+    """Build a bundle's engines: TensorRT-RTX's ahead of time and without a GPU, or TensorRT's for this machine's GPU.
 
     \b
     medreasoner-cli export tensorrt nano --arch sm_86,sm_89 -o nano-engines
+    medreasoner-cli export tensorrt nano --builder tensorrt -o nano-engines
     """  # noqa: D301
     from medreasoner_cli.folders import bundle_path
 
+    if bool(calibrate) != (precision == "int8"):
+        raise typer.BadParameter("--calibrate IMAGE and --precision int8 go together")
     package = load("medreasoner_export", extra="export")
     limits = package.EngineLimits(
         max_batch=max_batch, max_images=max_images, max_chunk=max_chunk, image_size=_size(image_size)
     )
     options = package.EngineOptions(
-        architectures=tuple(each.strip() for each in arch.split(",")),
+        architectures=() if arch is None else tuple(each.strip() for each in arch.split(",")),
         precision=precision,
         limits=limits,
         calibration=tuple(calibrate or ()),
         keep_graphs=keep_graphs,
+        fresh=fresh,
+        builder=package.find_builder(builder),
+        workspace=workspace * 2**20,
     )
+    if arch is None and options.builder == "tensorrt-rtx":
+        raise typer.BadParameter("--arch: tensorrt-rtx builds for the GPUs that are named, such as sm_86,sm_89")
     target = output or Path(f"{Path(bundle).resolve().name}-engines")
     export = package.export_engines(
         bundle_path(bundle), target, options=options, progress=lambda line: print(line, file=sys.stderr)
@@ -191,8 +231,8 @@ def verify(
     package = load("medreasoner_export", extra="export")
     if len(image or []) != len(query or []):
         raise typer.BadParameter(f"{len(image or [])} --image and {len(query or [])} --query: give one for each")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise typer.BadParameter(f"{output}: the folder {output.parent} does not exist")
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise typer.BadParameter(f"{output}: it is a folder, or the folder {output.parent} does not exist")
     report = package.verify_bundle(
         bundle, reasoner, segmenter, adapter=adapter, questions=_questions(image or [], query or []), progress=_done
     )

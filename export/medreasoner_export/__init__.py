@@ -6,6 +6,7 @@ from medreasoner_export.reasoner import ReasonerExport, ReasonerOptions, export_
 from medreasoner_export.report import ParityReport, ParityStage
 from medreasoner_export.segmenter import SegmenterExport, SegmenterOptions, export_segmenter
 from medreasoner_export.tensorrt import EngineExport, EngineOptions, export_engines
+from medreasoner_export.trt_build import find_builder
 from medreasoner_export.trt_plan import EngineLimits
 from medreasoner_export.verify import verify_bundle
 
@@ -25,5 +26,6 @@ __all__ = [
     "export_engines",
     "export_reasoner",
     "export_segmenter",
+    "find_builder",
     "verify_bundle",
 ]

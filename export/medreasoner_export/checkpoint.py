@@ -126,20 +126,31 @@ class Weights:
         BundleError
             If it is absent, has another shape, or holds a value that is not finite.
         """
+        entry = self.expect(name, shape)
+        if entry.dtype not in DTYPES:
+            raise BundleError(f"{entry.file}: tensor {name}: expected one of {sorted(DTYPES)}, got {entry.dtype}")
+        array = entry.read()
+        if not np.isfinite(array).all():
+            raise BundleError(f"{entry.file}: tensor {name} holds values that are not finite; it is damaged")
+        self._unread.discard(name)
+        if self.progress is not None:
+            self.progress(len(self._entries) - len(self._unread), len(self._entries), name)
+        return array
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> Entry:
+        """The entry of a tensor, which is not read.
+
+        Raises
+        ------
+        BundleError
+            If it is absent, or has another shape.
+        """
         entry = self._entries.get(name)
         if entry is None:
             raise BundleError(f"{self.path}: tensor {name} is missing")
         if entry.shape != shape:
             raise BundleError(f"{entry.file}: tensor {name}: expected shape {shape}, got {entry.shape}")
-        if entry.dtype not in DTYPES:
-            raise BundleError(f"{entry.file}: tensor {name}: expected one of {sorted(DTYPES)}, got {entry.dtype}")
-        array = entry.read()
-        if not np.isfinite(array).all():
-            raise BundleError(f"{entry.file}: tensor {name} holds values that are not finite")
-        self._unread.discard(name)
-        if self.progress is not None:
-            self.progress(len(self._entries) - len(self._unread), len(self._entries), name)
-        return array
+        return entry
 
     def dtype(self, name: str) -> str:
         """The stored element type of `name`: ``"float32"``, ``"bfloat16"``, ...
@@ -155,6 +166,15 @@ class Weights:
         if entry.dtype not in DTYPES:
             raise BundleError(f"{entry.file}: tensor {name}: expected one of {sorted(DTYPES)}, got {entry.dtype}")
         return str(DTYPES[entry.dtype].name)
+
+    @property
+    def unread(self) -> frozenset[str]:
+        """Names of the tensors that nothing has read yet."""
+        return frozenset(self._unread)
+
+    def mark_read(self, names: Iterable[str]) -> None:
+        """Count tensors as read: what was made of them is there already."""
+        self._unread -= set(names)
 
     def check_all_read(self, *, ignore: tuple[str, ...] = ()) -> None:
         """Refuse a checkpoint with tensors that the graphs do not use: they would be dropped silently.
@@ -203,7 +223,14 @@ class Checkpoint(Weights):
         if folder.is_file():
             raise BundleError(f"{folder} is a file; give the folder of a checkpoint, with config.json in it")
         config, files = read_json(folder / "config.json"), _weight_files(folder)
-        super().__init__(folder, config, {k: v for file in files for k, v in read_header(file).items()}, files)
+        entries: dict[str, Entry] = {}
+        for file in files:
+            found = read_header(file)
+            if twice := sorted(entries.keys() & found.keys()):
+                first = f"{printable(twice[0])[:120]} is also in {entries[twice[0]].file.name}"
+                raise BundleError(f"{file}: tensor {first}; which one counts is not known")
+            entries |= found
+        super().__init__(folder, config, entries, files)
 
 
 def numbered(path: Path, names: Iterable[str], start: str) -> int:
@@ -229,11 +256,14 @@ def read_json(path: Path) -> dict[str, Any]:
         If the file is missing or holds something else.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BundleError(f"{path} cannot be read as JSON: it is no file")
         data = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise BundleError(f"{path} is missing") from None
     except (OSError, ValueError, RecursionError) as err:
-        raise BundleError(f"{path} cannot be read as JSON: {err}") from err
+        reason = err.strerror if isinstance(err, OSError) else err
+        raise BundleError(f"{path} cannot be read as JSON: {reason}") from err
     if not isinstance(data, dict):
         raise BundleError(f"{path}: expected a JSON object, got {type(data).__name__}")
     return data
@@ -257,8 +287,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise BundleError(f"{index}: weight_map: expected an object with file names")
     files = []
     for name in sorted({str(name) for name in names.values()}):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise BundleError(f"{index}: {name!r} is not a file beside it")
+        if Path(name).name != name or "\0" in name or not (folder / name).is_file():
+            raise BundleError(f"{index}: {name[:120]!r} is not a file beside it; get the shards that are missing")
         files.append(folder / name)
     return files
 
@@ -271,15 +301,19 @@ def read_header(path: Path) -> dict[str, Entry]:
     BundleError
         If the file is truncated or malformed; the message names it.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
-            raise BundleError(f"{path} is not a safetensors file, or is truncated: {size} bytes, header of {length}")
-        try:
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(MAX_HEADER_BYTES, size - 8):
+                raise BundleError(
+                    f"{path} is not a safetensors file, or is truncated: {size} bytes, header of {length}; get it again"
+                )
             header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as err:
-            raise BundleError(f"{path}: the safetensors header is not JSON: {err}") from err
+    except OSError as err:
+        raise BundleError(f"{path}: it cannot be read ({err.strerror})") from err
+    except (ValueError, RecursionError) as err:
+        raise BundleError(f"{path}: the safetensors header is not JSON: {err}") from err
     if not isinstance(header, dict):
         raise BundleError(f"{path}: the safetensors header is not a JSON object")
     header.pop("__metadata__", None)
@@ -295,7 +329,7 @@ def _entry(path: Path, name: str, value: Any, *, start: int, size: int) -> Entry
     except (KeyError, TypeError, ValueError) as err:
         raise BundleError(f"{path}: tensor {name}: malformed header entry: {err}") from err
     if not begin <= end <= size - start:
-        raise BundleError(f"{path} is truncated: tensor {name} ends at byte {start + end} of {size}")
+        raise BundleError(f"{path} is truncated: tensor {name} ends at byte {start + end} of {size}; get it again")
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise BundleError(f"{path}: tensor {name}: {end - begin} bytes do not hold {dtype} of shape {shape}")
     stored = DTYPES.get(dtype, np.dtype("u1"))  # of another type it is refused before it is read

@@ -1,10 +1,34 @@
 """Typed access to one object of a ``config.json``, with errors that name the key."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from medreasoner.errors import BundleError
 
-__all__ = ["ConfigSection"]
+__all__ = ["ConfigSection", "naming"]
+
+_FILE = "config.json"
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the place of a ``config.json`` before what errors say of it.
+
+    Parameters
+    ----------
+    path
+        The checkpoint's folder; or its only file, whose weights told the sizes.
+    """
+    try:
+        yield
+    except BundleError as err:
+        text = str(err)
+        if not text.startswith(_FILE):
+            raise
+        place = str(path / _FILE) if path.is_dir() else f"{path}: what its weights say of the sizes"
+        raise BundleError(place + text.removeprefix(_FILE)) from err
 
 
 class ConfigSection:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from medreasoner._text import printable
 from medreasoner.errors import BundleError
-from medreasoner_export.checkpoint import Entry, Weights, read_header, read_json
+from medreasoner_export.checkpoint import DTYPES, Entry, Weights, read_header, read_json
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES
 from medreasoner_export.qwen_vision import PREFIXES as VISION_PREFIXES
 
@@ -81,9 +81,18 @@ def with_adapter(weights: Weights, folder: str | Path) -> Weights:
         if other not in tensors:
             raise BundleError(f"{file}: {printable(name)} has no {printable(other)} beside it")
         stored = _stored(weights, module.removeprefix("base_model.model."), file)
-        scale = scales.of(module.removeprefix("base_model.model."))  # as peft names it in its patterns
+        own = module.removeprefix("base_model.model.")  # as peft names it in its patterns
+        scale = scales.of(own)
+        rank = _matching(scales.ranks, own, scales.rank)
+        if tensors[name].shape[:1] != (rank,):
+            raise BundleError(
+                f"{file}: {printable(name)[:120]} has shape {tensors[name].shape}, and {CONFIG} says rank {rank}; "
+                "they are not of one adapter"
+            )
         entries[stored] = _merged(entries[stored], tensors[name], tensors[other], stored, scale)
         left -= {name, other}
+    if not tensors:
+        raise BundleError(f"{file} holds no tensor; save the adapter with peft's save_pretrained")
     if left:
         raise BundleError(
             f"{file}: {len(left)} tensors are no pairs of lora_A and lora_B, first {printable(min(left))[:120]}; "
@@ -149,6 +158,9 @@ def _stored(weights: Weights, module: str, file: Path) -> str:
 
 def _merged(base: Entry, down: Entry, up: Entry, name: str, scale: float) -> Entry:
     """The matrix (out, in) plus ``scale * up @ down``; down is (rank, in), up (out, rank)."""
+    for each in (down, up):
+        if each.dtype not in DTYPES:
+            raise BundleError(f"{each.file}: expected weights of one of {sorted(DTYPES)}, got {each.dtype}")
     shapes = len(base.shape) == len(down.shape) == len(up.shape) == 2
     if not shapes or (up.shape[0], down.shape[1]) != base.shape or up.shape[1] != down.shape[0]:
         raise BundleError(f"{down.file}: {up.shape} times {down.shape} does not fit {name} {base.shape}")

@@ -16,6 +16,7 @@ from medreasoner.spec import SCHEMA_VERSION
 from medreasoner_export.checkpoint import read_json, sha256_of
 from medreasoner_export.folder import DESCRIPTION
 from medreasoner_export.graph import OPSET
+from medreasoner_export.parts import check_parts, check_room, telling
 
 __all__ = ["Licence", "build_bundle"]
 
@@ -73,7 +74,8 @@ def build_bundle(
     if out.exists() and not force:
         raise BundleError(f"{out} exists; remove it, or force the replacement")
     licence = licence or Licence()
-    with _appearing(out) as folder:
+    check_room(out, [Path(reasoner_dir), Path(segmenter_dir)])
+    with telling(out), _appearing(out) as folder:
         parts = {
             part: _copy_export(Path(source), folder / part)
             for part, source in (("reasoner", reasoner_dir), ("segmenter", segmenter_dir))
@@ -118,11 +120,16 @@ def _copy_export(source: Path, target: Path) -> dict[str, Any]:
         names = sorted({*_paths(description["section"]), *description.get("data", [])})
         _ = description["sha256"], description["storage"]  # must be there
     except (KeyError, TypeError, AttributeError) as err:
-        raise BundleError(f"{source / DESCRIPTION} is malformed: {err!r}") from err
-    target.mkdir()
+        raise BundleError(f"{source / DESCRIPTION} is malformed ({err!r}); export it again") from err
     for name in names:
         if Path(name).name != name or not (source / name).is_file():
-            raise BundleError(f"{source}: {name} is not a file there")
+            raise BundleError(f"{source}: {name} is not a file there; export it again")
+    try:
+        check_parts(source, description, names)
+    except (KeyError, TypeError, AttributeError) as err:
+        raise BundleError(f"{source / DESCRIPTION} is malformed ({err!r}); export it again") from err
+    target.mkdir()
+    for name in names:
         shutil.copyfile(source / name, target / name)
     return description
 

@@ -137,7 +137,10 @@ def _checked(config: QwenVisionConfig, data: ConfigSection) -> QwenVisionConfig:
 
 def _text(data: ConfigSection, *, tied: bool) -> QwenTextConfig:
     data.expect("hidden_act", "silu")
-    if data.data.get("use_sliding_window") or "sliding_attention" in (data.data.get("layer_types") or ()):
+    kinds = data.data.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise BundleError(f"config.json: {data.name}.layer_types: expected a list, got {kinds!r:.60}")
+    if data.data.get("use_sliding_window") or "sliding_attention" in kinds:
         raise BundleError(f"config.json: {data.name}: sliding-window attention is not supported")
     rope = ConfigSection(
         data.data.get("rope_parameters") or data.data.get("rope_scaling") or {}, f"{data.name}.rope_parameters"

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,8 +10,11 @@ import numpy as np
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
+from medreasoner.reasoner.prompt import load_tokenizer
+from medreasoner.spec import ReasonerSpec
 from medreasoner_export.checkpoint import Checkpoint, Progress, Weights
-from medreasoner_export.folder import describe, writing_export
+from medreasoner_export.config_section import naming
+from medreasoner_export.folder import Build, build_key, building, describe, weights_stage
 from medreasoner_export.graph import Precision, Storage, WeightsFile, are_large, save_graph, store, weights_file
 from medreasoner_export.lora import with_adapter
 from medreasoner_export.needs import check_needs, reasoner_needs
@@ -19,12 +22,17 @@ from medreasoner_export.qwen2_vision import Qwen2VisionTower
 from medreasoner_export.qwen_config import Family, QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph, step_section
 from medreasoner_export.qwen_vision import VisionTower, vision_graph
-from medreasoner_export.settings import reasoner_settings
+from medreasoner_export.settings import check_section, reasoner_settings
 
 __all__ = ["ReasonerExport", "ReasonerOptions", "export_reasoner", "source_storage"]
 
 TOWERS: Mapping[Family, type[VisionTower]] = {"qwen2_5_vl": VisionTower, "qwen2_vl": Qwen2VisionTower}
 """The vision tower of each family; their decoders are the same."""
+
+# What shapes an export beside the weights.
+SMALL_FILES = (
+    "config.json", "medreasoner.json", "preprocessor_config.json", "processor_config.json", "tokenizer.json",
+)  # fmt: skip
 
 # Rows of the embedding converted at a time, to bound memory at vocabularies of 152k.
 ROWS = 8192
@@ -48,6 +56,8 @@ class ReasonerOptions:
         Folder of a LoRA adapter in peft's layout, to be merged.
     settings
         Entries that replace those of ``medreasoner.json`` (see :mod:`medreasoner_export.settings`).
+    fresh
+        Do not use what a stopped build with the same options has left beside the output.
     """
 
     weights: Storage | Literal["source"] = "source"
@@ -55,6 +65,7 @@ class ReasonerOptions:
     external_data: bool | None = None
     adapter: Path | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +88,9 @@ def export_reasoner(
 ) -> ReasonerExport:
     """Write ``vision.onnx``, ``decoder.onnx``, ``embedding.bin``, ``tokenizer.json`` and ``export.json``.
 
+    The folder appears when all of it is there. A build that was stopped leaves its finished stages in a hidden folder
+    beside it, and the same call goes on from there (see :mod:`medreasoner_export.folder`).
+
     Parameters
     ----------
     checkpoint_dir
@@ -97,47 +111,75 @@ def export_reasoner(
     """
     options = options or ReasonerOptions()
     checkpoint: Weights = Checkpoint(checkpoint_dir)
+    folder = checkpoint.path
     if options.adapter is not None:
         checkpoint = with_adapter(checkpoint, options.adapter)
-    config = QwenConfig.from_json(checkpoint.config)
-    settings = reasoner_settings(checkpoint.path, config, options.settings)
+    with naming(folder):
+        config = QwenConfig.from_json(checkpoint.config)
+    settings = reasoner_settings(folder, config, options.settings)
     embedding = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight") + "embed_tokens.weight"
     storage = source_storage(checkpoint, embedding, options.weights)
-    needs = reasoner_needs(checkpoint.shapes, storage, options.precision)
-    announce(f"{needs} are needed")
-    check_needs(needs, Path(out_dir))
-    checkpoint.progress = progress
-    sha256 = checkpoint.sha256()
-    metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
     external = options.external_data
     if external is None:
         external = are_large(checkpoint.shapes.values(), storage)
-    common: dict[str, Any] = {"storage": storage, "metadata": metadata}
     section: dict[str, Any] = {
         "architecture": config.family,
         "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"},
+        "tokenizer": "tokenizer.json",
+        **_sizes(config, settings),
+        "step": None if external else step_section(config.text, storage, options.precision),
     }
-    with writing_export(out_dir) as out:
-        _copy_tokenizer(checkpoint.path, out)
+    matrix = {"file": "embedding.bin", "dtype": storage, "shape": [config.text.vocab_size, config.text.hidden_dim]}
+    check_section(ReasonerSpec, {**section, "embedding": matrix, "lm_head": matrix}, folder)
+    checkpoint.expect(embedding, (config.text.vocab_size, config.text.hidden_dim))  # else it were told at the very end
+    _check_same(folder, Path(out_dir))
+    needs = reasoner_needs(checkpoint.shapes, storage, options.precision)
+    options_key = repr(("reasoner", replace(options, fresh=False)))
+    key = build_key(options_key, [*checkpoint.files, *(folder / name for name in SMALL_FILES)])
+    with building(out_dir, key=key, fresh=options.fresh, announce=announce) as build:
+        needs = replace(needs, disk=max(0, needs.disk - build.found_bytes))
+        announce(f"{needs} are needed")
+        check_needs(needs, build.out)
+        checkpoint.progress = progress
+        sha256 = str(build.stage("checksum", lambda _: {"sha256": checkpoint.sha256()})["sha256"])
+        section |= _write_parts(
+            build, checkpoint, config, options, storage=storage, sha256=sha256, embedding=embedding,
+            external=external, steps=section["step"] is not None,
+        )  # fmt: skip
+        checkpoint.check_all_read(ignore=("inv_freq",))
+        description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
+        describe(build, description)
+    return ReasonerExport(folder=Path(out_dir), section=section, sha256=sha256, storage=storage)
+
+
+def _write_parts(
+    build: Build, checkpoint: Weights, config: QwenConfig, options: ReasonerOptions,
+    *, storage: Storage, sha256: str, embedding: str, external: bool, steps: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Write tokenizer, graphs and matrices, each a stage; return the matrices' entries of the section."""
+    metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
+    common: dict[str, Any] = {"storage": storage, "metadata": metadata}
+
+    def vision(out: Path) -> None:
+        precision: Precision = "fp32" if options.precision == "int4" else options.precision
         with weights_file(out / "vision.onnx", wanted=external) as outside:
-            precision: Precision = "fp32" if options.precision == "int4" else options.precision
             graph = vision_graph(
                 checkpoint, config, precision=precision, outside=outside, tower=TOWERS[config.family], **common
             )
         save_graph(graph, out / "vision.onnx")
-        section["step"] = None if external else step_section(config.text, storage, options.precision)
-        steps = section["step"] is not None  # then all weights are in one file, the small ones too
-        with weights_file(
-            out / "decoder.onnx", wanted=external or steps, least_bytes=0 if steps else WeightsFile.LEAST_BYTES
-        ) as outside:
+
+    def decoder(out: Path) -> None:
+        least = 0 if steps else WeightsFile.LEAST_BYTES  # for steps all weights are in one file, the small ones too
+        with weights_file(out / "decoder.onnx", wanted=external or steps, least_bytes=least) as outside:
             graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)
         save_graph(graph, out / "decoder.onnx")
-        section |= _matrices(checkpoint, config, embedding, storage, out)
-        section |= {"tokenizer": "tokenizer.json"} | _sizes(config, settings)
-        checkpoint.check_all_read(ignore=("inv_freq",))
-        description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
-        describe(out, description)
-    return ReasonerExport(folder=Path(out_dir), section=section, sha256=sha256, storage=storage)
+
+    build.stage("tokenizer", lambda out: _copy_tokenizer(checkpoint.path, config, out))
+    weights_stage(build, checkpoint, "vision", vision)
+    weights_stage(build, checkpoint, "decoder", decoder)
+    return weights_stage(
+        build, checkpoint, "embedding", lambda out: _matrices(checkpoint, config, embedding, storage, out)
+    )
 
 
 def source_storage(checkpoint: Weights, probe: str, weights: Storage | Literal["source"]) -> Storage:
@@ -207,8 +249,19 @@ def _sizes(config: QwenConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _copy_tokenizer(folder: Path, out: Path) -> None:
+def _check_same(folder: Path, out: Path) -> None:
+    if out.resolve() == folder.resolve():
+        raise BundleError(f"{out} is the checkpoint's own folder; name another one to write")
+
+
+def _copy_tokenizer(folder: Path, config: QwenConfig, out: Path) -> None:
     source = folder / "tokenizer.json"
     if not source.is_file():
         raise BundleError(f"{source} is missing: save the tokenizer in its fast form beside the weights")
+    n_tokens = load_tokenizer(str(source)).get_vocab_size()
+    if not 0 < n_tokens <= config.text.vocab_size:
+        raise BundleError(
+            f"{source}: {n_tokens} tokens, and config.json says vocab_size {config.text.vocab_size}; "
+            "save the tokenizer of this checkpoint beside the weights"
+        )
     shutil.copyfile(source, out / source.name)

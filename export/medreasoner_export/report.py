@@ -112,7 +112,14 @@ def load_reference(kind: Any, folder: str | Path, **settings: Any) -> Any:
     BundleError
         If transformers cannot load it; the message names the folder.
     """
+    # Its bars would stand between our lines, and its report of shapes is for those who read the log.
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
     try:
         return kind.from_pretrained(folder, local_files_only=True, **settings)
     except Exception as err:  # transformers raises many kinds for a folder that holds no such model
-        raise BundleError(f"{folder}: transformers cannot load it as {kind.__name__} ({one_line(err)})") from err
+        raise BundleError(
+            f"{folder}: transformers cannot load it as {kind.__name__} ({one_line(err)}); "
+            "'medreasoner-cli export' names the tensor"
+        ) from err

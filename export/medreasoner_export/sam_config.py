@@ -98,11 +98,17 @@ def decoder_sizes(prompts: ConfigSection, decoder: ConfigSection) -> dict[str, A
     BundleError
         If one is malformed.
     """
+    inner = decoder.integer("hidden_size", 256)
+    heads, downsample = decoder.integer("num_attention_heads", 8), decoder.integer("attention_downsample_rate", 2)
+    if inner % (heads * downsample):
+        raise BundleError(
+            f"config.json: {decoder.name}: {heads} heads and a downsampling by {downsample} do not divide {inner}"
+        )
     return {
         "decoder_mlp_dim": decoder.integer("mlp_dim", 2048),
         "decoder_layers": decoder.integer("num_hidden_layers", 2),
-        "decoder_heads": decoder.integer("num_attention_heads", 8),
-        "decoder_downsample": decoder.integer("attention_downsample_rate", 2),
+        "decoder_heads": heads,
+        "decoder_downsample": downsample,
         "n_masks": decoder.integer("num_multimask_outputs", 3),
         "iou_depth": decoder.integer("iou_head_depth", 3),
         "iou_dim": decoder.integer("iou_head_hidden_dim", 256),

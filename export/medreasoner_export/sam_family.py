@@ -10,6 +10,7 @@ import onnx
 
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Checkpoint, Weights
+from medreasoner_export.config_section import naming
 from medreasoner_export.sam2_config import SAM2_TYPES, Sam2Config, image_sizes
 from medreasoner_export.sam2_decoder import sam2_decoder_graph
 from medreasoner_export.sam2_encoder import sam2_encoder_graph
@@ -118,7 +119,8 @@ def recognise(weights: Weights, asked: SamArch, settings: Mapping[str, Any]) -> 
     BundleError
         If it is something else than was asked for, of no known size, or nothing tells the size of its images.
     """
-    return _sam2(weights, asked, settings) if is_sam2(weights) else _sam(weights, asked)
+    with naming(weights.path):
+        return _sam2(weights, asked, settings) if is_sam2(weights) else _sam(weights, asked)
 
 
 def _sam(weights: Weights, asked: SamArch) -> Family:

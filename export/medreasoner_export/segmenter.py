@@ -1,18 +1,19 @@
 """A checkpoint of a SAM or SAM 2 as two ONNX graphs and a description."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from medreasoner._version import __version__
+from medreasoner.spec import SegmenterSpec
 from medreasoner_export.checkpoint import Progress
-from medreasoner_export.folder import describe, writing_export
+from medreasoner_export.folder import build_key, building, describe, weights_stage
 from medreasoner_export.graph import Storage, are_large, save_graph, weights_file
 from medreasoner_export.needs import check_needs, segmenter_needs
-from medreasoner_export.reasoner import source_storage
+from medreasoner_export.reasoner import SMALL_FILES, source_storage
 from medreasoner_export.sam_family import open_sam, recognise
-from medreasoner_export.settings import SamArch, segmenter_settings
+from medreasoner_export.settings import SamArch, check_section, segmenter_settings
 
 __all__ = ["SegmenterExport", "SegmenterOptions", "export_segmenter"]
 
@@ -39,12 +40,15 @@ class SegmenterOptions:
         Entries that replace those of ``medreasoner.json``: ``resize``, ``rescale``, ``image_mean``, ``image_std``,
         ``prompts``, ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask``
         (the decoder also draws a box into SAM's mask prompt, as a segmenter was trained with).
+    fresh
+        Do not use what a stopped build with the same options has left beside the output.
     """
 
     arch: SamArch = "auto"
     weights: Storage | Literal["source"] = "source"
     precision: Literal["fp32", "fp16", "int8"] = "fp32"
     settings: Mapping[str, Any] = field(default_factory=dict)
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,16 +104,6 @@ def export_segmenter(
     storage = source_storage(checkpoint, PROBE, options.weights)
     multimask, box_mask = bool(settings["multimask"]), bool(settings["box_mask"])
     needs = segmenter_needs(checkpoint.shapes, storage)
-    announce(f"{family.recognised}; {needs} are needed")
-    check_needs(needs, Path(out_dir))
-    checkpoint.progress = progress
-    sha256 = checkpoint.sha256()
-    metadata = {
-        "exporter": f"medreasoner {__version__}",
-        "source_sha256": sha256,
-        "multimask": str(multimask).lower(),
-        "box_mask": str(box_mask).lower(),
-    }
     section = {
         "architecture": family.architecture,
         "graphs": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
@@ -121,15 +115,37 @@ def export_segmenter(
         "n_masks": config.n_masks if multimask else 1,
         "prompts": settings["prompts"],
     }
-    common: dict[str, Any] = {"storage": storage, "metadata": metadata}
-    with writing_export(out_dir) as out:
+    check_section(SegmenterSpec, section, checkpoint.path)
+    common: dict[str, Any] = {"storage": storage}
+
+    def encoder(out: Path) -> None:
         large = are_large(checkpoint.shapes.values(), storage)
         with weights_file(out / "encoder.onnx", wanted=large) as outside:
-            encoder = family.encoder(precision=options.precision, outside=outside, **common)
-        save_graph(encoder, out / "encoder.onnx")
-        save_graph(family.decoder(multimask=multimask, box_mask=box_mask, **common), out / "decoder.onnx")
+            graph = family.encoder(precision=options.precision, outside=outside, metadata=metadata, **common)
+        save_graph(graph, out / "encoder.onnx")
+
+    def decoder(out: Path) -> None:
+        graph = family.decoder(multimask=multimask, box_mask=box_mask, metadata=metadata, **common)
+        save_graph(graph, out / "decoder.onnx")
+
+    options_key = repr(("segmenter", replace(options, fresh=False)))
+    key = build_key(options_key, [*checkpoint.files, *(checkpoint.path / name for name in SMALL_FILES)])
+    with building(out_dir, key=key, fresh=options.fresh, announce=announce) as build:
+        needs = replace(needs, disk=max(0, needs.disk - build.found_bytes))
+        announce(f"{family.recognised}; {needs} are needed")
+        check_needs(needs, build.out)
+        checkpoint.progress = progress
+        sha256 = str(build.stage("checksum", lambda _: {"sha256": checkpoint.sha256()})["sha256"])
+        metadata = {
+            "exporter": f"medreasoner {__version__}",
+            "source_sha256": sha256,
+            "multimask": str(multimask).lower(),
+            "box_mask": str(box_mask).lower(),
+        }
+        weights_stage(build, checkpoint, "encoder", encoder)
+        weights_stage(build, checkpoint, "decoder", decoder)
         checkpoint.check_all_read(ignore=family.unused)
-        describe(out, {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision})
+        describe(build, {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision})
     return SegmenterExport(
         folder=Path(out_dir), section=section, sha256=sha256, storage=storage, recognised=family.recognised
     )

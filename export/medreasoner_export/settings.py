@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from medreasoner.errors import BundleError
+from medreasoner.manifest import read_record
 from medreasoner_export.checkpoint import read_json
 from medreasoner_export.qwen_config import QwenConfig
 
@@ -141,6 +142,29 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
             f"{path}: resize: its image encoder takes squares of {image_size} px, got {settings['resize']!r:.120}"
         )
     return settings
+
+
+def check_section(spec: type, section: Mapping[str, Any], path: Path) -> None:
+    """Refuse settings that the runtime would refuse, before anything is made of them.
+
+    Parameters
+    ----------
+    spec
+        What the runtime reads the section as.
+    section
+        Of a manifest.
+    path
+        The checkpoint, for messages.
+
+    Raises
+    ------
+    BundleError
+        Naming the key.
+    """
+    try:
+        read_record(spec, json.loads(json.dumps(section)), "")
+    except BundleError as err:
+        raise BundleError(f"{path}: {err}; correct {FILE} there, or give --settings") from err
 
 
 def stated_resize(path: Path, overrides: Mapping[str, Any]) -> Any:

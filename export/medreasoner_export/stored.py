@@ -1,5 +1,6 @@
 """The weights of a finished graph, by name: inside of it or in the file beside it, one in memory at a time."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,51 @@ from onnx import helper, numpy_helper
 from medreasoner.errors import BundleError
 from medreasoner_export.quantise import BLOCK
 
-__all__ = ["StoredWeights"]
+__all__ = ["StoredWeights", "load_graph"]
 
 # What has as many axes out as it has in.
 KEEPS_RANK = ("Add", "Cast", "Concat", "Gelu", "LayerNormalization", "Mul", "Relu", "Softmax", "Split")
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """The graph in a file, without the weights beside it, which are proved to be there.
+
+    Raises
+    ------
+    BundleError
+        If it is no ONNX graph, or a weight lies outside of its folder, in no file, or beyond its end; the message names
+        the file.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except OSError as err:
+        raise BundleError(f"{path}: it cannot be read ({err.strerror})") from err
+    except Exception as err:  # protobuf's own
+        raise BundleError(f"{path} is no ONNX graph, or is damaged; export it again") from err
+    if not model.graph.node:
+        raise BundleError(f"{path} holds no graph; export it again")
+    for proto in model.graph.initializer:
+        if proto.data_location == onnx.TensorProto.EXTERNAL:
+            _check_outside(path, proto)
+    return model
+
+
+def _check_outside(path: Path, proto: onnx.TensorProto) -> None:
+    entries = {each.key: each.value for each in proto.external_data}
+    name = entries.get("location", "")
+    if not name or Path(name).name != name or "\\" in name or "\0" in name:
+        raise BundleError(f"{path}: weight {proto.name[:120]!r} lies in {name[:120]!r}, which is no file beside it")
+    file = path.with_name(name)
+    if not file.resolve().is_relative_to(path.parent.resolve()):
+        raise BundleError(f"{path}: weight {proto.name[:120]!r} lies in {name}, a link that leaves the folder")
+    try:
+        start = int(entries.get("offset", 0))
+        size = math.prod(proto.dims) * helper.tensor_dtype_to_np_dtype(proto.data_type).itemsize
+        whole = file.is_file() and start >= 0 and start + size <= file.stat().st_size
+    except (ValueError, KeyError) as err:
+        raise BundleError(f"{path}: weight {proto.name[:120]!r} is malformed ({err!s:.80})") from err
+    if not whole:
+        raise BundleError(f"{file}: it does not hold {proto.name[:120]!r} of {path.name}; export it again")
 
 
 class StoredWeights:
@@ -106,8 +148,6 @@ class StoredWeights:
         """Mapped from the file, of which the bundle's hash was checked."""
         entries = {each.key: each.value for each in proto.external_data}
         path = self._path.with_name(entries["location"])
-        if Path(entries["location"]).name != entries["location"]:
-            raise BundleError(f"{self._path.name}: {proto.name} lies outside of the folder")
         dtype = helper.tensor_dtype_to_np_dtype(proto.data_type)
         try:
             return np.memmap(path, dtype, mode="r", offset=int(entries.get("offset", 0)), shape=tuple(proto.dims))

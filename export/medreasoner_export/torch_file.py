@@ -35,6 +35,8 @@ def read_torch_file(path: Path) -> dict[str, Entry]:
     """
     if not path.is_file():
         raise BundleError(f"{path} is missing, or no file")
+    if not path.stat().st_size:
+        raise BundleError(f"{path}: it cannot be read as PyTorch weights (it is empty); get it again")
     torch = require("torch", extra="export", feature="Reading a .pth file")
     content = _load(torch, path)
     for key in NESTED:
@@ -70,8 +72,9 @@ def _load(torch: Any, path: Path) -> Any:
             "save the state_dict alone"
         ) from err
     except Exception as err:  # PyTorch raises many kinds for a damaged file
-        reason = one_line(err) or type(err).__name__
-        raise BundleError(f"{path}: it cannot be read as PyTorch weights ({reason})") from err
+        words = one_line(err)
+        reason = words if " " in words else type(err).__name__  # a KeyError's is only a number
+        raise BundleError(f"{path}: it cannot be read as PyTorch weights ({reason}); get it again") from err
 
 
 def _entry(torch: Any, path: Path, name: str, tensor: Any) -> Entry:

@@ -19,7 +19,7 @@ from medreasoner.errors import BundleError
 from medreasoner_export.graph import FLOAT16, MICROSOFT, OPSET, WeightsFile
 from medreasoner_export.standard_graph import StandardGraph
 from medreasoner_export.standard_ops import EXPANSIONS
-from medreasoner_export.stored import StoredWeights
+from medreasoner_export.stored import StoredWeights, load_graph
 from medreasoner_export.trt_plan import EnginePlan
 
 __all__ = ["trt_graph"]
@@ -58,7 +58,7 @@ def trt_graph(
         If the graph has an operator, or a form of one, that this package does not export, or a weight does not fit
         float16.
     """
-    model = onnx.load(str(path), load_external_data=False)
+    model = load_graph(path)
     opset = max((each.version for each in model.opset_import if not each.domain), default=0)
     if opset != OPSET:
         raise BundleError(f"{path}: opset {opset}, expected {OPSET}; export the bundle with this release")

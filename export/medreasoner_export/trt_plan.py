@@ -15,6 +15,7 @@ from onnx import helper
 from medreasoner.bundle import Bundle
 from medreasoner.errors import BundleError
 from medreasoner.spec import ReasonerSpec, SmartResize, StretchResize, VisionSpec
+from medreasoner_export.stored import load_graph
 
 __all__ = ["MASK", "PLACES", "EngineLimits", "EnginePlan", "GraphName", "Half", "Span", "TensorSpec", "engine_plans"]
 
@@ -142,7 +143,7 @@ def _same_tensors(
     bundle: Bundle, name: GraphName, source: str, profile: Mapping[str, Span], *, head_dim: int = 0
 ) -> EnginePlan:
     """The plan of a graph whose engine has the same inputs and outputs, but for what the profile fixes."""
-    graph = onnx.load(str(bundle.path(source)), load_external_data=False).graph
+    graph = load_graph(bundle.path(source)).graph
     fixed = {key: span.most for key, span in profile.items() if span.least == span.most}
 
     def tensors(infos: Sequence[onnx.ValueInfoProto]) -> tuple[TensorSpec, ...]:

@@ -6,10 +6,14 @@ after another, and nothing but the builder is loaded: then they were the same in
 loaded machine, without the order of threads in 13 of 14. It also keeps a crash of the builder, and its memory, away
 from who asked.
 
-Job: ``graph`` and ``engine``, names of files in the current folder; ``architecture`` such as ``"SM86"``; ``profiles``,
-for each a mapping of inputs to their least, usual and largest shape. Result: ``failed``, the step that failed
-(``parse``, ``profile`` or ``build``) or null; ``words``, TensorRT's; ``inputs`` and ``outputs``, [name, element type,
-shape] each; ``fixed``, whether addresses were.
+TensorRT proper (``tensorrt`` as the only argument) chooses kernels by timing them on this machine's GPU. Its builds
+differ however the process runs, so that none of this is done for it; it gets all cores, and a file of timings instead.
+
+Job: ``graph`` and ``engine``, names of files in the current folder; ``profiles``, for each a mapping of inputs to their
+least, usual and largest shape; for TensorRT-RTX ``architecture`` such as ``"SM86"``; for TensorRT ``timing_cache``, a
+file to read and write, and ``workspace``, the most bytes that a layer may take on the GPU. Result: ``failed``, the step
+that failed (``parse``, ``profile``, ``build`` or ``write``, with the system's ``errno``) or null; ``words``; ``inputs``
+and ``outputs``, [name, element type, shape] each; ``fixed``, whether addresses were.
 """
 
 import contextlib
@@ -44,12 +48,16 @@ def _one_after_another() -> None:
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
-def _build(job: dict[str, Any]) -> dict[str, Any]:
-    import tensorrt_rtx as trt
+def _build(job: dict[str, Any], proper: bool) -> dict[str, Any]:
+    if proper:
+        import tensorrt as trt
+    else:
+        import tensorrt_rtx as trt
 
     log = _logger(trt)
     builder = trt.Builder(log)
-    builder.max_threads = 1  # several take memory in an order that changes from run to run
+    if not proper:
+        builder.max_threads = 1  # several take memory in an order that changes from run to run
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job["graph"]):
@@ -57,8 +65,12 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
         return {"failed": "parse", "words": words}
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 means float32
-    config.num_compute_capabilities = 1
-    config.set_compute_capability(getattr(trt.ComputeCapability, job["architecture"]), 0)
+    if proper:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job["workspace"])
+        timings = _timing_cache(config, job["timing_cache"])  # must live until the engine is built
+    else:
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(getattr(trt.ComputeCapability, job["architecture"]), 0)
     for shapes in job["profiles"]:
         profile = builder.create_optimization_profile()
         for name, sizes in shapes.items():
@@ -72,9 +84,35 @@ def _build(job: dict[str, Any]) -> dict[str, Any]:
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         return {"failed": "build", "words": "; ".join(log.lines), **tensors}
-    with open(job["engine"], "wb") as file:  # noqa: PTH123  # pathlib would be one more import
-        file.write(memoryview(engine))
+    try:
+        with open(job["engine"], "wb") as file:  # noqa: PTH123  # pathlib would be one more import
+            file.write(memoryview(engine))
+    except OSError as err:
+        return {"failed": "write", "words": err.strerror, "errno": err.errno, **tensors}
+    if proper:
+        _keep_timings(timings, job["timing_cache"])
     return {"failed": None, "words": "", **tensors}
+
+
+def _timing_cache(config: Any, path: str) -> Any:
+    """Give the builder what was timed before; nothing where that is of another GPU, driver or release."""
+    content = b""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # noqa: PTH123
+        content = file.read()
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _keep_timings(cache: Any, path: str) -> None:
+    """Write them whole; without them the next build only takes longer."""
+    scratch = f"{path}.{os.getpid()}"
+    with contextlib.suppress(OSError):
+        with open(scratch, "wb") as file:  # noqa: PTH123
+            file.write(memoryview(cache.serialize()))
+        os.replace(scratch, path)  # noqa: PTH105
 
 
 def _tensor(trt: Any, tensor: Any) -> list[Any]:
@@ -95,6 +133,8 @@ def _logger(trt: Any) -> Any:
 
 
 if __name__ == "__main__":
-    fixed = _fix_addresses()
-    _one_after_another()
-    print(json.dumps({"fixed": fixed, **_build(json.load(sys.stdin))}))  # noqa: T201  # the result
+    proper = sys.argv[1:] == ["tensorrt"]
+    fixed = not proper and _fix_addresses()
+    if not proper:
+        _one_after_another()
+    print(json.dumps({"fixed": fixed, **_build(json.load(sys.stdin), proper)}))  # noqa: T201  # the result

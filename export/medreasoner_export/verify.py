@@ -5,10 +5,16 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from medreasoner.bundle import load_bundle
+from medreasoner_export.checkpoint import Checkpoint, Weights
+from medreasoner_export.config_section import naming
+from medreasoner_export.lora import with_adapter
 from medreasoner_export.parity_reasoner import reasoner_stages
 from medreasoner_export.parity_road import Question, own_questions, road_stages
 from medreasoner_export.parity_segmenter import mask_of, segmenter_stages
+from medreasoner_export.qwen_config import QwenConfig
 from medreasoner_export.report import ParityReport, ParityStage
+from medreasoner_export.sam_config import SamConfig
+from medreasoner_export.sam_family import is_sam2
 
 __all__ = ["DEFAULT_TOLERANCE", "verify_bundle"]
 
@@ -66,6 +72,7 @@ def verify_bundle(
     """
     bundle = load_bundle(bundle_dir, verify="full")
     reasoner, segmenter = Path(against_reasoner), Path(against_segmenter)
+    _check_checkpoints(reasoner, segmenter, adapter)
     asked = questions or own_questions(seed)
 
     def compared() -> Iterator[ParityStage]:  # one reference in memory at a time
@@ -79,3 +86,17 @@ def verify_bundle(
         progress(stage.name)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return ParityReport(bundle=bundle.spec.name, stages=tuple(stages), versions=versions)
+
+
+def _check_checkpoints(reasoner: Path, segmenter: Path, adapter: Path | None) -> None:
+    """Find out before the work starts what can be known about the checkpoints from their headers."""
+    weights: Weights = Checkpoint(reasoner)
+    if adapter is not None:
+        weights = with_adapter(weights, adapter)
+    with naming(reasoner):
+        QwenConfig.from_json(weights.config)
+    if segmenter.is_dir():  # a file is read in one piece, and only once
+        weights = Checkpoint(segmenter)
+        with naming(segmenter):
+            if not is_sam2(weights):
+                SamConfig.from_json(weights.config)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from medreasoner.errors import ProviderError
 
-__all__ = ["CudaMemory", "DeviceArray", "DeviceMemory"]
+__all__ = ["CudaMemory", "DeviceArray", "DeviceMemory", "compute_capability"]
 
 Array: TypeAlias = NDArray[Any]
 
@@ -95,12 +95,14 @@ class CudaMemory:
         self._call("cuInit", 0)
         device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(device), index)
-        self.capability = (self._attribute(_MAJOR, device), self._attribute(_MINOR, device))
+        self.capability = (_attribute(self._cuda, _MAJOR, device), _attribute(self._cuda, _MINOR, device))
         self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         self._context = context
         self._enter()
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         self._stream = stream
+        # When the last buffer is gone, which knows this object. At the end of the process the driver may be gone first.
+        weakref.finalize(self, _release, self._cuda, context, stream, device).atexit = False
 
     @property
     def stream(self) -> int:
@@ -148,22 +150,48 @@ class CudaMemory:
         self._enter()
         self._call("cuStreamSynchronize", self._stream)
 
-    def _attribute(self, which: int, device: ctypes.c_int) -> int:
-        value = ctypes.c_int()
-        self._call("cuDeviceGetAttribute", ctypes.byref(value), which, device)
-        return value.value
-
     def _enter(self) -> None:
         """Make the context that of this thread: each thread has its own current one."""
         self._call("cuCtxSetCurrent", self._context)
 
     def _call(self, name: str, *arguments: Any) -> None:
-        code = getattr(self._cuda, name)(*arguments)
-        if code:
-            text = ctypes.c_char_p()
-            self._cuda.cuGetErrorString(code, ctypes.byref(text))
-            words = text.value.decode() if text.value else f"error {code}"
-            raise ProviderError(f"CUDA: {name} failed: {words}")
+        _call(self._cuda, name, *arguments)
+
+
+def compute_capability(index: int = 0) -> tuple[int, int]:
+    """Major and minor number of a GPU, such as (8, 6), without taking memory on it.
+
+    Raises
+    ------
+    ProviderError
+        If there is no driver or no such GPU.
+    """
+    cuda, device = _library(), ctypes.c_int()
+    _call(cuda, "cuInit", 0)
+    _call(cuda, "cuDeviceGet", ctypes.byref(device), index)
+    return _attribute(cuda, _MAJOR, device), _attribute(cuda, _MINOR, device)
+
+
+def _attribute(cuda: Any, which: int, device: ctypes.c_int) -> int:
+    value = ctypes.c_int()
+    _call(cuda, "cuDeviceGetAttribute", ctypes.byref(value), which, device)
+    return value.value
+
+
+def _call(cuda: Any, name: str, *arguments: Any) -> None:
+    code = getattr(cuda, name)(*arguments)
+    if code:
+        text = ctypes.c_char_p()
+        cuda.cuGetErrorString(code, ctypes.byref(text))
+        words = text.value.decode() if text.value else f"error {code}"
+        raise ProviderError(f"CUDA: {name} failed: {words}")
+
+
+def _release(cuda: Any, context: ctypes.c_void_p, stream: ctypes.c_void_p, device: ctypes.c_int) -> None:
+    """Give back what `CudaMemory` holds; nobody is there to hear that it failed."""
+    cuda.cuCtxSetCurrent(context)
+    cuda.cuStreamDestroy_v2(stream)
+    cuda.cuDevicePrimaryCtxRelease_v2(device)
 
 
 def _library() -> Any:

@@ -28,12 +28,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Models:
+    reasoner: Reasoner
+    segmenter: Segmenter
+
+
 @dataclass(slots=True, kw_only=True)
 class Engine:
     """A bundle that is ready to run."""
 
-    reasoner: Reasoner
-    segmenter: Segmenter
+    models: _Models | None
     pool: ThreadPoolExecutor
     model_name: str
     model_version: str
@@ -41,7 +46,39 @@ class Engine:
     providers: Mapping[str, str]  # of each graph, the one that runs it
     warnings: tuple[str, ...]
     process: int = field(default_factory=os.getpid)
-    closed: bool = False
+
+    @property
+    def reasoner(self) -> Reasoner:
+        """The model that reads the question.
+
+        Raises
+        ------
+        MedReasonerError
+            If closed.
+        """
+        return self._open().reasoner
+
+    @property
+    def segmenter(self) -> Segmenter:
+        """The model that draws the mask.
+
+        Raises
+        ------
+        MedReasonerError
+            If closed.
+        """
+        return self._open().segmenter
+
+    def _open(self) -> _Models:
+        models = self.models
+        if models is None:
+            raise MedReasonerError(_CLOSED)
+        return models
+
+    def close(self) -> None:
+        """Let go of the sessions, their memory and the GPU; who is in the middle of a run keeps them until its end."""
+        self.models = None
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def check(self) -> None:
         """Refuse to work when closed, or in a process that was forked off after loading.
@@ -58,7 +95,7 @@ class Engine:
                 "this Grounder was loaded before the process was forked and cannot run here; "
                 "load it in the child, or start processes with 'spawn'"
             )
-        if self.closed:
+        if self.models is None:
             raise MedReasonerError(_CLOSED)
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
@@ -108,16 +145,18 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
             step = load_step(bundle.path(reasoner.step.file), reasoner, reasoner.step)
         warnings = dict.fromkeys(line for each in opened.values() for line in each.warnings)
         return Engine(
-            reasoner=Reasoner(
-                reasoner,
-                vision=vision,
-                decoder=decoder,
-                tokenizer=tokenizer.result(),
-                embedding=embedding,
-                lm_head=lm_head,
-                step=step,
+            models=_Models(
+                Reasoner(
+                    reasoner,
+                    vision=vision,
+                    decoder=decoder,
+                    tokenizer=tokenizer.result(),
+                    embedding=embedding,
+                    lm_head=lm_head,
+                    step=step,
+                ),
+                Segmenter(segmenter, encoder=encoder, decoder=mask_decoder),
             ),
-            segmenter=Segmenter(segmenter, encoder=encoder, decoder=mask_decoder),
             pool=ThreadPoolExecutor(2, thread_name_prefix="medreasoner"),
             model_name=spec.name,
             model_version=spec.version,

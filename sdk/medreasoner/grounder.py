@@ -65,8 +65,9 @@ class Grounder:
         cache_dir
             For engines and the list of verified files; None: ``~/.cache/medreasoner``.
         engines
-            Folder that `medreasoner-cli export tensorrt` wrote for this bundle. Graphs whose engine fits the GPU run on
-            it; results say in their warnings why another one does not.
+            Folder that `medreasoner-cli export tensorrt` wrote for this bundle, with device ``"auto"`` or
+            ``"tensorrt"``. Graphs whose engine fits the GPU run on it; results say in their warnings why another one
+            does not.
 
         Raises
         ------
@@ -100,9 +101,8 @@ class Grounder:
         return self._engine.providers
 
     def close(self) -> None:
-        """Let go of the models; queries are refused from now on, also those of open studies."""
-        self._engine.closed = True
-        self._engine.pool.shutdown(wait=False, cancel_futures=True)
+        """Let go of the models and the GPU; queries are refused from now on, also those of open studies."""
+        self._engine.close()
 
     def open(self, image: ImageSource, *, frame: int | None = None) -> Study:
         """Read an image, for any number of queries.

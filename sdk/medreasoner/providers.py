@@ -73,6 +73,10 @@ class RuntimeOptions:
             raise ProviderError(f"device: expected one of {', '.join(_CHAINS)}, got {self.device!r:.80}")
         if self.n_threads is not None and self.n_threads < 1:
             raise ProviderError(f"n_threads: expected at least 1, got {self.n_threads}")
+        if self.engines_dir is not None and self.device not in ("auto", "tensorrt"):
+            raise ProviderError(
+                f"engines run on device 'auto' or 'tensorrt', not {self.device!r}: leave out one of the two"
+            )
 
 
 def require_runtime() -> None:
@@ -187,7 +191,9 @@ def _cuda_options(options: RuntimeOptions) -> dict[str, str]:
     }
 
 
-def fallback_warnings(graph: str, options: RuntimeOptions, asked: Sequence[str], got: Sequence[str]) -> tuple[str, ...]:
+def fallback_warnings(
+    graph: str, options: RuntimeOptions, asked: Sequence[str], got: Sequence[str], cause: str = ""
+) -> tuple[str, ...]:
     """One sentence if a graph does not run on every provider that was asked for, so that no fall-back is silent.
 
     Parameters
@@ -198,6 +204,8 @@ def fallback_warnings(graph: str, options: RuntimeOptions, asked: Sequence[str],
         The device that was chosen.
     asked, got
         Providers asked for and those that the session reports, in order.
+    cause
+        What ONNX Runtime said of the first one that failed, if it said something.
 
     Raises
     ------
@@ -212,11 +220,12 @@ def fallback_warnings(graph: str, options: RuntimeOptions, asked: Sequence[str],
     missing = [name for name in asked if name not in got]
     if not missing:
         return ()
+    why = f" ({cause})" if cause else ""
     if options.device != "auto" and asked[0] in missing:
         raise ProviderError(
-            f"{graph}: {missing[0]} did not start; check the driver and the CUDA libraries, or device='cpu'"
+            f"{graph}: {missing[0]} did not start{why}; check the driver and the CUDA libraries, or device='cpu'"
         )
-    return (f"{graph} runs on {got[0]}: {' and '.join(missing)} did not start",)
+    return (f"{graph} runs on {got[0]}: {' and '.join(missing)} did not start{why}",)
 
 
 class OrtBuffer:
@@ -266,9 +275,9 @@ class OrtSession:
         asked = provider_list(options, ort.get_available_providers())
         if asked[0][0] != CPU:
             _load_cuda()
-        self._session = _start(path, options, asked)
+        self._session, cause = _start(path, options, asked)
         got = tuple(self._session.get_providers())
-        self.warnings = fallback_warnings(path.stem, options, [name for name, _ in asked], got)
+        self.warnings = fallback_warnings(path.stem, options, [name for name, _ in asked], got, cause)
         self.providers = got
         self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
         self._halves = {each.name for each in self._session.get_inputs() if each.type == "tensor(float16)"}
@@ -346,8 +355,10 @@ def _preload() -> None:
             ort.preload_dlls()
 
 
-def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> Any:
-    """A session on the first of the providers that starts; ONNX Runtime's own fall-back prints on standard output.
+def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> tuple[Any, str]:
+    """A session on the first of the providers that starts, and why the very first did not.
+
+    ONNX Runtime's own fall-back prints on standard output.
 
     Raises
     ------
@@ -356,14 +367,18 @@ def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> An
     """
     import onnxruntime as ort
 
+    cause = ""
     for first in range(len(asked)):
         try:
-            return ort.InferenceSession(
+            session = ort.InferenceSession(
                 str(path), _session_options(options), providers=list(asked[first:]), enable_fallback=0
             )
         except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
             if first + 1 == len(asked):
                 raise ProviderError(f"{path.name}: ONNX Runtime cannot load it: {err!s:.300}") from err
+            cause = cause or one_line(err)
+        else:
+            return session, cause
     raise AssertionError("provider_list names at least one")
 
 

@@ -47,11 +47,11 @@ class SessionOpener:
         self._folder: EngineFolder | None = None
         self._gpu: Gpu | None = None
         self._reason = ""
-        if options.engines_dir is None or options.device not in ("auto", "tensorrt"):
+        if options.engines_dir is None:
             return
         self._folder = read_engines(options.engines_dir)
         try:
-            self._gpu = open_gpu()
+            self._gpu = open_gpu(self._folder.builder)
         except ProviderError as err:
             self._reason = str(err)
 
@@ -69,7 +69,12 @@ class SessionOpener:
         if session is not None:
             return OpenedSession(session=session, warnings=())
         make = decoder_session if source == self._bundle.spec.reasoner.graphs.decoder else OrtSession
-        own = make(self._bundle.path(source), options)
+        try:
+            own = make(self._bundle.path(source), options)
+        except ProviderError as err:
+            if not reason:
+                raise
+            raise ProviderError(f"{err}; no engine runs it either: {reason}") from err
         passed_over = (f"{own.providers[0]} runs instead of an engine: {reason}",) if reason else ()
         return OpenedSession(session=own, warnings=(*passed_over, *own.warnings))
 

@@ -8,6 +8,7 @@ References
 https://docs.nvidia.com/deeplearning/tensorrt/latest/ (Python: Runtime, ICudaEngine, IExecutionContext)
 """
 
+import importlib
 import logging
 import threading
 from collections.abc import Mapping
@@ -29,40 +30,58 @@ logger = logging.getLogger(__name__)
 
 Array: TypeAlias = NDArray[Any]
 
-_PROVIDER = "TensorRT-RTX"
+# Of each builder's module what people call it, and how it is installed.
+_RUNTIMES = {
+    "tensorrt_rtx": ("TensorRT-RTX", "pip install 'medreasoner[tensorrt-rtx]'"),
+    "tensorrt": ("TensorRT", "pip install 'medreasoner[tensorrt]', or JetPack's own on a Jetson"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """The GPU, and the TensorRT that runs engines on it.
 
-    `tensorrt` is the module, `runtime` its name and version, `architecture` that of the GPU, such as ``"sm_86"``.
+    `tensorrt` is the module, `runtime` its name and version, `architecture` that of the GPU, such as ``"sm_86"``,
+    `provider` what people call the module.
     """
 
     tensorrt: Any
     runtime: str
     architecture: str
     memory: DeviceMemory
+    provider: str = "TensorRT-RTX"
 
 
-def open_gpu() -> Gpu:
-    """The first GPU of this machine.
+def open_gpu(builder: str) -> Gpu:
+    """The first GPU of this machine, and the TensorRT that may run what `builder` built.
+
+    Parameters
+    ----------
+    builder
+        As ``engines.json`` has it, such as ``"tensorrt_rtx 1.7.1.116"``. Whether the version is the same is found out
+        with the engines.
 
     Raises
     ------
     ProviderError
-        If TensorRT-RTX, the driver or the GPU is missing.
+        If that TensorRT, the driver or the GPU is missing.
     """
+    module = builder.partition(" ")[0]
+    if module not in _RUNTIMES:
+        raise ProviderError(f"the engines were built by {builder!r:.80}, which this release cannot run")
+    title, advice = _RUNTIMES[module]
     try:
-        import tensorrt_rtx as trt
+        trt: Any = importlib.import_module(module)
     except Exception as err:  # installed, it may still lack a library
-        raise ProviderError(
-            f"TensorRT-RTX cannot be imported ({type(err).__name__}): pip install 'medreasoner[tensorrt-rtx]'"
-        ) from err
+        raise ProviderError(f"{title} cannot be imported ({type(err).__name__}): {advice}") from err
     memory = CudaMemory()
     major, minor = memory.capability
     return Gpu(
-        tensorrt=trt, runtime=f"tensorrt_rtx {trt.__version__}", architecture=f"sm_{major}{minor}", memory=memory
+        tensorrt=trt,
+        runtime=f"{module} {trt.__version__}",
+        architecture=f"sm_{major}{minor}",
+        memory=memory,
+        provider=title,
     )
 
 
@@ -142,10 +161,10 @@ class TrtSession:
     """
 
     warnings: tuple[str, ...] = ()
-    providers: tuple[str, ...] = (_PROVIDER,)
 
     def __init__(self, content: bytes, record: EngineRecord, gpu: Gpu) -> None:
         self.record, self._gpu = record, gpu
+        self.providers: tuple[str, ...] = (gpu.provider,)
         trt = gpu.tensorrt
         log = _logger(trt)
         self._runtime = trt.Runtime(log)
@@ -275,7 +294,7 @@ class TrtBinding:
         return self._session.run(inputs, self._inputs, self._outputs)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)
 def _logger(trt: Any) -> Any:
     """TensorRT's words as log records, and the last error for our own message; it keeps one logger a process."""
 

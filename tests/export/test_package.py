@@ -11,7 +11,7 @@ import pytest
 from medreasoner.bundle import load_bundle
 from medreasoner.errors import BundleError, ImageReadError
 from medreasoner_export import Licence, build_bundle, verify_bundle
-from medreasoner_export.folder import writing_export
+from medreasoner_export.folder import building
 from medreasoner_export.report import ParityReport, ParityStage, compare
 
 
@@ -131,9 +131,9 @@ def test_verifying_against_a_folder_that_holds_no_checkpoint_names_it(
 def test_an_image_that_cannot_be_read_is_not_called_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     with (
         pytest.raises(ImageReadError, match=r"a\.png: broken"),
-        writing_export(tmp_path / "out"),
+        building(tmp_path / "out"),
     ):
         raise ImageReadError("a.png: broken")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(BundleError, match="out: it cannot be written"), writing_export(tmp_path / "out"):
+    with pytest.raises(BundleError, match="out: it cannot be written"), building(tmp_path / "out"):
         raise OSError(28, "No space left on device")

@@ -173,7 +173,7 @@ def test_what_the_builder_cannot_target_is_refused(bundle: Bundle, tmp_path: Pat
         BundleError, match=f"{architecture}: tensorrt_rtx .* builds ahead of time for {known}"
     ) as caught:
         export(bundle, tmp_path / "out", "sm_86", architecture)
-    assert "are built on that machine, by its own TensorRT" in str(caught.value)
+    assert "are built on that machine, by its own TensorRT: there" in str(caught.value)
     assert not (tmp_path / "out").exists()
 
 
@@ -212,9 +212,10 @@ def test_a_builder_that_crashes_is_an_error_with_its_last_words(
 
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, build: Any) -> None:
-    monkeypatch.setattr(module, "build_engine", build)
-    monkeypatch.setattr(module, "builder_version", lambda: "a builder 1.0")
-    monkeypatch.setattr(module, "check_architectures", lambda _: None)
+    monkeypatch.setattr(module, "build_engine", lambda *arguments, **_: build(*arguments))
+    monkeypatch.setattr(module, "find_builder", lambda _: "tensorrt-rtx")
+    monkeypatch.setattr(module, "builder_version", lambda _: "a builder 1.0")
+    monkeypatch.setattr(module, "check_architectures", lambda architectures, _: architectures)
 
 
 def test_what_fails_leaves_nothing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,10 +289,40 @@ def test_without_the_builder_the_extra_is_named(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     trt_build._trt.cache_clear()
     with pytest.raises(MissingExtraError, match=r"pip install 'medreasoner\[tensorrt-rtx\]'"):
         export(bundle, tmp_path / "out", "sm_86")
     trt_build._trt.cache_clear()
+
+
+@builds
+def test_real_engines_of_a_killed_build_are_kept(bundle: Bundle, tmp_path: Path) -> None:
+    graphs = ("mask_decoder", "encoder", "vision")
+    export(bundle, tmp_path / "whole", "sm_86", graphs=graphs)
+    code = (
+        "import os, sys\n"
+        "from medreasoner_export import EngineOptions, export_engines\n"
+        "said = lambda line: os.kill(os.getpid(), 9) if line.startswith('vision') else None\n"
+        f"options = EngineOptions(architectures=('sm_86',), graphs={graphs}, builder='tensorrt-rtx')\n"
+        "export_engines(sys.argv[1], sys.argv[2], options=options, progress=said)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(bundle.root), str(tmp_path / "out")])
+    assert done.returncode == -9
+    assert not (tmp_path / "out").exists()
+    work = tmp_path / ".out.export"
+    before = {path.name: path.stat().st_mtime_ns for path in work.glob("*.sm_86/*.engine")}
+    assert set(before) == {"mask_decoder.sm_86.fp16.engine", "encoder.sm_86.fp16.engine"}
+    lines: list[str] = []
+    options = EngineOptions(architectures=("sm_86",), graphs=graphs, builder="tensorrt-rtx")
+    export_engines(bundle.root, tmp_path / "out", options=options, progress=lines.append)
+    assert lines[0].startswith("resumes: mask_decoder.sm_86, encoder.sm_86, vision.graph taken from the stopped build")
+    assert before.items() <= {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}.items()
+    assert len([line for line in lines if ".engine: " in line]) == 1
+    if any("addresses are random" in line for line in lines):
+        pytest.skip("this system does not let a process fix its addresses, which the same bytes need")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
 
 
 def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

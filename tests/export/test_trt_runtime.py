@@ -5,8 +5,12 @@ the bindings, the shapes, the copies, the profiles and the choice of engines. Wh
 """
 
 import dataclasses
+import gc
 import json
+import sys
 import threading
+import types
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +22,15 @@ import pytest
 
 import medreasoner as mr
 from medreasoner import sessions as sessions_module
+from medreasoner import trt_session
 from medreasoner.bundle import Bundle
 from medreasoner.engines import EngineRecord, read_engines
-from medreasoner.errors import BundleError, ProviderError
+from medreasoner.errors import BundleError, MissingExtraError, ProviderError
 from medreasoner.reasoner.static_cache import StaticDecoder
 from medreasoner.trt_session import Gpu, TrtSession, open_gpu
 from medreasoner_export import EngineLimits, EngineOptions, export_engines
 from medreasoner_export import tensorrt as export_module
-from medreasoner_export.trt_build import check_architectures
+from medreasoner_export.trt_build import check_architectures, find_builder
 
 Array = np.ndarray[Any, Any]
 RUNTIME = "stand-in 1.0"
@@ -183,10 +188,11 @@ def engines(request: pytest.FixtureRequest, toy: Path, tmp_path_factory: pytest.
 def _export(bundle: Path, out: Path, precision: Any, **limits: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            export_module, "build_engine", lambda graph, _, __, engine: engine.write_bytes(graph.read_bytes())
+            export_module, "build_engine", lambda graph, _, __, engine, **_k: engine.write_bytes(graph.read_bytes())
         )
-        patch.setattr(export_module, "builder_version", lambda: RUNTIME)
-        patch.setattr(export_module, "check_architectures", lambda _: None)
+        patch.setattr(export_module, "find_builder", lambda _: "tensorrt-rtx")
+        patch.setattr(export_module, "builder_version", lambda _: RUNTIME)
+        patch.setattr(export_module, "check_architectures", lambda architectures, _: architectures)
         limits = {"max_batch": 8, "max_chunk": 24} | limits
         options = EngineOptions(architectures=("sm_86",), precision=precision, limits=EngineLimits(**limits))
         export_engines(bundle, out, options=options)
@@ -194,7 +200,7 @@ def _export(bundle: Path, out: Path, precision: Any, **limits: int) -> None:
 
 @pytest.fixture
 def use_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    monkeypatch.setattr(sessions_module, "open_gpu", lambda: gpu)
+    monkeypatch.setattr(sessions_module, "open_gpu", lambda _: gpu)
     return gpu
 
 
@@ -404,6 +410,34 @@ def _change(folder: Path, **values: Any) -> None:
     (folder / "engines.json").write_text(json.dumps(content))
 
 
+def _proper(gpu: Gpu, version: str) -> Gpu:
+    """The same GPU with TensorRT proper."""
+    return dataclasses.replace(gpu, runtime=f"tensorrt {version}", provider="TensorRT")
+
+
+def test_engines_of_tensorrt_proper_run_on_it(
+    toy: Path, copy: Path, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _change(copy, builder="tensorrt 10.99.0")
+    known = {"tensorrt 10.99.0": _proper(gpu, "10.99.0")}
+    monkeypatch.setattr(sessions_module, "open_gpu", lambda builder: known[builder])
+    expected, _, _ = _answers(toy / "bundle", tmp_path, device="cpu")
+    found, warnings, providers = _answers(toy / "bundle", tmp_path, engines=copy)
+    assert found == expected
+    assert providers == {"TensorRT"}, warnings
+
+
+def test_engines_of_another_tensorrt_proper_are_passed_over_with_the_reason(
+    toy: Path, copy: Path, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _change(copy, builder="tensorrt 10.99.0")
+    monkeypatch.setattr(sessions_module, "open_gpu", lambda _: _proper(gpu, "11.4.0"))
+    _, warnings, providers = _answers(toy / "bundle", tmp_path, engines=copy)
+    assert providers == {"CPUExecutionProvider"}
+    reason = "the engines were built by tensorrt 10.99.0, and tensorrt 11.4.0 is installed"
+    assert any(reason in line for line in warnings)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -445,19 +479,86 @@ def test_an_engine_that_the_gpu_does_not_take_is_passed_over(
 
 
 def test_without_a_gpu_the_reason_is_said(toy: Path, engines: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    def nothing() -> Gpu:
-        raise ProviderError("no NVIDIA driver: libcuda is not on this machine")
-
-    monkeypatch.setattr(sessions_module, "open_gpu", nothing)
+    monkeypatch.setattr(sessions_module, "open_gpu", _no_gpu)
     _, warnings, providers = _answers(toy / "bundle", tmp_path, engines=engines)
     assert providers == {"CPUExecutionProvider"}
     assert any("no NVIDIA driver" in line for line in warnings)
 
 
-def test_a_device_that_is_named_decides(toy: Path, engines: Path, use_gpu: Gpu, tmp_path: Path) -> None:
-    _, warnings, providers = _answers(toy / "bundle", tmp_path, engines=engines, device="cpu")
-    assert providers == {"CPUExecutionProvider"}
-    assert not [line for line in warnings if "engine" in line]
+def _no_gpu(_builder: str) -> Gpu:
+    raise ProviderError("no NVIDIA driver: libcuda is not on this machine")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_engines_beside_a_device_that_runs_none_are_refused(
+    toy: Path, engines: Path, use_gpu: Gpu, tmp_path: Path, device: Any
+) -> None:
+    with pytest.raises(ProviderError, match=f"engines run on device 'auto' or 'tensorrt', not '{device}'"):
+        mr.Grounder.load(toy / "bundle", cache_dir=tmp_path, engines=engines, device=device)
+
+
+def test_where_nothing_runs_a_graph_the_engines_reason_is_said_too(
+    toy: Path, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions_module, "open_gpu", _no_gpu)
+    with pytest.raises(ProviderError, match=r"device 'tensorrt' needs .*; no engine runs it either: no NVIDIA driver"):
+        mr.Grounder.load(toy / "bundle", cache_dir=tmp_path, engines=engines, device="tensorrt")
+
+
+def test_a_named_tensorrt_runs_engines_without_onnx_runtimes_own(
+    toy: Path, engines: Path, use_gpu: Gpu, tmp_path: Path
+) -> None:
+    _, _, providers = _answers(toy / "bundle", tmp_path, engines=engines, device="tensorrt")
+    assert providers == {"TensorRT-RTX"}
+
+
+def test_closing_gives_the_sessions_and_the_gpus_memory_back(
+    toy: Path, engines: Path, use_gpu: Gpu, tmp_path: Path
+) -> None:
+    grounder = mr.Grounder.load(toy / "bundle", cache_dir=tmp_path, engines=engines)
+    study = grounder.open(IMAGE)
+    study.ground(QUERY)
+    memory, ended = use_gpu.memory, weakref.ref(grounder._engine.segmenter)
+    assert isinstance(memory, TableMemory)
+    assert memory.table
+    grounder.close()
+    with pytest.raises(mr.MedReasonerError, match="this Grounder is closed"):
+        study.ground(QUERY)
+    with pytest.raises(mr.MedReasonerError, match="this Grounder is closed"):
+        grounder.ground(IMAGE, QUERY)
+    study.close()
+    gc.collect()
+    assert ended() is None
+    assert not memory.table
+    grounder.close()  # a second time is nothing
+
+
+@pytest.mark.parametrize(
+    ("builder", "words"),
+    [
+        ("tensorrt_rtx 1.7.1.116", "TensorRT-RTX cannot be imported .*medreasoner\\[tensorrt-rtx"),
+        ("tensorrt 10.13.0.35", "TensorRT cannot be imported .*medreasoner\\[tensorrt\\].*JetPack"),
+        ("tvm 1.0", "were built by 'tvm 1.0', which this release cannot run"),
+        ("os 1.0", "were built by 'os 1.0', which this release cannot run"),
+    ],
+)
+def test_the_module_is_that_of_the_builder(builder: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ProviderError, match=words):
+        open_gpu(builder)
+
+
+@pytest.mark.parametrize(("module", "provider"), [("tensorrt", "TensorRT"), ("tensorrt_rtx", "TensorRT-RTX")])
+def test_the_installed_version_is_part_of_the_runtimes_name(
+    module: str, provider: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = TableMemory()
+    monkeypatch.setattr(trt_session, "CudaMemory", lambda: memory)
+    memory.capability = (8, 7)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(__version__="10.13"))  # type: ignore[arg-type]
+    gpu = open_gpu(f"{module} 10.12")
+    assert (gpu.runtime, gpu.architecture, gpu.provider) == (f"{module} 10.13", "sm_87", provider)
 
 
 def test_an_altered_engine_is_never_handed_to_the_driver(toy: Path, copy: Path, use_gpu: Gpu, tmp_path: Path) -> None:
@@ -529,15 +630,19 @@ def test_records_that_would_fail_later_are_refused_when_they_are_read(
 
 
 @pytest.mark.gpu
-def test_engines_on_a_gpu_compute_what_the_cpu_computes(toy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("asked", ["tensorrt-rtx", "tensorrt"])
+def test_engines_on_a_gpu_compute_what_the_cpu_computes(toy: Path, tmp_path: Path, asked: Any) -> None:
     try:
-        gpu = open_gpu()
-        check_architectures([gpu.architecture])
-    except (BundleError, ProviderError) as err:
-        pytest.skip(f"no GPU that TensorRT-RTX builds for: {err}")
-    options = EngineOptions(architectures=(gpu.architecture,), precision="fp32")
+        builder = find_builder(asked)
+        gpu = open_gpu(builder.replace("-", "_"))
+        check_architectures((gpu.architecture,), builder)
+    except (BundleError, MissingExtraError, ProviderError) as err:
+        pytest.skip(f"no GPU that an installed TensorRT builds for: {err}")
+    options = EngineOptions(
+        architectures=(gpu.architecture,), precision="fp32", builder=builder, cache_dir=tmp_path / "cache"
+    )
     export_engines(toy / "bundle", tmp_path / "engines", options=options)
     expected, _, _ = _answers(toy / "bundle", tmp_path, device="cpu")
     found, warnings, providers = _answers(toy / "bundle", tmp_path, engines=tmp_path / "engines")
-    assert providers == {"TensorRT-RTX"}, warnings
+    assert providers == {gpu.provider}, warnings
     assert found == expected

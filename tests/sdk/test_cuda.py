@@ -93,6 +93,22 @@ def test_what_goes_up_comes_down_and_memory_goes_back(driver: Driver) -> None:
     assert not driver.memory
 
 
+def test_stream_and_context_go_back_behind_the_last_buffer(driver: Driver) -> None:
+    memory = CudaMemory()
+    array = DeviceArray(memory, 40)
+    driver.calls.clear()
+    del memory
+    assert not driver.calls  # the buffer still needs it
+    del array
+    gone = ["cuCtxSetCurrent", "cuMemFree_v2", "cuCtxSetCurrent", "cuStreamDestroy_v2", "cuDevicePrimaryCtxRelease_v2"]
+    assert driver.calls == gone
+
+
+def test_the_capability_is_asked_for_without_taking_anything(driver: Driver) -> None:
+    assert cuda.compute_capability() == (8, 6)
+    assert set(driver.calls) == {"cuInit", "cuDeviceGet", "cuDeviceGetAttribute"}
+
+
 @pytest.mark.parametrize(("code", "words"), [(2, "out of memory"), (999, "error 999")])
 def test_a_failure_has_the_drivers_words(driver: Driver, code: int, words: str) -> None:
     memory = CudaMemory()

@@ -198,7 +198,7 @@ def test_a_provider_that_does_not_start_is_passed_over_in_silence(
     def start(path: str, options: object, *, providers: list[tuple[str, dict[str, str]]], **more: object) -> object:
         tried.append([name for name, _ in providers])
         if providers[0][0] != CPU:
-            raise RuntimeError("no such library")
+            raise RuntimeError(f"no library\nof {providers[0][0]}")
         return real(path, options, providers=providers, **more)
 
     monkeypatch.setattr(ort, "InferenceSession", start)
@@ -206,7 +206,7 @@ def test_a_provider_that_does_not_start_is_passed_over_in_silence(
     path = identity(tmp_path / "toy.onnx")
     session = OrtSession(path, RuntimeOptions())
     assert tried == [GPU_BUILD, [CUDA, CPU], [CPU]]
-    assert session.warnings == (f"toy runs on {CPU}: {TENSORRT} and {CUDA} did not start",)
+    assert session.warnings == (f"toy runs on {CPU}: {TENSORRT} and {CUDA} did not start (no library of {TENSORRT})",)
     assert capfd.readouterr().out == ""
     with pytest.raises(ProviderError, match="did not start"):
         OrtSession(path, RuntimeOptions(device="cuda"))
