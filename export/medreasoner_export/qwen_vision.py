@@ -45,7 +45,7 @@ def vision_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`.
     """
-    builder = GraphBuilder("vision", storage=storage, precision=precision, outside=outside)
+    builder = GraphBuilder("vision", storage=storage, precision=precision, dynamic=True, outside=outside)
     return (tower or VisionTower)(checkpoint, config, builder).build(metadata)
 
 

@@ -39,8 +39,9 @@ class ReasonerOptions:
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     precision
-        ``"int8"`` rounds the matrices of both graphs to eight bits, ``"int4"`` those of the decoder to four; the rest,
-        embedding and language head too, stays as it is. ``"fp16"``: both graphs compute in float16 and the decoder's
+        ``"int8"`` rounds the matrices of both graphs to eight bits, and the vision tower multiplies integers, for CPUs;
+        ``"int4"`` rounds those of the decoder to four. The rest, embedding and language head too, stays as it is.
+        ``"fp16"``: both graphs compute in float16 and the decoder's
         caches are float16, as attention on a GPU needs them.
     external_data
         Whether the graphs' weights go into files beside them; None: where the checkpoint is too large for one file.

@@ -33,8 +33,8 @@ class SegmenterOptions:
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own.
     precision
-        Arithmetic of the image encoder. The mask decoder, a hundredth of the work, stays in float32: a prompt's place
-        among a thousand pixels needs more digits than float16 has.
+        Arithmetic of the image encoder; ``"int8"``, for CPUs, has integer products. The mask decoder, a hundredth of
+        the work, stays in float32: a prompt's place among a thousand pixels needs more digits than float16 has.
     settings
         Entries that replace those of ``medreasoner.json``: ``resize``, ``rescale``, ``image_mean``, ``image_std``,
         ``prompts``, ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask``
@@ -129,7 +129,8 @@ def export_segmenter(
         save_graph(encoder, out / "encoder.onnx")
         save_graph(family.decoder(multimask=multimask, box_mask=box_mask, **common), out / "decoder.onnx")
         checkpoint.check_all_read(ignore=family.unused)
-        describe(out, {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision})
+        description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
+        describe(out, {**description, "box_mask": box_mask})
     return SegmenterExport(
         folder=Path(out_dir), section=section, sha256=sha256, storage=storage, recognised=family.recognised
     )

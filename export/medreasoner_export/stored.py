@@ -58,7 +58,8 @@ class StoredWeights:
     def n_values(self) -> int:
         """Numbers in all of them; of a matrix in four bits the two that each byte holds."""
         return sum(
-            int(np.prod(each.dims)) * (2 if name.endswith(".levels") and each.dims[-1] < BLOCK else 1)
+            int(np.prod(each.dims))
+            * (2 if name.endswith(".levels") and len(each.dims) == 3 and each.dims[-1] < BLOCK else 1)
             for name, each in self._protos.items()
         )
 

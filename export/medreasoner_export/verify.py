@@ -2,9 +2,11 @@
 
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from medreasoner.bundle import load_bundle
+from medreasoner.bundle import Bundle, load_bundle
+from medreasoner.spec import ReasonerCpuGraphs, ReasonerGraphs, SegmenterCpuGraphs, SegmenterGraphs
 from medreasoner_export.parity_reasoner import reasoner_stages
 from medreasoner_export.parity_road import Question, own_questions, road_stages
 from medreasoner_export.parity_segmenter import mask_of, segmenter_stages
@@ -34,6 +36,8 @@ def verify_bundle(
     progress: Callable[[str], None] = lambda _: None,
 ) -> ParityReport:
     """Run a bundle on the CPU and its checkpoints in torch: each graph on random inputs, then whole answers.
+
+    Where graphs have a second one for the CPU, all is done with the main ones and then with those.
 
     The checkpoints compute in float32. The reasoner's is read matrix by matrix, the whole of it once a run, so that its
     size does not matter.
@@ -68,14 +72,36 @@ def verify_bundle(
     reasoner, segmenter = Path(against_reasoner), Path(against_segmenter)
     asked = questions or own_questions(seed)
 
-    def compared() -> Iterator[ParityStage]:  # one reference in memory at a time
+    def compared(bundle: Bundle) -> Iterator[ParityStage]:  # one reference in memory at a time
         yield from segmenter_stages(bundle, segmenter, tolerance=tolerance, seed=seed)
         yield from reasoner_stages(bundle, reasoner, tolerance=tolerance, seed=seed, adapter=adapter)
         yield from road_stages(bundle, reasoner, mask_of(bundle, segmenter), asked, adapter=adapter)
 
     stages = []
-    for stage in compared():
-        stages.append(stage)
-        progress(stage.name)
+    for words, graphs in _graph_sets(bundle):
+        for stage in compared(graphs):
+            stages.append(replace(stage, name=words + stage.name))
+            progress(stages[-1].name)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return ParityReport(bundle=bundle.spec.name, stages=tuple(stages), versions=versions)
+
+
+def _graph_sets(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
+    """The bundle with its main graphs alone, and, if there are any, with those for the CPU in their place."""
+    spec = bundle.spec
+    second = spec.cpu_graphs()
+
+    def with_graphs(names: dict[str, str]) -> Bundle:
+        r, s = spec.reasoner.graphs, spec.segmenter.graphs
+        reasoner = ReasonerGraphs(vision=names.get(r.vision, r.vision), decoder=names.get(r.decoder, r.decoder))
+        segmenter = SegmenterGraphs(encoder=names.get(s.encoder, s.encoder), decoder=names.get(s.decoder, s.decoder))
+        changed = replace(
+            spec,
+            reasoner=replace(spec.reasoner, graphs=reasoner, cpu_graphs=ReasonerCpuGraphs()),
+            segmenter=replace(spec.segmenter, graphs=segmenter, cpu_graphs=SegmenterCpuGraphs()),
+        )
+        return replace(bundle, spec=changed)
+
+    yield "", with_graphs({})
+    if second:
+        yield "for the CPU: ", with_graphs(second)

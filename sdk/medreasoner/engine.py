@@ -116,6 +116,6 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
             model_name=spec.name,
             model_version=spec.version,
             model_digest=bundle.digest,
-            providers={name: each.session.providers[0] for name, each in opened.items()},
+            providers={each.graph: each.session.providers[0] for each in opened.values()},
             warnings=tuple(warnings),
         )

@@ -253,6 +253,8 @@ class OrtSession:
         The graph.
     options
         Device and threads.
+    on_cpu
+        The graph that is taken instead where nothing but the CPU runs it; None: the same.
 
     Raises
     ------
@@ -260,13 +262,13 @@ class OrtSession:
         If the graph cannot be loaded on the device asked for.
     """
 
-    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+    def __init__(self, path: Path, options: RuntimeOptions, on_cpu: Path | None = None) -> None:
         import onnxruntime as ort
 
         asked = provider_list(options, ort.get_available_providers())
         if asked[0][0] != CPU:
             _load_cuda()
-        self._session = _start(path, options, asked)
+        self._session, self.path = _start(path, options, asked, on_cpu or path)
         got = tuple(self._session.get_providers())
         self.warnings = fallback_warnings(path.stem, options, [name for name, _ in asked], got)
         self.providers = got
@@ -274,11 +276,13 @@ class OrtSession:
         self._halves = {each.name for each in self._session.get_inputs() if each.type == "tensor(float16)"}
         self.outputs = tuple(each.name for each in self._session.get_outputs())
         self._device: Literal["cpu", "cuda"] = "cpu" if got[0] == CPU else "cuda"
+        rows = self._session.get_modelmeta().custom_metadata_map.get("max_rows", "")
+        self._max_rows = int(rows) if rows.isdecimal() and int(rows) else None
 
     @property
     def max_rows(self) -> int | None:
-        """Any number will do."""
-        return None
+        """Any number will do, unless the graph says otherwise: some round all images of a run by one scale."""
+        return self._max_rows
 
     def element_type(self, name: str) -> type[np.generic]:
         """Of a real-valued graph input: float32 or float16."""
@@ -346,8 +350,8 @@ def _preload() -> None:
             ort.preload_dlls()
 
 
-def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> Any:
-    """A session on the first of the providers that starts; ONNX Runtime's own fall-back prints on standard output.
+def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider], on_cpu: Path) -> tuple[Any, Path]:
+    """A session on the first of the providers that starts, and its graph: ONNX Runtime's own fall-back prints.
 
     Raises
     ------
@@ -356,15 +360,23 @@ def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> An
     """
     import onnxruntime as ort
 
-    for first in range(len(asked)):
+    def load(graph: Path, providers: Sequence[Provider]) -> Any:
+        return ort.InferenceSession(str(graph), _session_options(options), providers=list(providers), enable_fallback=0)
+
+    *others, last = asked
+    for first in range(len(others)):
         try:
-            return ort.InferenceSession(
-                str(path), _session_options(options), providers=list(asked[first:]), enable_fallback=0
-            )
-        except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
-            if first + 1 == len(asked):
-                raise ProviderError(f"{path.name}: ONNX Runtime cannot load it: {err!s:.300}") from err
-    raise AssertionError("provider_list names at least one")
+            session = load(path, asked[first:])
+        except Exception:  # ONNX Runtime raises classes of its own, without a common base
+            continue
+        if path == on_cpu or session.get_providers()[0] != CPU:
+            return session, path
+        break  # a library that is missing may drop a provider without an error: the CPU has a graph of its own
+    graph = on_cpu if last[0] == CPU else path
+    try:
+        return load(graph, [last]), graph
+    except Exception as err:
+        raise ProviderError(f"{graph.name}: ONNX Runtime cannot load it: {err!s:.300}") from err
 
 
 def _session_options(options: RuntimeOptions) -> Any:
