@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
-from medreasoner_export.quantise import BLOCK, Bits, quantise, quantise_rows
+from medreasoner_export.quantise import BLOCK, INT8_LIMIT, Bits, quantise, quantise_rows
 
 __all__ = [
     "BITS",
@@ -219,7 +219,8 @@ class GraphBuilder:
 
         Matrices are stored as `storage` with a Cast behind them; vectors are small and stay float32, and so does what
         is `exact`: a matrix that is no longer the checkpoint's own and would be rounded again. At the precision fp16
-        everything is stored, and used, as float16.
+        everything is stored, and used, as float16, and in a `dynamic` graph of eight bits matrices and kernels are
+        stored in eight, and used as float32.
 
         Raises
         ------
@@ -229,12 +230,23 @@ class GraphBuilder:
         if self.precision == "fp16":
             self.keep(name, store(array, "float16", name))
             return name
+        if self.is_dynamic and array.ndim in (2, 4) and array.shape[0] > 1:
+            return self._stored_in_eight(name, array)
         if array.ndim < 2 or exact or self.storage == "float32":
             self.keep(name, store(array, "float32", name))
             return name
         stored = f"{name}.{self.storage}"
         self.keep(stored, store(array, self.storage, name))
         return self.op("Cast", stored, out=name, to=FLOAT)
+
+    def _stored_in_eight(self, name: str, array: npt.NDArray[Any]) -> str:
+        """A matrix (in, out) or a kernel (out, in, height, width): the runtime applies the scales when it loads it."""
+        is_matrix = array.ndim == 2
+        rounded = quantise_rows(array.T if is_matrix else array.reshape(len(array), -1), name, INT8_LIMIT)
+        levels = rounded.levels if is_matrix else np.ascontiguousarray(rounded.levels.T).reshape(array.shape)
+        self.keep(f"{name}.int8", levels)
+        self.keep(f"{name}.scale", rounded.scales if is_matrix else rounded.scales.reshape(-1, 1, 1, 1))
+        return self.op("Mul", self.op("Cast", f"{name}.int8", to=FLOAT), f"{name}.scale", out=name)
 
     def keep(self, name: str, array: npt.NDArray[Any]) -> None:
         """Add an initializer in its own type, beside the graph if it is large and there is a file for it.

@@ -38,7 +38,7 @@ def reasoner_needs(shapes: Mapping[str, Sequence[int]], storage: Storage, precis
         bits = BITS.get(precision) if in_layers and is_matrix and shape[1] % BLOCK == 0 else None
         # Beside its levels a block has a float32 scale and a zero point, a row of the vision tower a float32 scale.
         few = None if bits is None else bits / 8 + (4 + bits / 8) / BLOCK
-        if precision == "int8" and "visual" in name and is_matrix and not name.endswith("merger.mlp.2.weight"):
+        if precision == "int8" and "visual" in name and is_matrix:
             few = 1 + 4 / shape[1]
         outside = name.endswith(("embed_tokens.weight", "lm_head.weight"))  # beside the graphs, as stored
         each = few if few is not None else 2 if precision == "fp16" and not outside else width(storage)

@@ -13,6 +13,7 @@ from medreasoner.errors import BundleError
 
 __all__ = [
     "BLOCK",
+    "INT8_LIMIT",
     "LEVEL_LIMIT",
     "Bits",
     "Rounded",
@@ -34,6 +35,8 @@ A processor without VNNI adds two products of an activation, up to 255, and a le
 cut off without a word: 2 * 255 * 64 = 32,640 fits, and with 127 levels it would not. Unsigned levels, which are widened
 first, would be exact too, but took twice the time on a processor with VNNI.
 """
+INT8_LIMIT = 127
+"""The same for a matrix that is only stored in eight bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,8 +114,8 @@ def dequantise(matrix: Rounded) -> npt.NDArray[np.float32]:
     return np.asarray(values, np.float32).reshape(rows, -1)
 
 
-def quantise_rows(matrix: npt.NDArray[Any], name: str) -> RoundedRows:
-    """Round each row to the nearest of `LEVEL_LIMIT` levels at either side of zero.
+def quantise_rows(matrix: npt.NDArray[Any], name: str, limit: int = LEVEL_LIMIT) -> RoundedRows:
+    """Round each row to the nearest of `limit` levels at either side of zero.
 
     Parameters
     ----------
@@ -120,6 +123,8 @@ def quantise_rows(matrix: npt.NDArray[Any], name: str) -> RoundedRows:
         (rows, columns) of floating point.
     name
         For messages.
+    limit
+        At most `INT8_LIMIT`.
 
     Raises
     ------
@@ -132,12 +137,12 @@ def quantise_rows(matrix: npt.NDArray[Any], name: str) -> RoundedRows:
         part = slice(start, start + ROWS)
         with np.errstate(over="ignore"):
             values = matrix[part].astype(np.float32)
-            scale = np.abs(values).max(-1) / np.float32(LEVEL_LIMIT)
+            scale = np.abs(values).max(-1) / np.float32(limit)
         if not np.isfinite(scale).all():
             raise BundleError(f"weight {name}: values beyond what float32 holds cannot be rounded to 8 bits")
         scales[part] = np.where(scale > 0, scale, np.float32(1))
         # The scale of a row of tiny numbers is itself rounded, and may be too small: hence the limits.
-        levels[:, part] = np.clip(np.rint(values / scales[part, None]), -LEVEL_LIMIT, LEVEL_LIMIT).T
+        levels[:, part] = np.clip(np.rint(values / scales[part, None]), -limit, limit).T
     return RoundedRows(levels=levels, scales=scales)
 
 

@@ -1,6 +1,6 @@
 """A Qwen2.5-VL or Qwen2-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
 
-import shutil
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ import numpy as np
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
-from medreasoner_export.checkpoint import Checkpoint, Progress, Weights
+from medreasoner_export.checkpoint import Checkpoint, Progress, Weights, read_json
 from medreasoner_export.folder import describe, writing_export
 from medreasoner_export.graph import Precision, Storage, are_large, save_graph, store, weights_file
 from medreasoner_export.lora import with_adapter
@@ -205,7 +205,9 @@ def _sizes(config: QwenConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_tokenizer(folder: Path, out: Path) -> None:
+    """The same tokenizer without the layout of its file, which may be more than half of it."""
     source = folder / "tokenizer.json"
     if not source.is_file():
         raise BundleError(f"{source} is missing: save the tokenizer in its fast form beside the weights")
-    shutil.copyfile(source, out / source.name)
+    content = json.dumps(read_json(source), ensure_ascii=False, separators=(",", ":"))
+    (out / source.name).write_text(content, encoding="utf-8")

@@ -19,7 +19,7 @@ KEEPS_RANK = ("Add", "Cast", "Concat", "Gelu", "LayerNormalization", "Mul", "Rel
 
 
 class StoredWeights:
-    """Initializers of a graph, and those that it casts to float32, under the name of what comes out.
+    """Initializers of a graph, and those that it casts to float32 and scales, under the name of what comes out.
 
     Parameters
     ----------
@@ -37,6 +37,13 @@ class StoredWeights:
             for node in model.graph.node
             if node.op_type == "Cast" and node.input[0] in self._protos
         }
+        self._scales = {
+            node.output[0]: node.input[1]
+            for node in model.graph.node
+            if node.op_type == "Mul" and node.input[0] in self._casts and node.input[1] in self._protos
+        }
+        scaled = {node.output[0]: node.input[0] for node in model.graph.node if node.output[0] in self._scales}
+        self._casts |= {name: self._casts[cast] for name, cast in scaled.items()}
         self._made: dict[str, npt.NDArray[Any]] = {}
         self._producers = {name: node for node in model.graph.node for name in node.output}
 
@@ -85,6 +92,8 @@ class StoredWeights:
         array = (
             self._outside(proto) if proto.data_location == onnx.TensorProto.EXTERNAL else numpy_helper.to_array(proto)
         )
+        if name in self._scales:
+            return np.asarray(array.astype(np.float32) * self.array(self._scales[name]), np.float32)
         return array.astype(np.float32) if name in self._casts or array.dtype == np.float16 else array
 
     def half(self, name: str) -> npt.NDArray[np.float16]:
