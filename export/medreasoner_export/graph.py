@@ -264,15 +264,24 @@ class GraphBuilder:
             raise BundleError(f"{self.name}: its weights do not fit one ONNX file of 2 GiB")
         self._initializers[name] = numpy_helper.from_array(array, name)
 
-    def linear(self, x: str, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None) -> str:
+    def linear(
+        self,
+        x: str,
+        name: str,
+        weight: npt.NDArray[Any],
+        bias: npt.NDArray[Any] | None = None,
+        *,
+        has_outliers: bool = False,
+    ) -> str:
         """``x @ weight.T + bias``; `weight` is (out, in) as in torch.
 
         It is stored transposed; or in few bits if the precision says so and, where these come in blocks, its columns
-        divide into them.
+        divide into them. Where `x` `has_outliers`, one scale for all of it would be too coarse for the rest: a
+        `dynamic` graph computes that product in float32.
         """
-        if self.is_dynamic:
+        if self.is_dynamic and not has_outliers:
             return self._dynamic_product(x, name, weight, bias)
-        if self.precision in BITS and weight.shape[1] % BLOCK == 0:
+        if self.precision in BITS and not self.is_dynamic and weight.shape[1] % BLOCK == 0:
             y = self._rounded_product(x, f"{name}.weight", weight, BITS[self.precision])
         else:
             y = self.op("MatMul", x, self.weight(f"{name}.weight", weight.T))
