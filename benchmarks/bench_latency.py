@@ -162,14 +162,24 @@ def _kind(answer: "PipelineAnswer") -> str:
 
 
 def _check_alike(ours: Grounding, theirs: "PipelineAnswer", report: Report) -> None:
+    from benchmarks.peers.transformers_pipeline import read_answer
+
     if theirs.numbers is None:
         report.note(f"the peer's plain text is NOT a valid box: {theirs.text!r:.120}")
     elif not ours.found:
         report.note("the peer names a box where ours says absent, by the bundle's threshold")
     else:
-        assert theirs.text == ours.answer
+        # The bundle's graphs for the CPU round to eight bits: numbers may move a little, and the mask's edge with them.
+        numbers = read_answer(ours.answer)
+        assert numbers is not None
         assert theirs.mask is not None
-        assert (theirs.mask == ours.mask).mean() > 0.999
+        apart = max(abs(a - b) for a, b in zip(numbers, theirs.numbers, strict=True))
+        alike = float((theirs.mask == ours.mask).mean())
+        report.note(
+            f"the first answers' numbers are at most {apart:g} apart, {100 * alike:.2f} % of the masks is alike"
+        )
+        assert apart <= 8
+        assert alike > 0.99
 
 
 @pytest.fixture(scope="module")

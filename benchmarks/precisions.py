@@ -2,8 +2,8 @@
 
     python benchmarks/precisions.py GROUNDING_SET models/nano/reasoner models/nano/segmenter --every 4
 
-Exports reasoner and segmenter in every precision, one of them rounded at a time, asks each bundle the same questions,
-and prints box IoU and mask Dice over the frequent categories, the Dice lost against float32 with the upper end of its
+Exports reasoner and segmenter in every precision, rounds one graph at a time, asks each bundle the same questions, and
+prints box IoU and mask Dice over the frequent categories, the Dice lost against float32 with the upper end of its
 95 % interval (bootstrap over groups, paired by question), the size of the graphs, and the median time of the first and
 of the next question on an image, the bundles taking turns.
 """
@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -24,29 +24,49 @@ from medreasoner_train.data import by_image, load_index, load_pixels, split
 from medreasoner_train.evaluate import EvalOptions, Row, evaluate_bundle
 from medreasoner_train.metrics import group_mean
 
-REASONERS = ("fp32", "fp16", "int8", "int4")
-SEGMENTERS = ("fp32", "fp16", "int8")
+Precisions: TypeAlias = tuple[str, str, str]
+ROWS: tuple[Precisions, ...] = (
+    ("fp32", "fp32", "fp32"),
+    ("fp16", "fp16", "fp32"),
+    ("int8", "fp32", "fp32"),
+    ("fp32", "int8", "fp32"),
+    ("fp32", "int4", "fp32"),
+    ("fp32", "fp32", "fp16"),
+    ("fp32", "fp32", "int8"),
+    ("fp16", "fp16", "fp16"),
+    ("int8", "fp16", "int8"),
+)
+"""Of vision tower, decoder and image encoder: one at a time, then what nano ships for GPUs and for the CPU."""
 QUERIES = ("Which organ is asked for here?", "Where is the brightest structure?")
 
 
-def bundles(reasoner: Path, segmenter: Path, work: Path) -> dict[tuple[str, str], Path]:
-    """Folders by the precisions of reasoner and segmenter; one of the two is float32."""
-    for name in REASONERS:
+def bundles(reasoner: Path, segmenter: Path, work: Path) -> dict[Precisions, Path]:
+    """Folders by the precisions of vision tower, decoder and image encoder."""
+    for name in ("fp32", "fp16", "int8", "int4"):
         export_reasoner(reasoner, work / f"r-{name}", options=ReasonerOptions(precision=name))  # type: ignore[arg-type]
-    for name in SEGMENTERS:
+    for name in ("fp32", "fp16", "int8"):
         options = SegmenterOptions(precision=name)  # type: ignore[arg-type]
         export_segmenter(segmenter, work / f"s-{name}", options=options)
-    pairs = [(name, "fp32") for name in REASONERS] + [("fp32", name) for name in SEGMENTERS[1:]]
-    return {
-        (one, two): build_bundle(work / f"r-{one}", work / f"s-{two}", work / f"{one}-{two}", name=f"{one}-{two}")
-        for one, two in pairs
-    }
+    folders = {}
+    for vision, decoder, encoder in ROWS:
+        own = vision == ("fp32" if decoder == "int4" else decoder)  # the tower that the decoder's export has
+        name = f"{vision}-{decoder}-{encoder}"
+        folders[vision, decoder, encoder] = build_bundle(
+            work / f"r-{decoder}",
+            work / f"s-{encoder}",
+            work / name,
+            name=name,
+            cpu_reasoner=None if own else work / f"r-{vision}",
+            cpu_graphs=("vision",),
+        )
+    return folders
 
 
-def megabytes(bundle: Path) -> tuple[float, float]:
-    """Of the graphs of reasoner and segmenter."""
+def megabytes(grounder: mr.Grounder) -> tuple[float, float]:
+    """Of the graphs of reasoner and segmenter that are used."""
+    files = grounder.bundle.spec.files
     sizes = [
-        sum(file.stat().st_size for file in (bundle / part).iterdir() if ".onnx" in file.name) / 1e6
+        sum(files[name].size_bytes for name in grounder.providers if name.startswith(part)) / 1e6
         for part in ("reasoner", "segmenter")
     ]
     return sizes[0], sizes[1]
@@ -93,16 +113,17 @@ def main() -> None:
             grounders, [load_pixels(record.image) for record in records[:: len(records) // 12]], options.rounds
         )
         found = {key: answers(grounder, options.data, options.every) for key, grounder in grounders.items()}
-        base = found["fp32", "fp32"]
+        base = found[ROWS[0]]
         print(f"{len(base)} questions about {len({row.group for row in base})} groups\n")
-        print("| reasoner | segmenter | box IoU | mask Dice | Dice lost, at most | graphs, MB | first, ms | next, ms |")
-        print("|---|---|---|---|---|---|---|---|")
+        heads = ("vision", "decoder", "encoder", "box IoU", "mask Dice", "Dice lost, at most", "graphs, MB")
+        print("| " + " | ".join((*heads, "first, ms", "next, ms")) + " |")
+        print("|---|---|---|---|---|---|---|---|---|")
         for key, rows in found.items():
             lost = group_mean([a.dice - b.dice for a, b in zip(base, rows, strict=True)], [row.group for row in base])
             iou, dice = (float(np.mean([getattr(row, name) for row in rows])) for name in ("iou", "dice"))
-            sizes, (first, following) = megabytes(folders[key]), timed[key]
+            sizes, (first, following) = megabytes(grounders[key]), timed[key]
             print(
-                f"| {key[0]} | {key[1]} | {iou:.4f} | {dice:.4f} | {lost.mean:+.4f}, {lost.high:+.4f} "
+                f"| {' | '.join(key)} | {iou:.4f} | {dice:.4f} | {lost.mean:+.4f}, {lost.high:+.4f} "
                 f"| {sizes[0]:.1f} + {sizes[1]:.1f} | {first:.1f} | {following:.1f} |"
             )
 

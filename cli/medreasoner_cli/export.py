@@ -53,7 +53,7 @@ def reasoner(
     weights: WeightsOption = "source",
     precision: Annotated[
         Literal["fp32", "fp16", "int8", "int4"],
-        typer.Option(help="fp16 is for GPUs; int8 rounds matrices to 8 bits, int4 those of the decoder to 4."),
+        typer.Option(help="fp16 is for GPUs; int8 rounds matrices to 8 bits (CPUs), int4 those of the decoder to 4."),
     ] = "fp32",
     adapter: AdapterOption = None,
     settings: SettingsOption = None,
@@ -84,7 +84,7 @@ def segmenter(
     ] = "auto",
     weights: WeightsOption = "source",
     precision: Annotated[
-        Literal["fp32", "fp16", "int8"], typer.Option(help="Of the image encoder; fp16 is for GPUs.")
+        Literal["fp32", "fp16", "int8"], typer.Option(help="Of the image encoder; fp16 is for GPUs, int8 for CPUs.")
     ] = "fp32",
     settings: SettingsOption = None,
     fresh: FreshOption = False,
@@ -117,17 +117,32 @@ def bundle(
     notice: Annotated[str | None, typer.Option(help="Line to show at the first load.")] = None,
     licence_file: Annotated[Path | None, typer.Option(help="File with the terms.")] = None,
     card: Annotated[Path | None, typer.Option(help="JSON file with 'training' and 'quality', for people.")] = None,
+    cpu_reasoner: Annotated[
+        Path | None, typer.Option(help="Other export of the same reasoner, whose graphs are for the CPU.")
+    ] = None,
+    cpu_segmenter: Annotated[
+        Path | None, typer.Option(help="Other export of the same segmenter, whose graphs are for the CPU.")
+    ] = None,
+    cpu_graphs: Annotated[
+        str, typer.Option(help="Which of their graphs to take, as far as they differ.")
+    ] = "vision,decoder,encoder,mask_decoder",
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Join two exports into one folder with a manifest.
 
     \b
     medreasoner-cli export bundle build/reasoner build/segmenter -o medreasoner-7b --name medreasoner-7b
+    medreasoner-cli export bundle half/reasoner half/segmenter -o both --name both --cpu-segmenter int8/segmenter
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
     terms = package.Licence(weights=licence, notice=notice, file=licence_file)
     text = {"name": name, "version": version, "description": description, **_read_json(card)}
-    print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **text))
+    seconds = {
+        "cpu_reasoner": cpu_reasoner,
+        "cpu_segmenter": cpu_segmenter,
+        "cpu_graphs": tuple(each.strip() for each in cpu_graphs.split(",")),
+    }
+    print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **seconds, **text))
 
 
 @app.command()

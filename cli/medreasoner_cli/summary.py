@@ -39,7 +39,8 @@ def summary_lines(manifest: Mapping[str, Any]) -> list[str]:
     absent = "no" if answer["absent"] is None else f"yes, above P = {reasoner['absent_threshold']}"
     lines = [
         f"{manifest['name']} {manifest['version']}  {manifest['description']}".rstrip(),
-        f"  size       {size / 1e6:.1f} MB in {len(manifest['files'])} files, {manifest['precision']}",
+        f"  size       {size / 1e6:.1f} MB in {len(manifest['files'])} files, {manifest['precision']}"
+        + _on_cpu(manifest),
         f"  reasoner   {reasoner['architecture']}, {reasoner['n_layers']} layers of {reasoner['hidden_dim']}, "
         f"vocabulary {reasoner['vocab_size']}, image {_resize(resize)}",
         f"  segmenter  {segmenter['architecture']}, image {_resize(segmenter['resize'])}, "
@@ -67,3 +68,9 @@ def _tree(value: Mapping[str, Any], indent: str) -> Iterator[str]:
         else:
             text = f"{each:.3f}" if isinstance(each, float) else each
             yield f"{indent}{key}: {text}"
+
+
+def _on_cpu(manifest: Mapping[str, Any]) -> str:
+    """Which graphs are others on the CPU."""
+    names = [*manifest["reasoner"].get("cpu_graphs", {}), *manifest["segmenter"].get("cpu_graphs", {})]
+    return f", with graphs of its own for the CPU ({', '.join(names)})" if names else ""

@@ -17,6 +17,9 @@ from medreasoner_export.stored import StoredWeights
 
 __all__ = ["input_ranges", "segmenter_images"]
 
+# Operators whose matrix is in few bits.
+ROUNDED = ("DynamicQuantizeMatMul", "MatMulNBits")
+
 Array = npt.NDArray[Any]
 
 
@@ -43,7 +46,7 @@ def input_ranges(path: Path, feeds: Iterable[Mapping[str, Array]]) -> dict[str, 
     products = [
         node
         for node in model.graph.node
-        if node.op_type == "MatMulNBits" or (node.op_type == "MatMul" and stored.is_matrix(node.input[1]))
+        if node.op_type in ROUNDED or (node.op_type == "MatMul" and stored.is_matrix(node.input[1]))
     ]
     names = sorted({node.input[0] for node in products} - {each.name for each in model.graph.input})
     if not names:

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
-from medreasoner_export.quantise import BLOCK, Bits, quantise
+from medreasoner_export.quantise import BLOCK, INT8_LIMIT, Bits, quantise, quantise_rows
 
 __all__ = [
     "BITS",
@@ -45,7 +45,7 @@ Storage: TypeAlias = Literal["float32", "float16", "bfloat16"]
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "int4"]
 """Arithmetic: float32, float16, or float32 with matrix products of eight- or four-bit weights and eight-bit
-activations."""
+activations: in blocks, or in graphs that are `dynamic` by rows and whole tensors."""
 
 BITS: Mapping[Precision, Bits] = {"int8": 8, "int4": 4}
 """Of a weight, at the precisions that round them."""
@@ -123,6 +123,11 @@ class GraphBuilder:
         Element type in which matrices are stored.
     precision
         Of the arithmetic: of all of it if it is ``"fp16"``, else of the products in :meth:`linear`.
+    dynamic
+        Whether ``"int8"`` means integer products: each row of a weight has one scale, each tensor of activations one
+        that is found when it is there. For graphs that read many tokens at once, where this is twice as fast as
+        float32; blocks, made for single tokens, are not. Only CPUs have it. A run should then hold one image, since
+        those of a batch would share a scale: ``max_rows`` in the metadata says so to the runtime.
     outside
         File that takes the weights; None: they stay in the graph.
     """
@@ -133,11 +138,13 @@ class GraphBuilder:
         *,
         storage: Storage = "float32",
         precision: Precision = "fp32",
+        dynamic: bool = False,
         outside: WeightsFile | None = None,
     ) -> None:
         self.name = name
         self.storage = storage
         self.precision = precision
+        self.is_dynamic = dynamic and precision == "int8"
         self.outside = outside
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
@@ -214,7 +221,8 @@ class GraphBuilder:
 
         Matrices are stored as `storage` with a Cast behind them; vectors are small and stay float32, and so does what
         is `exact`: a matrix that is no longer the checkpoint's own and would be rounded again. At the precision fp16
-        everything is stored, and used, as float16.
+        everything is stored, and used, as float16, and in a `dynamic` graph of eight bits matrices and kernels are
+        stored in eight, and used as float32.
 
         Raises
         ------
@@ -224,12 +232,23 @@ class GraphBuilder:
         if self.precision == "fp16":
             self.keep(name, store(array, "float16", name))
             return name
+        if self.is_dynamic and array.ndim in (2, 4) and array.shape[0] > 1:
+            return self._stored_in_eight(name, array)
         if array.ndim < 2 or exact or self.storage == "float32":
             self.keep(name, store(array, "float32", name))
             return name
         stored = f"{name}.{self.storage}"
         self.keep(stored, store(array, self.storage, name))
         return self.op("Cast", stored, out=name, to=FLOAT)
+
+    def _stored_in_eight(self, name: str, array: npt.NDArray[Any]) -> str:
+        """A matrix (in, out) or a kernel (out, in, height, width): the runtime applies the scales when it loads it."""
+        is_matrix = array.ndim == 2
+        rounded = quantise_rows(array.T if is_matrix else array.reshape(len(array), -1), name, INT8_LIMIT)
+        levels = rounded.levels if is_matrix else np.ascontiguousarray(rounded.levels.T).reshape(array.shape)
+        self.keep(f"{name}.int8", levels)
+        self.keep(f"{name}.scale", rounded.scales if is_matrix else rounded.scales.reshape(-1, 1, 1, 1))
+        return self.op("Mul", self.op("Cast", f"{name}.int8", to=FLOAT), f"{name}.scale", out=name)
 
     def keep(self, name: str, array: npt.NDArray[Any]) -> None:
         """Add an initializer in its own type, beside the graph if it is large and there is a file for it.
@@ -247,16 +266,37 @@ class GraphBuilder:
             raise BundleError(f"{self.name}: its weights do not fit one ONNX file of 2 GiB")
         self._initializers[name] = numpy_helper.from_array(array, name)
 
-    def linear(self, x: str, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None) -> str:
+    def linear(
+        self,
+        x: str,
+        name: str,
+        weight: npt.NDArray[Any],
+        bias: npt.NDArray[Any] | None = None,
+        *,
+        has_outliers: bool = False,
+    ) -> str:
         """``x @ weight.T + bias``; `weight` is (out, in) as in torch.
 
-        It is stored transposed, or in few bits if the precision says so and its columns divide into blocks.
+        It is stored transposed; or in few bits if the precision says so and, where these come in blocks, its columns
+        divide into them. Where `x` `has_outliers`, one scale for all of it would be too coarse for the rest: a
+        `dynamic` graph computes that product in float32.
         """
-        if self.precision in BITS and weight.shape[1] % BLOCK == 0:
+        if self.is_dynamic and not has_outliers:
+            return self._dynamic_product(x, name, weight, bias)
+        if self.precision in BITS and not self.is_dynamic and weight.shape[1] % BLOCK == 0:
             y = self._rounded_product(x, f"{name}.weight", weight, BITS[self.precision])
         else:
             y = self.op("MatMul", x, self.weight(f"{name}.weight", weight.T))
         return y if bias is None else self.op("Add", y, self.weight(f"{name}.bias", bias))
+
+    def _dynamic_product(self, x: str, name: str, weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None) -> str:
+        matrix = quantise_rows(weight, f"{name}.weight")
+        parts = [f"{name}.weight.{part}" for part in ("levels", "scales")]
+        self.keep(parts[0], matrix.levels)
+        self.keep(parts[1], matrix.scales)
+        self._n_rounded += 1
+        last = [] if bias is None else ["", self.weight(f"{name}.bias", bias)]  # without a zero point
+        return self.op("com.microsoft.DynamicQuantizeMatMul", x, *parts, *last)
 
     def _rounded_product(self, x: str, name: str, weight: npt.NDArray[Any], bits: Bits) -> str:
         matrix = quantise(weight, name, bits)
@@ -293,9 +333,10 @@ class GraphBuilder:
             opsets.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medreasoner")
         model.producer_version = __version__
-        helper.set_model_props(
-            model, {"opset": str(OPSET), "storage": self.storage, "precision": self.precision, **metadata}
-        )
+        properties = {"opset": str(OPSET), "storage": self.storage, "precision": self.precision}
+        if self.is_dynamic:
+            properties["max_rows"] = "1"
+        helper.set_model_props(model, {**properties, **metadata})
         return model
 
     def fresh(self, kind: str) -> str:

@@ -34,10 +34,11 @@ def reasoner_needs(shapes: Mapping[str, Sequence[int]], storage: Storage, precis
     disk = 0
     for name, shape in shapes.items():
         in_layers = "layers." in name and "visual" not in name
-        rounded = (precision == "int8" and ("visual" in name or in_layers)) or (precision == "int4" and in_layers)
-        bits = BITS.get(precision) if rounded and len(shape) == 2 and shape[1] % BLOCK == 0 else None
-        # Beside its levels a block has a float32 scale and a zero point.
+        bits = BITS.get(precision) if in_layers and len(shape) == 2 and shape[1] % BLOCK == 0 else None
+        # Beside its levels a block has a float32 scale and a zero point, a row of the vision tower a float32 scale.
         few = None if bits is None else bits / 8 + (4 + bits / 8) / BLOCK
+        if precision == "int8" and "visual" in name and len(shape) > 1:
+            few = 1 + 4 / math.prod(shape[1:])
         outside = name.endswith(("embed_tokens.weight", "lm_head.weight"))  # beside the graphs, as stored
         each = few if few is not None else 2 if precision == "fp16" and not outside else width(storage)
         disk += math.ceil(math.prod(shape) * each)

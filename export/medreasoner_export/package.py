@@ -4,7 +4,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,22 @@ from medreasoner_export.checkpoint import read_json, sha256_of
 from medreasoner_export.folder import DESCRIPTION
 from medreasoner_export.graph import OPSET
 from medreasoner_export.parts import check_parts, check_room, telling
+from medreasoner_export.trt_plan import GraphName
 
-__all__ = ["Licence", "build_bundle"]
+__all__ = ["CPU_GRAPHS", "Licence", "build_bundle"]
 
 MANIFEST = "manifest.json"
+CPU_GRAPHS: Mapping[GraphName, tuple[str, str]] = {
+    "vision": ("reasoner", "vision"),
+    "decoder": ("reasoner", "decoder"),
+    "encoder": ("segmenter", "encoder"),
+    "mask_decoder": ("segmenter", "decoder"),
+}
+"""Graphs that a bundle may have a second time, for the CPU: of each the section of a manifest, and its key there."""
+
+CPU = "cpu"  # the folder of those graphs, in that of their part
+# What a second export may have otherwise than the first: the graphs, and matrices that are not taken from it.
+_FREE = ("graphs", "step", "embedding", "lm_head")
 PRODUCERS = ("medreasoner", "onnx", "numpy")
 
 
@@ -44,6 +56,9 @@ def build_bundle(
     licence: Licence | None = None,
     training: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
+    cpu_reasoner: str | Path | None = None,
+    cpu_segmenter: str | Path | None = None,
+    cpu_graphs: Collection[GraphName] = tuple(CPU_GRAPHS),
     force: bool = False,
 ) -> Path:
     """Join two exports into the folder `out_dir` with a manifest; return the folder.
@@ -62,13 +77,18 @@ def build_bundle(
         Terms of the weights.
     training, quality
         What the model was trained on and what it reaches: free, for people.
+    cpu_reasoner, cpu_segmenter
+        Other exports of the same checkpoints, whose graphs are used where a session runs on the CPU.
+    cpu_graphs
+        Which of those graphs to take, as far as they differ.
     force
         Replace `out_dir` if it exists.
 
     Raises
     ------
     BundleError
-        If `out_dir` exists without `force`, an export is incomplete, or the manifest would not load.
+        If `out_dir` exists without `force`, an export is incomplete, one for the CPU is of another checkpoint or other
+        settings or has nothing to take, or the manifest would not load.
     """
     out = Path(out_dir)
     if out.exists() and not force:
@@ -79,6 +99,11 @@ def build_bundle(
         parts = {
             part: _copy_export(Path(source), folder / part)
             for part, source in (("reasoner", reasoner_dir), ("segmenter", segmenter_dir))
+        }
+        seconds = {
+            part: _copy_cpu_graphs(Path(source), folder / part, parts[part], _keys(part, cpu_graphs))
+            for part, source in (("reasoner", cpu_reasoner), ("segmenter", cpu_segmenter))
+            if source is not None
         }
         terms = {"weights": licence.weights, "notice": licence.notice, "file": None}
         if licence.file is not None:
@@ -91,8 +116,7 @@ def build_bundle(
             "name": name,
             "version": version,
             "description": description,
-            "reasoner": _prefixed(parts["reasoner"]["section"], "reasoner"),
-            "segmenter": _prefixed(parts["segmenter"]["section"], "segmenter"),
+            **{part: _prefixed(parts[part]["section"], part, seconds.get(part, {})) for part in parts},
             "precision": parts["reasoner"].get("precision", "fp32"),
             "opset": OPSET,
             "producers": {package: importlib.metadata.version(package) for package in PRODUCERS},
@@ -134,6 +158,54 @@ def _copy_export(source: Path, target: Path) -> dict[str, Any]:
     return description
 
 
+def _keys(part: str, names: Collection[GraphName]) -> list[str]:
+    """Keys in the section `part` of the graphs with these names."""
+    if unknown := sorted(set(names) - set(CPU_GRAPHS)):
+        raise BundleError(f"graphs for the CPU: expected some of {', '.join(CPU_GRAPHS)}, got {unknown[0]!r:.80}")
+    return [key for section, key in (CPU_GRAPHS[name] for name in names) if section == part]
+
+
+def _copy_cpu_graphs(source: Path, folder: Path, main: Mapping[str, Any], keys: list[str]) -> dict[str, str]:
+    """Copy those of an export's graphs that differ from the ones in `folder` into a folder in that.
+
+    Their names stay, since a graph names the file with its weights. Returns the paths in `folder`, by key.
+    """
+    path = source / DESCRIPTION
+    description = read_json(path)
+    try:
+        section = description["section"]
+        same = {key: section[key] == main["section"][key] for key in main["section"] if key not in _FREE}
+        graphs = {key: str(section["graphs"][key]) for key in keys}
+        has_same_source = description["sha256"] == main["sha256"]
+    except (KeyError, TypeError) as err:
+        raise BundleError(f"{path} is malformed: {err!r}") from err
+    if not has_same_source:
+        raise BundleError(
+            f"{source}: it was exported from another checkpoint than the graphs beside which it shall stand"
+        )
+    same["box_mask"] = description.get("box_mask") == main.get("box_mask")
+    if differing := [key for key, is_same in same.items() if not is_same]:
+        raise BundleError(
+            f"{source}: its {differing[0]} is another than that of the graphs beside which it shall stand"
+        )
+    taken = {}
+    for key, name in graphs.items():
+        files = [each for each in (name, f"{name}.data") if each == name or each in description.get("data", [])]
+        for each in files:
+            if Path(each).name != each or not (source / each).is_file():
+                raise BundleError(f"{source}: {each} is not a file there")
+        if any(not (folder / each).is_file() or sha256_of(source / each) != sha256_of(folder / each) for each in files):
+            (folder / CPU).mkdir(exist_ok=True)
+            for each in files:
+                shutil.copyfile(source / each, folder / CPU / each)
+            taken[key] = f"{CPU}/{name}"
+    if not taken:
+        raise BundleError(
+            f"{source}: none of its graphs that were asked for differs from those beside which it shall stand"
+        )
+    return taken
+
+
 def _paths(section: Mapping[str, Any]) -> Iterator[str]:
     yield from section["graphs"].values()
     for matrix in ("embedding", "lm_head"):
@@ -145,10 +217,12 @@ def _paths(section: Mapping[str, Any]) -> Iterator[str]:
         yield section["step"]["file"]
 
 
-def _prefixed(section: Mapping[str, Any], folder: str) -> dict[str, Any]:
-    """The section with its paths relative to the bundle."""
+def _prefixed(section: Mapping[str, Any], folder: str, cpu_graphs: Mapping[str, str]) -> dict[str, Any]:
+    """The section with its paths relative to the bundle, and with the graphs for the CPU if there are any."""
     result = dict(section)
     result["graphs"] = {key: f"{folder}/{name}" for key, name in section["graphs"].items()}
+    if cpu_graphs:
+        result["cpu_graphs"] = {key: f"{folder}/{name}" for key, name in cpu_graphs.items()}
     for matrix in ("embedding", "lm_head"):
         if matrix in section:
             result[matrix] = {**section[matrix], "file": f"{folder}/{section[matrix]['file']}"}

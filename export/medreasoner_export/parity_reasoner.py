@@ -5,7 +5,6 @@ equality with transformers' own is thus part of what is compared.
 """
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,19 @@ from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
 from medreasoner_export.graph import BITS
-from medreasoner_export.quantise import BLOCK, Bits, dequantise, quantise
-from medreasoner_export.report import ParityStage, compare
+from medreasoner_export.quantise import BLOCK, dequantise, dequantise_rows, quantise, quantise_rows
+from medreasoner_export.report import ParityStage, compare, stated
 from medreasoner_export.streamed import TEXT, VISION, prompt_inputs, streamed_qwen, two_frames
 
 __all__ = ["DecoderRun", "reasoner_stages"]
 
 QUERY = "Which structure is shown here, and where does it lie?"
 N_STEPS = 8
-ROUNDED_TOLERANCE = 0.05
-"""Accepted error of graphs with rounded matrices: their activations are rounded to eight bits in every product."""
-FP16_TOLERANCE = 0.02
-"""Accepted error of graphs that compute in float16, whose eleven bits are lost anew in every layer."""
+TOLERANCES = {"fp16": 0.02, "int8": 0.05, "int4": 0.05}
+"""Accepted error of a graph by its precision. Float16 loses all but eleven bits anew in every layer; with rounded
+matrices the activations are rounded to eight bits in every product."""
+DYNAMIC_TOLERANCE = 0.1
+"""Of a vision tower whose activations are rounded a tensor at a time, the few largest with the many small ones."""
 
 Array = npt.NDArray[Any]
 
@@ -50,32 +50,22 @@ def reasoner_stages(
     checkpoint_dir
         The checkpoint that the bundle was made of.
     tolerance
-        Largest accepted error, relative to the reference's largest value; `FP16_TOLERANCE` for graphs in float16 and
-        `ROUNDED_TOLERANCE` for rounded matrices, which are compared with the checkpoint's rounded in the same way.
+        Largest accepted error of float32, relative to the reference's largest value; other precisions have
+        `TOLERANCES`. Rounded matrices are compared with the checkpoint's rounded in the same way.
     seed
         Of the images.
     adapter
         Folder of the LoRA adapter that was merged in.
     """
     torch = require("torch", extra="export", feature="The parity check")
-    precision = bundle.spec.precision
-    bits = BITS.get(precision)  # type: ignore[call-overload]
-    change = None if bits is None else partial(_rounded, bits)
-    model = streamed_qwen(checkpoint_dir, adapter=adapter, change=change)
-    loose = {"fp16": FP16_TOLERANCE, "int8": ROUNDED_TOLERANCE, "int4": ROUNDED_TOLERANCE}.get(precision, tolerance)
-    check = _Check(bundle, model, np.random.default_rng(seed))
+    check = _Check(bundle, np.random.default_rng(seed))
+    check.model = streamed_qwen(checkpoint_dir, adapter=adapter, change=check.rounded)
+    vision = DYNAMIC_TOLERANCE if check.precisions[0] == "int8" else TOLERANCES.get(check.precisions[0], tolerance)
+    decoder = TOLERANCES.get(check.precisions[1], tolerance)
     with torch.inference_mode():
         for rows, columns in check.grids():
-            yield check.vision(rows, columns, tolerance if precision == "int4" else loose)
-        yield from check.decoder(loose)
-
-
-def _rounded(bits: Bits, name: str, weight: Array) -> Array:
-    """Gives the reference the matrices that a graph of few bits holds: what is left is the error of the graph."""
-    own = (TEXT + "layers.",) if bits == 4 else (TEXT + "layers.", VISION + "blocks.", VISION + "merger.mlp.0")
-    if name.startswith(own) and weight.ndim == 2 and weight.shape[1] % BLOCK == 0:
-        return dequantise(quantise(weight, name, bits))
-    return weight
+            yield check.vision(rows, columns, vision)
+        yield from check.decoder(max(vision, decoder))  # it reads what the vision tower saw
 
 
 class DecoderRun:
@@ -142,18 +132,33 @@ class DecoderRun:
 
 
 class _Check:
-    def __init__(self, bundle: Bundle, model: Any, generator: np.random.Generator) -> None:
+    model: Any  # the reference
+
+    def __init__(self, bundle: Bundle, generator: np.random.Generator) -> None:
         ort = require("onnxruntime", extra="cpu", feature="The parity check")
         spec = bundle.spec.reasoner
-        self.bundle, self.spec, self.model, self.generator = bundle, spec, model, generator
-        self.precision = bundle.spec.precision
+        self.bundle, self.spec, self.generator = bundle, spec, generator
         self.vision_session, self.decoder_session = (
             ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
             for name in (spec.graphs.vision, spec.graphs.decoder)
         )
+        sessions = (self.vision_session, self.decoder_session)
+        self.precisions = tuple(stated(session, "precision") or bundle.spec.precision for session in sessions)
         self.tokenizer = load_tokenizer(str(bundle.path(spec.tokenizer)))
         self.embedding = load_weight(bundle.path(spec.embedding.file), spec.embedding)
         self.lm_head = load_weight(bundle.path(spec.lm_head.file), spec.lm_head)
+
+    def rounded(self, name: str, weight: Array) -> Array:
+        """Gives the reference the matrices that graphs of few bits hold: what is left is the error of the graphs."""
+        vision, decoder = self.precisions
+        bits = BITS.get(decoder)  # type: ignore[call-overload]
+        if weight.ndim != 2:
+            return weight
+        if bits is not None and name.startswith(TEXT + "layers.") and weight.shape[1] % BLOCK == 0:
+            return dequantise(quantise(weight, name, bits))
+        if vision == "int8" and name.startswith((VISION + "blocks.", VISION + "merger.mlp.0")):
+            return dequantise_rows(quantise_rows(weight, name))
+        return weight
 
     def grids(self) -> list[tuple[int, int]]:
         """Rows and columns, in merged tokens: the model's own grid or a wide one, partial windows, less than one."""
@@ -197,7 +202,7 @@ class _Check:
 
     def decoder(self, tolerance: float) -> Iterator[ParityStage]:
         """Hidden states of a prompt read whole, in chunks and token by token; in float32, the tokens that follow."""
-        precision = self.precision
+        precision = self.precisions[1]
         rows, columns = self.grids()[0]
         patches, embeds, _ = self.images(rows, columns, 1)
         prompt = Prompt(self.tokenizer, self.spec)
@@ -222,7 +227,7 @@ class _Check:
             found = _in_parts(run, inputs, positions, sizes)
             kind = f" against the checkpoint's matrices in {precision[3:]} bits" if precision in BITS else ""
             yield compare(f"hidden states, {name} of {n} tokens{kind}", found, expected, tolerance)
-        if precision == "fp32":  # else two tokens that lie close may change places
+        if set(self.precisions) == {"fp32"}:  # else two tokens that lie close may change places
             yield self._greedy(run, found[-1], after, reference)
 
     def _greedy(self, run: DecoderRun, hidden: Array, position: int, reference: Any) -> ParityStage:

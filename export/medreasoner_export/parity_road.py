@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
@@ -66,8 +67,8 @@ LIMITS = {
     "int8": Limits(logits=0.1, tokens=0.2, found=0.1, box=0.03, dice=0.08),
     "int4": Limits(logits=0.5, tokens=0.5, found=0.2, box=0.1, dice=0.25),
 }
-"""By a bundle's precision. Few bits change what a model says, here within reason; `medreasoner-cli eval` says what
-they cost."""
+"""By the precision of a graph; the loosest of a bundle's graphs decides. Few bits change what a model says, here within
+reason; `medreasoner-cli eval` says what they cost."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +121,7 @@ def road_stages(
     *,
     adapter: Path | None = None,
 ) -> Iterator[ParityStage]:
-    """Compare logits, tokens, boxes and masks of whole answers; `LIMITS` of the bundle's precision decide.
+    """Compare logits, tokens, boxes and masks of whole answers; `LIMITS` of the graphs' precisions decide.
 
     Parameters
     ----------
@@ -143,7 +144,17 @@ def road_stages(
     reference = ReferenceReasoner(bundle, reasoner_dir, adapter)
     with torch.inference_mode():
         compared = [_compare(bundle, answer, reference, segment) for answer in answers]
-    yield from _stages(compared, LIMITS.get(bundle.spec.precision, LIMITS["fp32"]))
+    yield from _stages(compared, LIMITS[_loosest(bundle)])
+
+
+def _loosest(bundle: Bundle) -> str:
+    """The roughest precision among a bundle's graphs, as they state it, the main one of each."""
+    reasoner, segmenter = bundle.spec.reasoner.graphs, bundle.spec.segmenter.graphs
+    found = {bundle.spec.precision}
+    for name in (reasoner.vision, reasoner.decoder, segmenter.encoder, segmenter.decoder):
+        model = onnx.load(str(bundle.path(name)), load_external_data=False)
+        found |= {each.value for each in model.metadata_props if each.key == "precision"}
+    return max(found & LIMITS.keys(), key=list(LIMITS).index, default="fp32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from medreasoner.errors import BundleError
 from medreasoner.geometry import Placement
 from medreasoner.spec import SegmenterSpec
 from medreasoner_export.parity_road import Segment
-from medreasoner_export.report import ParityStage, compare
+from medreasoner_export.report import ParityStage, compare, stated
 
 __all__ = ["mask_of", "segmenter_stages"]
 
@@ -52,7 +52,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
         ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
         for name in (spec.graphs.encoder, spec.graphs.decoder)
     )
-    tolerance = max(tolerance, TOLERANCES.get(_metadata(encoder, "precision") or "", 0.0))
+    tolerance = max(tolerance, TOLERANCES.get(stated(encoder, "precision") or "", 0.0))
     box, points = _prompts(generator, size)
     names = [output.name for output in encoder.get_outputs()]
     with torch.inference_mode():
@@ -60,7 +60,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
         expected = by_output(embeddings)
         if expected.keys() != set(names):
             raise BundleError(f"{checkpoint_path}: it gives {', '.join(expected)}, the bundle's encoder {names}")
-        result = _predict(sam, embeddings, spec, box, points, box_mask=_metadata(decoder, "box_mask") == "true")
+        result = _predict(sam, embeddings, spec, box, points, box_mask=stated(decoder, "box_mask") == "true")
     features = dict(zip(names, encoder.run(None, {"pixel_values": pixels}), strict=True))
     for name in names:
         yield compare(name.replace("_", " "), features[name], expected[name].numpy(), tolerance)
@@ -92,7 +92,7 @@ def mask_of(bundle: Bundle, checkpoint_path: Path) -> Segment:
     spec = bundle.spec.segmenter
     sam, embed = load_sam(checkpoint_path, image_size=spec.resize.sides[0])
     decoder = ort.InferenceSession(str(bundle.path(spec.graphs.decoder)), providers=["CPUExecutionProvider"])
-    box_mask = _metadata(decoder, "box_mask") == "true"
+    box_mask = stated(decoder, "box_mask") == "true"
 
     def segment(planes: Array, grid: Placement, corners: Array, points: Array) -> npt.NDArray[np.bool_]:
         box, inside = (grid.to_grid(each)[None].astype(np.float32) for each in (corners, points))
@@ -111,12 +111,6 @@ def mask_of(bundle: Bundle, checkpoint_path: Path) -> Segment:
         return mask
 
     return segment
-
-
-def _metadata(session: Any, key: str) -> str | None:
-    """What a graph says of itself: a setting given at the export may differ from the checkpoint's own."""
-    value: str | None = session.get_modelmeta().custom_metadata_map.get(key)
-    return value
 
 
 def _predict(sam: Any, embeddings: Any, spec: SegmenterSpec, box: Array, points: Array, *, box_mask: bool) -> Any:

@@ -1,4 +1,7 @@
-"""Matrices in four or eight bits, as ONNX Runtime's ``MatMulNBits`` reads them: blocks share scale and zero point."""
+"""Matrices in few bits, as two operators of ONNX Runtime read them.
+
+``MatMulNBits``: four or eight bits, with a scale and a zero point a block. ``DynamicQuantizeMatMul``: a scale a row.
+"""
 
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -8,11 +11,32 @@ import numpy.typing as npt
 
 from medreasoner.errors import BundleError
 
-__all__ = ["BLOCK", "Bits", "Rounded", "dequantise", "quantise"]
+__all__ = [
+    "BLOCK",
+    "INT8_LIMIT",
+    "LEVEL_LIMIT",
+    "Bits",
+    "Rounded",
+    "RoundedRows",
+    "dequantise",
+    "dequantise_rows",
+    "quantise",
+    "quantise_rows",
+]
 
 Bits: TypeAlias = Literal[4, 8]
 BLOCK = 32
 ROWS = 2048  # at a time: the matrix of a large vocabulary would fill the memory in float32
+
+LEVEL_LIMIT = 64
+"""Largest level of a row at either side of zero.
+
+A processor without VNNI adds two products of an activation, up to 255, and a level in 16 bits, and what does not fit is
+cut off without a word: 2 * 255 * 64 = 32,640 fits, and with 127 levels it would not. Unsigned levels, which are widened
+first, would be exact too, but took twice the time on a processor with VNNI.
+"""
+INT8_LIMIT = 127
+"""The same for a matrix that is only stored in eight bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +51,17 @@ class Rounded:
     levels: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.float32]
     zero_points: npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedRows:
+    """A matrix (rows, columns): value = level * scale of the row.
+
+    levels : (columns, rows) int8, transposed as the product reads them; scales : (rows,) float32.
+    """
+
+    levels: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
 
 
 def quantise(matrix: npt.NDArray[Any], name: str, bits: Bits) -> Rounded:
@@ -77,6 +112,43 @@ def dequantise(matrix: Rounded) -> npt.NDArray[np.float32]:
     zeros = _unpacked(matrix.zero_points, matrix.bits)[:, :blocks, None].astype(np.float32)
     values = (_unpacked(matrix.levels, matrix.bits).astype(np.float32) - zeros) * matrix.scales[..., None]
     return np.asarray(values, np.float32).reshape(rows, -1)
+
+
+def quantise_rows(matrix: npt.NDArray[Any], name: str, limit: int = LEVEL_LIMIT) -> RoundedRows:
+    """Round each row to the nearest of `limit` levels at either side of zero.
+
+    Parameters
+    ----------
+    matrix
+        (rows, columns) of floating point.
+    name
+        For messages.
+    limit
+        At most `INT8_LIMIT`.
+
+    Raises
+    ------
+    BundleError
+        If the values are too large.
+    """
+    rows, columns = matrix.shape
+    levels, scales = np.empty((columns, rows), np.int8), np.empty(rows, np.float32)
+    for start in range(0, rows, ROWS):
+        part = slice(start, start + ROWS)
+        with np.errstate(over="ignore"):
+            values = matrix[part].astype(np.float32)
+            scale = np.abs(values).max(-1) / np.float32(limit)
+        if not np.isfinite(scale).all():
+            raise BundleError(f"weight {name}: values beyond what float32 holds cannot be rounded to 8 bits")
+        scales[part] = np.where(scale > 0, scale, np.float32(1))
+        # The scale of a row of tiny numbers is itself rounded, and may be too small: hence the limits.
+        levels[:, part] = np.clip(np.rint(values / scales[part, None]), -limit, limit).T
+    return RoundedRows(levels=levels, scales=scales)
+
+
+def dequantise_rows(matrix: RoundedRows) -> npt.NDArray[np.float32]:
+    """The matrix (rows, columns) float32 that its levels stand for."""
+    return np.asarray(matrix.levels.T * matrix.scales[:, None], np.float32)
 
 
 def _packed(levels: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:

@@ -1,6 +1,6 @@
 """A Qwen2.5-VL or Qwen2-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
 
-import shutil
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from medreasoner._version import __version__
 from medreasoner.errors import BundleError
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.spec import ReasonerSpec
-from medreasoner_export.checkpoint import Checkpoint, Progress, Weights
+from medreasoner_export.checkpoint import Checkpoint, Progress, Weights, read_json
 from medreasoner_export.config_section import naming
 from medreasoner_export.folder import Build, build_key, building, describe, weights_stage
 from medreasoner_export.graph import Precision, Storage, WeightsFile, are_large, save_graph, store, weights_file
@@ -47,8 +47,9 @@ class ReasonerOptions:
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own. Arithmetic is float32.
     precision
-        ``"int8"`` rounds the matrices of both graphs to eight bits, ``"int4"`` those of the decoder to four; the rest,
-        embedding and language head too, stays as it is. ``"fp16"``: both graphs compute in float16 and the decoder's
+        ``"int8"`` rounds the matrices of both graphs to eight bits, and the vision tower multiplies integers, for CPUs;
+        ``"int4"`` rounds those of the decoder to four. The rest, embedding and language head too, stays as it is.
+        ``"fp16"``: both graphs compute in float16 and the decoder's
         caches are float16, as attention on a GPU needs them.
     external_data
         Whether the graphs' weights go into files beside them; None: where the checkpoint is too large for one file.
@@ -255,6 +256,7 @@ def _check_same(folder: Path, out: Path) -> None:
 
 
 def _copy_tokenizer(folder: Path, config: QwenConfig, out: Path) -> None:
+    """The same tokenizer without the layout of its file, which may be more than half of it."""
     source = folder / "tokenizer.json"
     if not source.is_file():
         raise BundleError(f"{source} is missing: save the tokenizer in its fast form beside the weights")
@@ -264,4 +266,5 @@ def _copy_tokenizer(folder: Path, config: QwenConfig, out: Path) -> None:
             f"{source}: {n_tokens} tokens, and config.json says vocab_size {config.text.vocab_size}; "
             "save the tokenizer of this checkpoint beside the weights"
         )
-    shutil.copyfile(source, out / source.name)
+    content = json.dumps(read_json(source), ensure_ascii=False, separators=(",", ":"))
+    (out / source.name).write_text(content, encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
 
-__all__ = ["ParityReport", "ParityStage", "compare", "load_reference"]
+__all__ = ["ParityReport", "ParityStage", "compare", "load_reference", "stated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +102,12 @@ def compare(name: str, found: npt.ArrayLike, expected: npt.ArrayLike, tolerance:
     found, expected = np.asarray(found, dtype=np.float64), np.asarray(expected, dtype=np.float64)
     error = float(np.abs(found - expected).max()) if found.shape == expected.shape else float("inf")
     return ParityStage(name=name, error=error, scale=float(np.abs(expected).max()) or 1.0, tolerance=tolerance)
+
+
+def stated(session: Any, key: str) -> str | None:
+    """What a graph says of itself in its metadata: a setting given at the export may differ from the checkpoint's."""
+    value: str | None = session.get_modelmeta().custom_metadata_map.get(key)
+    return value
 
 
 def load_reference(kind: Any, folder: str | Path, **settings: Any) -> Any:

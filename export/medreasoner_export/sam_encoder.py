@@ -43,7 +43,7 @@ def encoder_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`.
     """
-    builder = GraphBuilder("encoder", storage=storage, precision=precision, outside=outside)
+    builder = GraphBuilder("encoder", storage=storage, precision=precision, dynamic=True, outside=outside)
     return _Encoder(checkpoint, config, builder).build(metadata)
 
 

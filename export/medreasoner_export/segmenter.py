@@ -34,8 +34,8 @@ class SegmenterOptions:
     weights
         Element type of matrices in the files; ``"source"`` keeps the checkpoint's own.
     precision
-        Arithmetic of the image encoder. The mask decoder, a hundredth of the work, stays in float32: a prompt's place
-        among a thousand pixels needs more digits than float16 has.
+        Arithmetic of the image encoder; ``"int8"``, for CPUs, has integer products. The mask decoder, a hundredth of
+        the work, stays in float32: a prompt's place among a thousand pixels needs more digits than float16 has.
     settings
         Entries that replace those of ``medreasoner.json``: ``resize``, ``rescale``, ``image_mean``, ``image_std``,
         ``prompts``, ``multimask`` (the alternatives for ambiguous prompts instead of the single mask), ``box_mask``
@@ -145,7 +145,8 @@ def export_segmenter(
         weights_stage(build, checkpoint, "encoder", encoder)
         weights_stage(build, checkpoint, "decoder", decoder)
         checkpoint.check_all_read(ignore=family.unused)
-        describe(build, {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision})
+        description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
+        describe(build, {**description, "box_mask": box_mask})
     return SegmenterExport(
         folder=Path(out_dir), section=section, sha256=sha256, storage=storage, recognised=family.recognised
     )

@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto
 
 from medreasoner.errors import BundleError
-from medreasoner_export.quantise import BLOCK, Rounded, dequantise
+from medreasoner_export.quantise import BLOCK, Rounded, RoundedRows, dequantise, dequantise_rows
 from medreasoner_export.standard_graph import StandardGraph
 from medreasoner_export.trt_plan import MASK, PLACES
 
@@ -189,6 +189,19 @@ def _mat_mul_n_bits(g: StandardGraph, node: onnx.NodeProto, attributes: Attribut
     g.stored.drop(name)
 
 
+def _dynamic_quantize_mat_mul(g: StandardGraph, node: onnx.NodeProto, attributes: Attributes) -> None:
+    """The matrix that the levels stand for, too: an engine scales its activations in a way of its own, or not."""
+    x, levels, scales, zeros, bias = ([*node.input] + [""] * 2)[:5]
+    if attributes or zeros:
+        raise BundleError(f"{g.name}: the product with {levels} is not one that this release exports")
+    name = levels.removesuffix(".levels")
+    g.stored.add(name, dequantise_rows(RoundedRows(levels=g.stored.array(levels), scales=g.stored.array(scales))).T)
+    y = g.product("MatMul", x, name, out=None if bias else node.output[0])
+    g.stored.drop(name)
+    if bias:
+        g.op("Add", y, g.read(bias), out=node.output[0])
+
+
 def _product(g: StandardGraph, node: onnx.NodeProto, attributes: Attributes) -> None:
     g.product(node.op_type, *node.input, out=node.output[0], **attributes)
 
@@ -196,6 +209,7 @@ def _product(g: StandardGraph, node: onnx.NodeProto, attributes: Attributes) -> 
 EXPANSIONS: Mapping[str, Expansion] = {
     "Conv": _product,
     "ConvTranspose": _product,
+    "DynamicQuantizeMatMul": _dynamic_quantize_mat_mul,
     "FusedMatMul": _fused_mat_mul,
     "GroupQueryAttention": _group_query_attention,
     "MatMul": _product,

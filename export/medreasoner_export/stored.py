@@ -61,7 +61,7 @@ def _check_outside(path: Path, proto: onnx.TensorProto) -> None:
 
 
 class StoredWeights:
-    """Initializers of a graph, and those that it casts to float32, under the name of what comes out.
+    """Initializers of a graph, and those that it casts to float32 and scales, under the name of what comes out.
 
     Parameters
     ----------
@@ -79,6 +79,13 @@ class StoredWeights:
             for node in model.graph.node
             if node.op_type == "Cast" and node.input[0] in self._protos
         }
+        self._scales = {
+            node.output[0]: node.input[1]
+            for node in model.graph.node
+            if node.op_type == "Mul" and node.input[0] in self._casts and node.input[1] in self._protos
+        }
+        scaled = {node.output[0]: node.input[0] for node in model.graph.node if node.output[0] in self._scales}
+        self._casts |= {name: self._casts[cast] for name, cast in scaled.items()}
         self._made: dict[str, npt.NDArray[Any]] = {}
         self._producers = {name: node for node in model.graph.node for name in node.output}
 
@@ -100,7 +107,8 @@ class StoredWeights:
     def n_values(self) -> int:
         """Numbers in all of them; of a matrix in four bits the two that each byte holds."""
         return sum(
-            int(np.prod(each.dims)) * (2 if name.endswith(".levels") and each.dims[-1] < BLOCK else 1)
+            int(np.prod(each.dims))
+            * (2 if name.endswith(".levels") and len(each.dims) == 3 and each.dims[-1] < BLOCK else 1)
             for name, each in self._protos.items()
         )
 
@@ -126,6 +134,8 @@ class StoredWeights:
         array = (
             self._outside(proto) if proto.data_location == onnx.TensorProto.EXTERNAL else numpy_helper.to_array(proto)
         )
+        if name in self._scales:
+            return np.asarray(array.astype(np.float32) * self.array(self._scales[name]), np.float32)
         return array.astype(np.float32) if name in self._casts or array.dtype == np.float16 else array
 
     def half(self, name: str) -> npt.NDArray[np.float16]:

@@ -68,7 +68,7 @@ def tiny_vit_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`, or the stages do not end in the decoder's grid.
     """
-    builder = GraphBuilder("encoder", storage=storage, precision=precision, outside=outside)
+    builder = GraphBuilder("encoder", storage=storage, precision=precision, dynamic=True, outside=outside)
     return _Encoder(weights, config, builder).build(metadata)
 
 

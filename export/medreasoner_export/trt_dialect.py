@@ -71,7 +71,8 @@ def trt_graph(
             _rewrite(g, node)
     for each in plan.outputs:
         g.output(each.name, helper.np_dtype_to_tensor_dtype(np.dtype(each.dtype)), each.shape)
-    source = {each.key: each.value for each in model.metadata_props}
+    # What limits a batch is gone with the products that it was said of.
+    source = {each.key: each.value for each in model.metadata_props if each.key != "max_rows"}
     precision = {
         "precision": "int8" if ranges else "fp16" if half else "fp32",
         "storage": "float16" if half else "float32",

@@ -2,9 +2,11 @@
 
 import importlib.metadata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from medreasoner.bundle import load_bundle
+from medreasoner.bundle import Bundle, load_bundle
+from medreasoner.spec import ReasonerCpuGraphs, ReasonerGraphs, SegmenterCpuGraphs, SegmenterGraphs
 from medreasoner_export.checkpoint import Checkpoint, Weights
 from medreasoner_export.config_section import naming
 from medreasoner_export.lora import with_adapter
@@ -41,6 +43,8 @@ def verify_bundle(
 ) -> ParityReport:
     """Run a bundle on the CPU and its checkpoints in torch: each graph on random inputs, then whole answers.
 
+    Where graphs have a second one for the CPU, all is done with the main ones and then with those.
+
     The checkpoints compute in float32. The reasoner's is read matrix by matrix, the whole of it once a run, so that its
     size does not matter.
 
@@ -75,15 +79,16 @@ def verify_bundle(
     _check_checkpoints(reasoner, segmenter, adapter)
     asked = questions or own_questions(seed)
 
-    def compared() -> Iterator[ParityStage]:  # one reference in memory at a time
+    def compared(bundle: Bundle) -> Iterator[ParityStage]:  # one reference in memory at a time
         yield from segmenter_stages(bundle, segmenter, tolerance=tolerance, seed=seed)
         yield from reasoner_stages(bundle, reasoner, tolerance=tolerance, seed=seed, adapter=adapter)
         yield from road_stages(bundle, reasoner, mask_of(bundle, segmenter), asked, adapter=adapter)
 
     stages = []
-    for stage in compared():
-        stages.append(stage)
-        progress(stage.name)
+    for words, graphs in _graph_sets(bundle):
+        for stage in compared(graphs):
+            stages.append(replace(stage, name=words + stage.name))
+            progress(stages[-1].name)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}
     return ParityReport(bundle=bundle.spec.name, stages=tuple(stages), versions=versions)
 
@@ -100,3 +105,25 @@ def _check_checkpoints(reasoner: Path, segmenter: Path, adapter: Path | None) ->
         with naming(segmenter):
             if not is_sam2(weights):
                 SamConfig.from_json(weights.config)
+
+
+def _graph_sets(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
+    """The bundle with its main graphs alone, and, if there are any, with those for the CPU in their place."""
+    spec = bundle.spec
+    second = spec.cpu_graphs()
+
+    def with_graphs(names: dict[str, str]) -> Bundle:
+        r, s = spec.reasoner.graphs, spec.segmenter.graphs
+        reasoner = ReasonerGraphs(vision=names.get(r.vision, r.vision), decoder=names.get(r.decoder, r.decoder))
+        segmenter = SegmenterGraphs(encoder=names.get(s.encoder, s.encoder), decoder=names.get(s.decoder, s.decoder))
+        step = None if r.decoder in names else spec.reasoner.step
+        changed = replace(
+            spec,
+            reasoner=replace(spec.reasoner, graphs=reasoner, cpu_graphs=ReasonerCpuGraphs(), step=step),
+            segmenter=replace(spec.segmenter, graphs=segmenter, cpu_graphs=SegmenterCpuGraphs()),
+        )
+        return replace(bundle, spec=changed)
+
+    yield "", with_graphs({})
+    if second:
+        yield "for the CPU: ", with_graphs(second)

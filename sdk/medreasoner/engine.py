@@ -141,7 +141,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
         vision, encoder, decoder, mask_decoder = (each.session for each in opened.values())
         on_cpu = decoder.providers[0] == CPU
         step = None
-        if reasoner.step is not None and on_cpu and steps_pay():
+        if reasoner.step is not None and reasoner.cpu_graphs.decoder is None and on_cpu and steps_pay():
             step = load_step(bundle.path(reasoner.step.file), reasoner, reasoner.step)
         warnings = dict.fromkeys(line for each in opened.values() for line in each.warnings)
         return Engine(
@@ -161,6 +161,6 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
             model_name=spec.name,
             model_version=spec.version,
             model_digest=bundle.digest,
-            providers={name: each.session.providers[0] for name, each in opened.items()},
+            providers={each.graph: each.session.providers[0] for each in opened.values()},
             warnings=tuple(warnings),
         )

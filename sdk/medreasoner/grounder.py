@@ -97,7 +97,7 @@ class Grounder:
 
     @property
     def providers(self) -> Mapping[str, str]:
-        """Of each graph, by its path in the bundle, what runs it: a provider of ONNX Runtime, or TensorRT-RTX."""
+        """Of each graph in use, by its path in the bundle, what runs it: ONNX Runtime's provider, or TensorRT-RTX."""
         return self._engine.providers
 
     def close(self) -> None:

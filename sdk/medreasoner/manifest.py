@@ -72,17 +72,16 @@ def read_record(record: type[Record], data: Any, key: str) -> Record:
     Raises
     ------
     BundleError
-        If a key is missing, unknown, or of another type or range.
+        If a key without a default is missing, or a key is unknown, or of another type or range.
     """
     if not isinstance(data, dict):
         raise _mismatch(key, "an object", data)
     hints = get_type_hints(record)
-    every = fields(record)  # type: ignore[arg-type]
-    optional = {field.name for field in every if field.default is not MISSING}
-    names = [field.name for field in every if field.name in data or field.name not in optional]
-    for name in sorted(data.keys() ^ set(names)):
-        raise BundleError(f"{_join(key, name)}: {'unknown key' if name in data else 'missing'}")
-    values = {name: _read(hints[name], data[name], _join(key, name)) for name in names}
+    optional = {field.name: field.default is not MISSING for field in fields(record)}  # type: ignore[arg-type]
+    for name in sorted(data.keys() ^ optional.keys()):
+        if not optional.get(name):
+            raise BundleError(f"{_join(key, name)}: {'unknown key' if name in data else 'missing'}")
+    values = {name: _read(hints[name], data[name], _join(key, name)) for name in optional if name in data}
     try:
         return record(**values)
     except BundleError as err:

@@ -262,6 +262,8 @@ class OrtSession:
         The graph.
     options
         Device and threads.
+    on_cpu
+        The graph that is taken instead where nothing but the CPU runs it; None: the same.
 
     Raises
     ------
@@ -269,13 +271,13 @@ class OrtSession:
         If the graph cannot be loaded on the device asked for.
     """
 
-    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+    def __init__(self, path: Path, options: RuntimeOptions, on_cpu: Path | None = None) -> None:
         import onnxruntime as ort
 
         asked = provider_list(options, ort.get_available_providers())
         if asked[0][0] != CPU:
             _load_cuda()
-        self._session, cause = _start(path, options, asked)
+        self._session, self.path, cause = _start(path, options, asked, on_cpu or path)
         got = tuple(self._session.get_providers())
         self.warnings = fallback_warnings(path.stem, options, [name for name, _ in asked], got, cause)
         self.providers = got
@@ -283,11 +285,13 @@ class OrtSession:
         self._halves = {each.name for each in self._session.get_inputs() if each.type == "tensor(float16)"}
         self.outputs = tuple(each.name for each in self._session.get_outputs())
         self._device: Literal["cpu", "cuda"] = "cpu" if got[0] == CPU else "cuda"
+        rows = self._session.get_modelmeta().custom_metadata_map.get("max_rows", "")
+        self._max_rows = int(rows) if rows.isdecimal() and int(rows) else None
 
     @property
     def max_rows(self) -> int | None:
-        """Any number will do."""
-        return None
+        """Any number will do, unless the graph says otherwise: some round all images of a run by one scale."""
+        return self._max_rows
 
     def element_type(self, name: str) -> type[np.generic]:
         """Of a real-valued graph input: float32 or float16."""
@@ -355,8 +359,8 @@ def _preload() -> None:
             ort.preload_dlls()
 
 
-def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> tuple[Any, str]:
-    """A session on the first of the providers that starts, and why the very first did not.
+def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider], on_cpu: Path) -> tuple[Any, Path, str]:
+    """A session on the first of the providers that starts, its graph, and why the very first did not.
 
     ONNX Runtime's own fall-back prints on standard output.
 
@@ -367,19 +371,25 @@ def _start(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> tu
     """
     import onnxruntime as ort
 
+    def load(graph: Path, providers: Sequence[Provider]) -> Any:
+        return ort.InferenceSession(str(graph), _session_options(options), providers=list(providers), enable_fallback=0)
+
+    *others, last = asked
     cause = ""
-    for first in range(len(asked)):
+    for first in range(len(others)):
         try:
-            session = ort.InferenceSession(
-                str(path), _session_options(options), providers=list(asked[first:]), enable_fallback=0
-            )
+            session = load(path, asked[first:])
         except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
-            if first + 1 == len(asked):
-                raise ProviderError(f"{path.name}: ONNX Runtime cannot load it: {err!s:.300}") from err
             cause = cause or one_line(err)
-        else:
-            return session, cause
-    raise AssertionError("provider_list names at least one")
+            continue
+        if path == on_cpu or session.get_providers()[0] != CPU:
+            return session, path, cause
+        break  # a library that is missing may drop a provider without an error: the CPU has a graph of its own
+    graph = on_cpu if last[0] == CPU else path
+    try:
+        return load(graph, [last]), graph, cause
+    except Exception as err:
+        raise ProviderError(f"{graph.name}: ONNX Runtime cannot load it: {err!s:.300}") from err
 
 
 def _session_options(options: RuntimeOptions) -> Any:

@@ -20,9 +20,10 @@ _ANY_CACHE = "past_key.0"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenedSession:
-    """A session, and what was passed over on the way to it."""
+    """A session, the path in the bundle of the graph that it runs, and what was passed over on the way to it."""
 
     session: Session
+    graph: str
     warnings: tuple[str, ...]
 
 
@@ -56,7 +57,7 @@ class SessionOpener:
             self._reason = str(err)
 
     def open(self, source: str, options: RuntimeOptions) -> OpenedSession:
-        """Session of the graph at the path `source` in the bundle.
+        """Session of the graph at the path `source` in the bundle, or, on the CPU, of the one that it has for that.
 
         Raises
         ------
@@ -67,16 +68,18 @@ class SessionOpener:
         """
         session, reason = self._engine(source)
         if session is not None:
-            return OpenedSession(session=session, warnings=())
+            return OpenedSession(session=session, graph=source, warnings=())
         make = decoder_session if source == self._bundle.spec.reasoner.graphs.decoder else OrtSession
+        second = self._bundle.spec.cpu_graphs().get(source, source)
         try:
-            own = make(self._bundle.path(source), options)
+            own = make(self._bundle.path(source), options, self._bundle.path(second))
         except ProviderError as err:
             if not reason:
                 raise
             raise ProviderError(f"{err}; no engine runs it either: {reason}") from err
         passed_over = (f"{own.providers[0]} runs instead of an engine: {reason}",) if reason else ()
-        return OpenedSession(session=own, warnings=(*passed_over, *own.warnings))
+        graph = source if own.path == self._bundle.path(source) else second
+        return OpenedSession(session=own, graph=graph, warnings=(*passed_over, *own.warnings))
 
     def _engine(self, source: str) -> tuple[Session | None, str]:
         """Session of a fitting engine, or the reason why there is none."""
@@ -108,7 +111,7 @@ def _static(session: TrtSession) -> StaticDecoder:
     )
 
 
-def decoder_session(path: Path, options: RuntimeOptions) -> OrtSession:
+def decoder_session(path: Path, options: RuntimeOptions, on_cpu: Path | None = None) -> OrtSession:
     """Session of a reasoner's decoder, on the CPU if its caches are float32.
 
     On a GPU, attention over shared caches takes float16 only. ONNX Runtime would place a float32 one on the CPU and
@@ -119,12 +122,12 @@ def decoder_session(path: Path, options: RuntimeOptions) -> OrtSession:
     ProviderError
         If another device was named.
     """
-    session = OrtSession(path, options)
+    session = OrtSession(path, options, on_cpu)
     if session.providers[0] == CPU or session.element_type(_ANY_CACHE) is np.float16:
         return session
     reason = "its caches are float32, and attention on a GPU takes float16: export it with --precision fp16"
     if options.device != "auto":
         raise ProviderError(f"{path.name} cannot run on device {options.device!r}: {reason}")
-    session = OrtSession(path, replace(options, device="cpu"))
+    session = OrtSession(path, replace(options, device="cpu"), on_cpu)
     session.warnings = (f"{path.stem} runs on {CPU}: {reason}",)
     return session

@@ -22,9 +22,11 @@ __all__ = [
     "PadResize",
     "PromptMode",
     "PromptSpec",
+    "ReasonerCpuGraphs",
     "ReasonerGraphs",
     "ReasonerSpec",
     "Resize",
+    "SegmenterCpuGraphs",
     "SegmenterGraphs",
     "SegmenterSpec",
     "SmartResize",
@@ -234,6 +236,14 @@ class StepSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReasonerCpuGraphs:
+    """Files that take the place of those in `ReasonerGraphs` on the CPU."""
+
+    vision: str | None = None
+    decoder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonerSpec:
     """The vision-language model: graphs, tokenizer, sizes, texts and limits (in tokens)."""
 
@@ -259,6 +269,7 @@ class ReasonerSpec:
     max_query_tokens: int
     max_think_tokens: int
     step: StepSpec | None = None
+    cpu_graphs: ReasonerCpuGraphs = ReasonerCpuGraphs()
 
     def __post_init__(self) -> None:
         _need_positive(self, "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
@@ -282,6 +293,14 @@ class SegmenterGraphs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SegmenterCpuGraphs:
+    """Files that take the place of those in `SegmenterGraphs` on the CPU."""
+
+    encoder: str | None = None
+    decoder: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmenterSpec:
     """The promptable segmenter: graphs, input grid and mask grid (pixels), mean and deviation on the scale 0 to 1.
 
@@ -299,6 +318,7 @@ class SegmenterSpec:
     mask_size: int
     n_masks: int
     prompts: PromptMode
+    cpu_graphs: SegmenterCpuGraphs = SegmenterCpuGraphs()
 
     def __post_init__(self) -> None:
         _need_positive(self, "mask_size", "n_masks")
@@ -341,10 +361,21 @@ class BundleSpec:
         unlisted = [name for name in self.used_files() if name not in self.files]
         _need(not unlisted, "files", "every file that is used", unlisted)
 
+    def cpu_graphs(self) -> dict[str, str]:
+        """Of each graph that has a second one for the CPU, by its name the name of that."""
+        reasoner, segmenter = self.reasoner, self.segmenter
+        pairs = (
+            (reasoner.graphs.vision, reasoner.cpu_graphs.vision),
+            (reasoner.graphs.decoder, reasoner.cpu_graphs.decoder),
+            (segmenter.graphs.encoder, segmenter.cpu_graphs.encoder),
+            (segmenter.graphs.decoder, segmenter.cpu_graphs.decoder),
+        )
+        return {graph: second for graph, second in pairs if second is not None}
+
     def used_files(self) -> tuple[str, ...]:
         """Names of the files that the manifest mentions, each once."""
         reasoner, segmenter, licence = self.reasoner, self.segmenter, self.licence.file
         names = [reasoner.graphs.vision, reasoner.graphs.decoder, reasoner.embedding.file, reasoner.lm_head.file]
-        names += [reasoner.tokenizer, segmenter.graphs.encoder, segmenter.graphs.decoder]
+        names += [reasoner.tokenizer, segmenter.graphs.encoder, segmenter.graphs.decoder, *self.cpu_graphs().values()]
         names += [reasoner.step.file] if reasoner.step else []
         return tuple(dict.fromkeys([*names, licence] if licence else names))

@@ -337,7 +337,7 @@ def outside(name: str, *, stated: bool = False, linked: bool = False, written: b
     """Let the largest weight of a graph lie in another file."""
 
     def change(folder: Path) -> None:
-        path = folder / "decoder.onnx"
+        path = folder / "vision.onnx"
         model = onnx.load(path)
         proto = max(model.graph.initializer, key=lambda each: len(each.raw_data))
         secret = folder.parent / "secret"
@@ -352,7 +352,7 @@ def outside(name: str, *, stated: bool = False, linked: bool = False, written: b
         if written:
             shutil.copy(secret, folder / name)
         if stated:
-            entries("export.json", data=[name])(folder)
+            entries("export.json", data=["decoder.onnx.data", name])(folder)
 
     return change
 
@@ -362,7 +362,7 @@ def link(folder: Path) -> None:
     (folder / "vision.onnx").symlink_to("/etc/hostname")
 
 
-BESIDE = "decoder.onnx.data"
+BESIDE = "vision.onnx.data"
 PARTS: dict[str, tuple[Change, str]] = {
     "no description": (remove("export.json"), "{}/r/export.json is missing"),
     "description empty": (text("export.json", ""), "{}/r/export.json cannot be read as JSON"),
@@ -386,14 +386,14 @@ PARTS: dict[str, tuple[Change, str]] = {
     "tokenizer damaged": (text("tokenizer.json", "{}"), "{}/r/tokenizer.json: not a tokenizer.json"),
     "weights in the folder above": (outside("../secret"), "lies in '../secret', which is no file beside it"),
     "weights of the system": (outside("/etc/passwd"), "lies in '/etc/passwd', which is no file beside it"),
-    "weights absent": (outside(BESIDE), "{}/r/decoder.onnx.data: it does not hold "),
+    "weights absent": (outside(BESIDE), "{}/r/vision.onnx.data: it does not hold "),
     "weights not named": (
         outside(BESIDE, written=True),
-        "weights lie in decoder.onnx.data, which export.json does not name",
+        "weights lie in vision.onnx.data, which export.json does not name",
     ),
     "weights behind a link": (
         outside(BESIDE, stated=True, linked=True),
-        "{}/r/decoder.onnx.data: it is a link that leaves",
+        "{}/r/vision.onnx.data: it is a link that leaves",
     ),
 }
 
@@ -476,7 +476,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> None:
         (signed(text("decoder.onnx", "")), "{}/b/reasoner/decoder.onnx holds no graph"),
         (signed(outside("../../secret")), "lies in '../../secret', which is no file beside it"),
         (signed(outside("/etc/passwd")), "lies in '/etc/passwd', which is no file beside it"),
-        (signed(outside(BESIDE)), "{}/b/reasoner/decoder.onnx.data: it does not hold "),
+        (signed(outside(BESIDE)), "{}/b/reasoner/vision.onnx.data: it does not hold "),
         (shutil.rmtree, "no bundle '{}/b'"),
     ],
 )

@@ -36,6 +36,27 @@ def test_a_manifest_becomes_records(spec: BundleSpec) -> None:
     )
 
 
+def test_graphs_for_the_cpu_are_optional_each(manifest: dict[str, Any]) -> None:
+    assert parse_manifest(json.dumps(manifest)).cpu_graphs() == {}
+    manifest["reasoner"]["cpu_graphs"] = {"vision": "reasoner/cpu/vision.onnx"}
+    with pytest.raises(
+        BundleError, match=r"files: expected every file that is used, got \['reasoner/cpu/vision.onnx'\]"
+    ):
+        parse_manifest(json.dumps(manifest))
+    manifest["files"]["reasoner/cpu/vision.onnx"] = {"sha256": "0" * 64, "size_bytes": 0}
+    spec = parse_manifest(json.dumps(manifest))
+    assert spec.cpu_graphs() == {"reasoner/vision.onnx": "reasoner/cpu/vision.onnx"}
+    assert "reasoner/cpu/vision.onnx" in spec.used_files()
+    for graphs, words in (
+        ({"encoder": "x"}, "encoder: unknown key"),
+        ({"vision": 3}, "vision: expected text"),
+        ([], ""),
+    ):
+        manifest["reasoner"]["cpu_graphs"] = graphs
+        with pytest.raises(BundleError, match=rf"reasoner\.cpu_graphs.*{words}"):
+            parse_manifest(json.dumps(manifest))
+
+
 def leaves(data: Any, path: str = "") -> list[str]:
     if not isinstance(data, dict) or path in ("producers", "source", "training", "quality"):
         return [path]

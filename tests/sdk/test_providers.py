@@ -212,12 +212,63 @@ def test_a_provider_that_does_not_start_is_passed_over_in_silence(
         OrtSession(path, RuntimeOptions(device="cuda"))
 
 
+class Providers:
+    """Stands in for ONNX Runtime's sessions where CUDA is built in: it starts, fails, or is left out in silence."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cuda: str) -> None:
+        import onnxruntime as ort
+
+        self._real, self._cuda = ort.InferenceSession, cuda
+        self.loaded: list[str] = []
+        monkeypatch.setattr(ort, "InferenceSession", self._start)
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
+
+    def _start(self, path: str, options: object, *, providers: list[tuple[str, object]], **more: object) -> object:
+        asks_gpu = providers[0][0] == CUDA
+        self.loaded.append(Path(path).name)
+        if asks_gpu and self._cuda == "fails":
+            raise RuntimeError("no such library")
+        session = self._real(path, options, providers=[CPU], **more)
+        if asks_gpu and self._cuda == "starts":
+            session.get_providers = lambda: [CUDA, CPU]
+        return session
+
+
+@pytest.mark.parametrize(
+    ("device", "cuda", "loaded"),
+    [
+        ("cpu", "starts", ["second.onnx"]),
+        ("auto", "starts", ["main.onnx"]),
+        ("cuda", "starts", ["main.onnx"]),
+        ("auto", "fails", ["main.onnx", "second.onnx"]),
+        ("auto", "is left out", ["main.onnx", "second.onnx"]),
+    ],
+)
+def test_the_cpu_runs_the_graph_that_is_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, cuda: str, loaded: list[str]
+) -> None:
+    main, second = identity(tmp_path / "main.onnx"), identity(tmp_path / "second.onnx")
+    runtime = Providers(monkeypatch, cuda)
+    session = OrtSession(main, RuntimeOptions(device=device), second)  # type: ignore[arg-type]
+    assert runtime.loaded == loaded
+    assert session.path.name == loaded[-1]
+    assert session.providers == ((CUDA, CPU) if loaded[-1] == "main.onnx" else (CPU,))
+    assert bool(session.warnings) == (device == "auto" and cuda != "starts")
+
+
+def test_without_a_gpu_in_the_build_only_the_cpus_graph_is_read(tmp_path: Path) -> None:
+    session = OrtSession(tmp_path / "absent.onnx", RuntimeOptions(), identity(tmp_path / "second.onnx"))
+    assert session.path == tmp_path / "second.onnx"
+    assert session.max_rows is None
+
+
 class OnGpu:
     """Stands in for a session on a GPU."""
 
     caches: type[np.generic] = np.float32
 
-    def __init__(self, path: Path, options: RuntimeOptions) -> None:
+    def __init__(self, path: Path, options: RuntimeOptions, on_cpu: Path | None = None) -> None:
+        self.path = on_cpu or path
         self.providers = (CPU,) if options.device == "cpu" else (CUDA, CPU)
         self.warnings: tuple[str, ...] = ()
 
@@ -230,6 +281,7 @@ def test_a_decoder_with_float32_caches_never_runs_on_a_gpu(monkeypatch: pytest.M
     monkeypatch.setattr(sessions, "OrtSession", OnGpu)
     session = sessions.decoder_session(Path("decoder.onnx"), RuntimeOptions())
     assert session.providers == (CPU,)
+    assert sessions.decoder_session(Path("a"), RuntimeOptions(), Path("b")).path == Path("b")
     (line,) = session.warnings
     assert line.startswith(f"decoder runs on {CPU}: its caches are float32")
     with pytest.raises(
