@@ -135,18 +135,23 @@ class _Check:
     model: Any  # the reference
 
     def __init__(self, bundle: Bundle, generator: np.random.Generator) -> None:
-        ort = require("onnxruntime", extra="cpu", feature="The parity check")
         spec = bundle.spec.reasoner
         self.bundle, self.spec, self.generator = bundle, spec, generator
-        self.vision_session, self.decoder_session = (
-            ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
-            for name in (spec.graphs.vision, spec.graphs.decoder)
-        )
-        sessions = (self.vision_session, self.decoder_session)
-        self.precisions = tuple(stated(session, "precision") or bundle.spec.precision for session in sessions)
+        self._opened: dict[str, Any] = {}
+        graphs = [bundle.path(name) for name in (spec.graphs.vision, spec.graphs.decoder)]
+        self.precisions = tuple(stated(graph, "precision") or bundle.spec.precision for graph in graphs)
         self.tokenizer = load_tokenizer(str(bundle.path(spec.tokenizer)))
         self.embedding = load_weight(bundle.path(spec.embedding.file), spec.embedding)
         self.lm_head = load_weight(bundle.path(spec.lm_head.file), spec.lm_head)
+
+    def session(self, graph: str) -> Any:
+        """Of one graph of the bundle; two large ones at once would need the memory of the whole bundle."""
+        ort = require("onnxruntime", extra="cpu", feature="The parity check")
+        if graph not in self._opened:
+            self._opened.clear()
+            path = str(self.bundle.path(graph))
+            self._opened[graph] = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return self._opened[graph]
 
     def rounded(self, name: str, weight: Array) -> Array:
         """Gives the reference the matrices that graphs of few bits hold: what is left is the error of the graphs."""
@@ -189,7 +194,8 @@ class _Check:
         merge = vision.merge_size
         shape = (count, rows * columns * merge**2, 3 * vision.patch_size**2)
         patches = self.generator.standard_normal(shape, dtype=np.float32)
-        found = self.vision_session.run(None, {"patches": patches, **self.grid(rows, columns).inputs()})[0]
+        session = self.session(self.spec.graphs.vision)
+        found = session.run(None, {"patches": patches, **self.grid(rows, columns).inputs()})[0]
         grid_thw = torch.tensor([[1, rows * merge, columns * merge]] * count)
         features = self.model.get_image_features(
             two_frames(self.model, patches), grid_thw, return_dict=True
@@ -212,7 +218,7 @@ class _Check:
         positions, after = prompt_positions(ids, prompt.image_token, rows, columns)
         is_image = np.array(ids) == prompt.image_token
         given = prompt_inputs(self.model, ids, prompt.image_token, patches, self.grid(rows, columns))
-        reference = self.model(**given, use_cache=True, output_hidden_states=True)
+        reference = self.model(**given, use_cache=True, output_hidden_states=True, logits_to_keep=1)
         expected = reference.hidden_states[-1][0].numpy()
         inputs = self.embedding.embed(np.array(ids, np.int64))
         inputs[is_image] = embeds[0]
@@ -222,8 +228,9 @@ class _Check:
         if self.spec.step is not None:
             kernel = load_step(self.bundle.path(self.spec.step.file), self.spec, self.spec.step)
             ways["decode steps without the graph"] = [half, *[1] * (n - half - 3), 3]
+        session = self.session(self.spec.graphs.decoder)
         for name, sizes in ways.items():
-            run = DecoderRun(self.decoder_session, self.spec, kernel=kernel if "without" in name else None)
+            run = DecoderRun(session, self.spec, kernel=kernel if "without" in name else None)
             found = _in_parts(run, inputs, positions, sizes)
             kind = f" against the checkpoint's matrices in {precision[3:]} bits" if precision in BITS else ""
             yield compare(f"hidden states, {name} of {n} tokens{kind}", found, expected, tolerance)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
@@ -25,7 +24,7 @@ from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.vision import VisionGrid
 from medreasoner.segmenter import encoder_input
 from medreasoner_export.reference_reasoner import ReferenceReasoner
-from medreasoner_export.report import ParityStage, compare
+from medreasoner_export.report import ParityStage, compare, stated
 
 __all__ = ["LIMITS", "Limits", "Question", "Segment", "own_questions", "road_stages"]
 
@@ -152,8 +151,7 @@ def _loosest(bundle: Bundle) -> str:
     reasoner, segmenter = bundle.spec.reasoner.graphs, bundle.spec.segmenter.graphs
     found = {bundle.spec.precision}
     for name in (reasoner.vision, reasoner.decoder, segmenter.encoder, segmenter.decoder):
-        model = onnx.load(str(bundle.path(name)), load_external_data=False)
-        found |= {each.value for each in model.metadata_props if each.key == "precision"}
+        found.add(stated(bundle.path(name), "precision") or bundle.spec.precision)
     return max(found & LIMITS.keys(), key=list(LIMITS).index, default="fp32")
 
 

@@ -52,7 +52,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
         ort.InferenceSession(str(bundle.path(name)), providers=["CPUExecutionProvider"])
         for name in (spec.graphs.encoder, spec.graphs.decoder)
     )
-    tolerance = max(tolerance, TOLERANCES.get(stated(encoder, "precision") or "", 0.0))
+    tolerance = max(tolerance, TOLERANCES.get(stated(bundle.path(spec.graphs.encoder), "precision") or "", 0.0))
     box, points = _prompts(generator, size)
     names = [output.name for output in encoder.get_outputs()]
     with torch.inference_mode():
@@ -60,7 +60,9 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
         expected = by_output(embeddings)
         if expected.keys() != set(names):
             raise BundleError(f"{checkpoint_path}: it gives {', '.join(expected)}, the bundle's encoder {names}")
-        result = _predict(sam, embeddings, spec, box, points, box_mask=stated(decoder, "box_mask") == "true")
+        result = _predict(
+            sam, embeddings, spec, box, points, box_mask=stated(bundle.path(spec.graphs.decoder), "box_mask") == "true"
+        )
     features = dict(zip(names, encoder.run(None, {"pixel_values": pixels}), strict=True))
     for name in names:
         yield compare(name.replace("_", " "), features[name], expected[name].numpy(), tolerance)
@@ -85,14 +87,12 @@ def _image_size(sam: Any, spec: SegmenterSpec, checkpoint_path: Path) -> int:
 def mask_of(bundle: Bundle, checkpoint_path: Path) -> Segment:
     """What the checkpoint of a bundle's segmenter makes of an image, a box and two points."""
     torch = require("torch", extra="export", feature="The parity check")
-    ort = require("onnxruntime", extra="cpu", feature="The parity check")
     require("transformers", extra="export", feature="The parity check")
     from medreasoner_export.sam_reference import load_sam
 
     spec = bundle.spec.segmenter
     sam, embed = load_sam(checkpoint_path, image_size=spec.resize.sides[0])
-    decoder = ort.InferenceSession(str(bundle.path(spec.graphs.decoder)), providers=["CPUExecutionProvider"])
-    box_mask = stated(decoder, "box_mask") == "true"
+    box_mask = stated(bundle.path(spec.graphs.decoder), "box_mask") == "true"
 
     def segment(planes: Array, grid: Placement, corners: Array, points: Array) -> npt.NDArray[np.bool_]:
         box, inside = (grid.to_grid(each)[None].astype(np.float32) for each in (corners, points))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
@@ -104,10 +105,10 @@ def compare(name: str, found: npt.ArrayLike, expected: npt.ArrayLike, tolerance:
     return ParityStage(name=name, error=error, scale=float(np.abs(expected).max()) or 1.0, tolerance=tolerance)
 
 
-def stated(session: Any, key: str) -> str | None:
+def stated(graph: Path, key: str) -> str | None:
     """What a graph says of itself in its metadata: a setting given at the export may differ from the checkpoint's."""
-    value: str | None = session.get_modelmeta().custom_metadata_map.get(key)
-    return value
+    model = onnx.load(str(graph), load_external_data=False)
+    return next((each.value for each in model.metadata_props if each.key == key), None)
 
 
 def load_reference(kind: Any, folder: str | Path, **settings: Any) -> Any:

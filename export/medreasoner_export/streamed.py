@@ -30,6 +30,8 @@ Change: TypeAlias = Callable[[str, npt.NDArray[np.float32]], npt.NDArray[np.floa
 """What to make of a weight, by its name in transformers: such as its value in four bits."""
 
 TEXT, VISION, HEAD = "model.language_model.", "model.visual.", "lm_head.weight"
+EMBEDDING = TEXT + "embed_tokens"
+HEAD_ROWS = 8192  # of the language head at a time
 
 
 def streamed_qwen(folder: str | Path, *, adapter: Path | None = None, change: Change | None = None) -> Any:
@@ -65,7 +67,13 @@ def streamed_qwen(folder: str | Path, *, adapter: Path | None = None, change: Ch
     names = _Names(checkpoint)
     for path, module in model.named_modules():
         own = {name: (names.stored(f"{path}.{name}"), tuple(p.shape)) for name, p in module.named_parameters("", False)}
-        if own:
+        if path in (EMBEDDING, HEAD.removesuffix(".weight")):
+            stored, shape = own["weight"]
+            by_rows = _looked_up if path == EMBEDDING else _projected
+            module.forward = partial(
+                by_rows, checkpoint, stored, shape, partial(change or _unchanged, f"{path}.weight")
+            )
+        elif own:
             module.register_forward_pre_hook(partial(_load, checkpoint, path, own, change))
             module.register_forward_hook(partial(_drop, dict(module.named_parameters("", False))))
     return model.eval()
@@ -114,11 +122,34 @@ class _Names:
     def stored(self, name: str) -> str:
         """The name in the files of a parameter that transformers calls `name`."""
         if name == HEAD and self._tied:
-            name = TEXT + "embed_tokens.weight"
+            name = EMBEDDING + ".weight"
         for own, prefix in ((TEXT, self._text), (VISION, self._vision)):
             if name.startswith(own):
                 return prefix + name.removeprefix(own)
         return name
+
+
+def _unchanged(_name: str, weight: Array) -> Array:
+    return weight
+
+
+def _looked_up(
+    checkpoint: Weights, stored: str, shape: tuple[int, ...], change: Callable[[Array], Array], ids: Any
+) -> Any:
+    """An embedding that takes only the rows in use into memory: one of a large vocabulary is 2 GiB in float32."""
+    torch = require("torch", extra="export", feature="The parity check")
+    rows = checkpoint.tensor(stored, shape)[ids.reshape(-1).numpy()].astype(np.float32)
+    return torch.from_numpy(change(rows)).reshape(*ids.shape, shape[1])
+
+
+def _projected(
+    checkpoint: Weights, stored: str, shape: tuple[int, ...], change: Callable[[Array], Array], states: Any
+) -> Any:
+    """A language head in parts, for the same reason."""
+    torch = require("torch", extra="export", feature="The parity check")
+    matrix = checkpoint.tensor(stored, shape)
+    parts = (change(matrix[start : start + HEAD_ROWS].astype(np.float32)) for start in range(0, shape[0], HEAD_ROWS))
+    return torch.cat([states @ torch.from_numpy(np.ascontiguousarray(part)).T for part in parts], dim=-1)
 
 
 def _load(
