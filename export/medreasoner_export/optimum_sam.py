@@ -80,7 +80,7 @@ class OptimumSam:
     @property
     def inside_bytes(self) -> int:
         """Of the graphs with what of the weights is inside."""
-        return self.encoder.ByteSize() + self.decoder.ByteSize()
+        return int(self.encoder.ByteSize() + self.decoder.ByteSize())
 
     @property
     def weights_outside(self) -> bool:
@@ -189,11 +189,10 @@ class OptimumSam:
         for tensor in graph.initializer:
             if tensor.data_location == TensorProto.EXTERNAL:
                 values = _values(tensor, self.path)
-                tensor = (
-                    numpy_helper.from_array(values, tensor.name)
-                    if outside is None
-                    else outside.add(tensor.name, values)
-                )
+                if outside is not None and values.nbytes >= outside.LEAST_BYTES:
+                    tensor = outside.add(tensor.name, values)
+                else:
+                    tensor = numpy_helper.from_array(values, tensor.name)
             weights.append(tensor)
         name = source.graph.name or "graph"
         own = helper.make_graph(nodes, name, inputs, outputs, weights)
@@ -334,13 +333,15 @@ def _span(tensor: onnx.TensorProto, folder: Path) -> tuple[Path, int]:
 
 
 def _dtype(tensor: onnx.TensorProto) -> np.dtype[Any]:
-    return np.dtype(helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    dtype: np.dtype[Any] = helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return dtype
 
 
 def _values(tensor: onnx.TensorProto, folder: Path) -> npt.NDArray[Any]:
     """A weight, mapped if it lies in a file."""
     if tensor.data_location != TensorProto.EXTERNAL:
-        return numpy_helper.to_array(tensor)
+        array: npt.NDArray[Any] = numpy_helper.to_array(tensor)
+        return array
     path, start = _span(tensor, folder)
     return np.memmap(path, dtype=_dtype(tensor), mode="r", offset=start, shape=tuple(tensor.dims))
 
