@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper, numpy_helper
 from onnx.compose import add_prefix_graph
 from onnx.reference import ReferenceEvaluator
@@ -23,7 +22,7 @@ from onnx.reference import ReferenceEvaluator
 from medreasoner._text import one_line, printable
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import read_json, sha256_of
-from medreasoner_export.graph import FLOAT, INT64, WeightsFile
+from medreasoner_export.graph import FLOAT, INT64, IR_VERSION, OPSET, WeightsFile
 
 __all__ = ["OptimumSam", "is_optimum", "open_optimum"]
 
@@ -32,8 +31,8 @@ PLACES = "image_positional_embeddings"
 ENCODER_OUTPUTS = {"image_embeddings": 4, PLACES: 4}
 DECODER_INPUTS = {"input_points": 4, "input_labels": 3, "image_embeddings": 4, PLACES: 4}
 DECODER_OUTPUTS = {"iou_scores": 3, "pred_masks": 5}
-# Slices and the like take their numbers as inputs from here on; 20 is what our own graphs have.
-OPSETS = range(13, 21)
+# From 18 to our own 20 the operators were only widened, but for these two, which no SAM has.
+OPSETS, CHANGED = range(18, OPSET + 1), {"DFT", "GridSample"}
 # Before the names in their graphs, so that none of ours is among them.
 PREFIX = "optimum."
 
@@ -105,7 +104,7 @@ class OptimumSam:
         ]
         inputs = [helper.make_tensor_value_info("pixel_values", FLOAT, ["batch", 3, size, size])]
         outputs = [helper.make_tensor_value_info("image_embedding", FLOAT, ["batch", channels, grid, grid])]
-        return self._model(self.encoder, nodes, graph, inputs, outputs, metadata, outside)
+        return self._model(nodes, graph, inputs, outputs, metadata, outside)
 
     def decoder_graph(self, metadata: Mapping[str, str], outside: WeightsFile | None) -> onnx.ModelProto:
         """As :func:`~medreasoner_export.sam_decoder.sam_decoder_graph` has it; the last point must be padding.
@@ -149,7 +148,7 @@ class OptimumSam:
             helper.make_tensor_value_info("mask_logits", FLOAT, ["batch", self.n_masks, mask, mask]),
             helper.make_tensor_value_info("predicted_iou", FLOAT, ["batch", self.n_masks]),
         ]
-        model = self._model(self.decoder, nodes, graph, inputs, outputs, metadata, outside)
+        model = self._model(nodes, graph, inputs, outputs, metadata, outside)
         arrays = {
             name: value if isinstance(value, np.ndarray) else np.array(value) for name, value in constants.items()
         }
@@ -176,7 +175,6 @@ class OptimumSam:
 
     def _model(
         self,
-        source: onnx.ModelProto,
         nodes: list[onnx.NodeProto],
         graph: onnx.GraphProto,
         inputs: list[onnx.ValueInfoProto],
@@ -194,13 +192,10 @@ class OptimumSam:
                 else:
                     tensor = numpy_helper.from_array(values, tensor.name)
             weights.append(tensor)
-        name = source.graph.name or "graph"
-        own = helper.make_graph(nodes, name, inputs, outputs, weights)
-        model = helper.make_model(
-            own, opset_imports=source.opset_import, ir_version=source.ir_version, producer_name="medreasoner"
-        )
-        version = next(each.version for each in source.opset_import)
-        helper.set_model_props(model, {"opset": str(version), "storage": "float32", "precision": "fp32", **metadata})
+        own = helper.make_graph(nodes, graph.name, inputs, outputs, weights)
+        opsets = [helper.make_opsetid("", OPSET)]
+        model = helper.make_model(own, opset_imports=opsets, ir_version=IR_VERSION, producer_name="medreasoner")
+        helper.set_model_props(model, {"opset": str(OPSET), "storage": "float32", "precision": "fp32", **metadata})
         return model
 
 
@@ -246,7 +241,7 @@ def _read(path: Path) -> onnx.ModelProto:
     """The model in a file, its weights left where they are; refused if it is anything but standard operators."""
     try:
         model = onnx.load(path, load_external_data=False)
-    except (DecodeError, OSError) as err:
+    except Exception as err:  # protobuf has errors of its own
         raise BundleError(f"{path} is no ONNX graph, or is truncated ({one_line(err)})") from err
     domains = {node.domain for node in _all_nodes(model.graph)} | {each.domain for each in model.opset_import}
     strange = sorted(domains - {"", "ai.onnx"})
@@ -254,7 +249,7 @@ def _read(path: Path) -> onnx.ModelProto:
         named = printable(strange[0])[:80] if strange else "functions of its own"
         raise BundleError(f"{path}: only ONNX's standard operators are accepted, it uses {named}")
     versions = [each.version for each in model.opset_import]
-    if len(versions) != 1 or versions[0] not in OPSETS:
+    if len(versions) != 1 or versions[0] not in OPSETS or CHANGED & {node.op_type for node in _all_nodes(model.graph)}:
         raise BundleError(f"{path}: opset {versions}; export it again with --opset 18")
     for tensor in model.graph.initializer:
         if tensor.data_location == TensorProto.EXTERNAL:

@@ -149,6 +149,18 @@ def test_it_grounds_end_to_end_with_the_best_of_three_masks(joined: Path, refere
         assert score == pytest.approx(float(expected.iou_scores[0, 0, best].clamp(0, 1)), abs=1e-5)
 
 
+def test_in_the_dialect_of_engines_it_computes_the_same(joined: Path, made: Path, dialect_of: Any) -> None:
+    (found,) = dialect_of(load_bundle(joined), "encoder").run(None, {"pixel_values": _pixels()})
+    (embedding,) = _run(made / "segmenter", "encoder", pixel_values=_pixels())
+    np.testing.assert_allclose(found, embedding, rtol=0, atol=TOLERANCE)
+    prompts = _padded(np.full((1, 2, 2), 20, np.float32), np.ones((1, 2), np.int64))
+    expected = _run(made / "segmenter", "decoder", image_embedding=embedding[:1], **prompts)
+    inputs = {"image_embedding": embedding[:1], **prompts}
+    np.testing.assert_allclose(
+        dialect_of(load_bundle(joined), "mask_decoder").run(["mask_logits"], inputs)[0], expected[0], rtol=0, atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("one_file", [True, False])
 def test_weights_beside_the_graphs_stay_beside_them(made: Path, copy: Path, tmp_path: Path, one_file: bool) -> None:
     for name in (ENCODER, DECODER):
