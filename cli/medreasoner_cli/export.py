@@ -89,7 +89,7 @@ def segmenter(
     settings: SettingsOption = None,
     fresh: FreshOption = False,
 ) -> None:
-    """Export a SAM, MedSAM, SAM-Med2D, LiteMedSAM, SAM 2 or MedSAM2: image encoder and mask decoder.
+    """Export a SAM (also from optimum's ONNX), MedSAM, SAM-Med2D, LiteMedSAM, SAM 2 or MedSAM2: encoder and decoder.
 
     \b
     medreasoner-cli export segmenter sam_vit_b_01ec64.pth -o build/segmenter

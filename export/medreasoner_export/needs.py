@@ -10,10 +10,10 @@ from medreasoner.errors import BundleError
 from medreasoner_export.graph import BITS, Precision, Storage, are_large, width
 from medreasoner_export.quantise import BLOCK
 
-__all__ = ["Needs", "check_needs", "free_disk", "reasoner_needs", "segmenter_needs"]
+__all__ = ["PROGRAM_BYTES", "Needs", "check_needs", "free_disk", "reasoner_needs", "segmenter_needs"]
 
 # What Python, NumPy and ONNX hold before the first tensor is read.
-_PROGRAM_BYTES = 400 * 2**20
+PROGRAM_BYTES = 400 * 2**20
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -54,7 +54,7 @@ def _needs(disk: int, shapes: Collection[Sequence[int]], storage: Storage) -> Ne
     sizes = [math.prod(shape) for shape in shapes]
     # One tensor as stored, in float32 and as it is written; a small model's graphs as a whole, and once more as text.
     inside = 0 if are_large(shapes, storage) else 2 * sum(sizes) * width(storage)
-    return Needs(disk=disk, memory=_PROGRAM_BYTES + 12 * max(sizes, default=0) + inside)
+    return Needs(disk=disk, memory=PROGRAM_BYTES + 12 * max(sizes, default=0) + inside)
 
 
 def check_needs(needs: Needs, folder: Path) -> None:

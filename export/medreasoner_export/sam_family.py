@@ -11,6 +11,7 @@ import onnx
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Checkpoint, Weights
 from medreasoner_export.config_section import naming
+from medreasoner_export.optimum_sam import is_optimum
 from medreasoner_export.sam2_config import SAM2_TYPES, Sam2Config, image_sizes
 from medreasoner_export.sam2_decoder import sam2_decoder_graph
 from medreasoner_export.sam2_encoder import sam2_encoder_graph
@@ -91,6 +92,8 @@ def open_sam(path: str | Path) -> Weights:
         If it holds something else; the message names the file.
     """
     path = Path(path)
+    if is_optimum(path):
+        raise BundleError(f"{path} holds ONNX graphs without weights to read; give the checkpoint they were made from")
     if path.is_dir():
         return Checkpoint(path)
     entries = read_torch_file(path)

@@ -1,4 +1,4 @@
-"""A checkpoint of a SAM or SAM 2 as two ONNX graphs and a description."""
+"""A checkpoint of a SAM or SAM 2, or a SAM in optimum's two graphs, as two ONNX graphs and a description."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medreasoner._version import __version__
+from medreasoner.errors import BundleError
 from medreasoner.spec import SegmenterSpec
 from medreasoner_export.checkpoint import Progress
 from medreasoner_export.folder import build_key, building, describe, weights_stage
 from medreasoner_export.graph import Storage, are_large, save_graph, weights_file
-from medreasoner_export.needs import check_needs, segmenter_needs
+from medreasoner_export.needs import PROGRAM_BYTES, Needs, check_needs, segmenter_needs
+from medreasoner_export.optimum_sam import is_optimum, open_optimum
 from medreasoner_export.reasoner import SMALL_FILES, source_storage
 from medreasoner_export.sam_family import open_sam, recognise
 from medreasoner_export.settings import SamArch, check_section, segmenter_settings
@@ -81,6 +83,7 @@ def export_segmenter(
         Folder of a transformers ``SamModel``, ``Sam2Model`` or ``Sam2VideoModel``: ``config.json`` and safetensors
         weights, optionally ``medreasoner.json``. Or the ``.pth`` file of a SAM, MedSAM, SAM-Med2D or LiteMedSAM as
         ``segment-anything`` stores it, or the ``.pt`` file of a SAM 2 or MedSAM2; sizes are read from the weights.
+        Or a folder with the two graphs that ``optimum`` makes of a ``SamModel``, and no safetensors.
     out_dir
         Folder to write into, made if absent.
     options
@@ -97,6 +100,8 @@ def export_segmenter(
         the message names the file or tensor.
     """
     options = options or SegmenterOptions()
+    if is_optimum(Path(checkpoint_path)):
+        return _export_optimum(Path(checkpoint_path), out_dir, options, announce)
     checkpoint = open_sam(checkpoint_path)
     family = recognise(checkpoint, options.arch, options.settings)
     config = family.config
@@ -104,17 +109,8 @@ def export_segmenter(
     storage = source_storage(checkpoint, PROBE, options.weights)
     multimask, box_mask = bool(settings["multimask"]), bool(settings["box_mask"])
     needs = segmenter_needs(checkpoint.shapes, storage)
-    section = {
-        "architecture": family.architecture,
-        "graphs": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
-        "resize": settings["resize"],
-        "rescale": settings["rescale"],
-        "image_mean": settings["image_mean"],
-        "image_std": settings["image_std"],
-        "mask_size": config.mask_size,
-        "n_masks": config.n_masks if multimask else 1,
-        "prompts": settings["prompts"],
-    }
+    n_masks = config.n_masks if multimask else 1
+    section = _section(family.architecture, settings, mask_size=config.mask_size, n_masks=n_masks)
     check_section(SegmenterSpec, section, checkpoint.path)
     common: dict[str, Any] = {"storage": storage}
 
@@ -136,12 +132,7 @@ def export_segmenter(
         check_needs(needs, build.out)
         checkpoint.progress = progress
         sha256 = str(build.stage("checksum", lambda _: {"sha256": checkpoint.sha256()})["sha256"])
-        metadata = {
-            "exporter": f"medreasoner {__version__}",
-            "source_sha256": sha256,
-            "multimask": str(multimask).lower(),
-            "box_mask": str(box_mask).lower(),
-        }
+        metadata = _metadata(sha256, settings)
         weights_stage(build, checkpoint, "encoder", encoder)
         weights_stage(build, checkpoint, "decoder", decoder)
         checkpoint.check_all_read(ignore=family.unused)
@@ -150,3 +141,66 @@ def export_segmenter(
     return SegmenterExport(
         folder=Path(out_dir), section=section, sha256=sha256, storage=storage, recognised=family.recognised
     )
+
+
+def _export_optimum(
+    folder: Path, out_dir: str | Path, options: SegmenterOptions, announce: Callable[[str], None]
+) -> SegmenterExport:
+    """The same of two finished graphs, which keep their numbers as they are."""
+    if (
+        options.arch not in ("auto", "sam")
+        or options.precision != "fp32"
+        or options.weights not in ("source", "float32")
+    ):
+        raise BundleError(
+            f"{folder}: ONNX graphs are taken as they are, a SAM in float32; for anything else export the checkpoint "
+            "that they were made from"
+        )
+    graphs = open_optimum(folder)
+    settings = segmenter_settings(folder, graphs.image_size, "sam", options.settings, points_alone=True)
+    needs = Needs(disk=graphs.size_bytes, memory=PROGRAM_BYTES + 3 * graphs.inside_bytes)
+    announce(f"{graphs.recognised}; {needs} are needed")
+    sha256 = graphs.sha256()
+    section = _section("sam", settings, mask_size=graphs.mask_size, n_masks=graphs.n_masks)
+    check_section(SegmenterSpec, section, folder)
+    metadata = _metadata(sha256, settings)
+
+    def written(name: str, make: Callable[..., Any]) -> Callable[[Path], None]:
+        def write(out: Path) -> None:
+            with weights_file(out / name, wanted=graphs.weights_outside) as outside:
+                graph = make(metadata, outside)
+            save_graph(graph, out / name)
+
+        return write
+
+    key = build_key(repr(("optimum", sha256, replace(options, fresh=False))), [])
+    with building(out_dir, key=key, fresh=options.fresh, announce=announce) as build:
+        check_needs(needs, build.out)
+        build.stage("encoder", written("encoder.onnx", graphs.encoder_graph))
+        build.stage("decoder", written("decoder.onnx", graphs.decoder_graph))
+        describe(build, {"section": section, "sha256": sha256, "storage": "float32", "precision": "fp32"})
+    return SegmenterExport(
+        folder=Path(out_dir), section=section, sha256=sha256, storage="float32", recognised=graphs.recognised
+    )
+
+
+def _metadata(sha256: str, settings: Mapping[str, Any]) -> dict[str, str]:
+    """What both graphs say of themselves."""
+    return {
+        "exporter": f"medreasoner {__version__}",
+        "source_sha256": sha256,
+        "multimask": str(bool(settings["multimask"])).lower(),
+        "box_mask": str(bool(settings["box_mask"])).lower(),
+    }
+
+
+def _section(architecture: str, settings: Mapping[str, Any], *, mask_size: int, n_masks: int) -> dict[str, Any]:
+    """The ``segmenter`` section of a manifest."""
+    return {
+        "architecture": architecture,
+        "graphs": {"encoder": "encoder.onnx", "decoder": "decoder.onnx"},
+        **{key: settings[key] for key in ("resize", "rescale", "image_mean", "image_std")},
+        "mask_size": mask_size,
+        "n_masks": n_masks,
+        "prompts": settings["prompts"],
+    }

@@ -102,12 +102,15 @@ def reasoner_settings(folder: Path, config: QwenConfig, overrides: Mapping[str, 
     return settings
 
 
-def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def segmenter_settings(
+    path: Path, image_size: int, arch: SamArch, overrides: Mapping[str, Any], *, points_alone: bool = False
+) -> dict[str, Any]:
     """The settings of a SAM checkpoint: `overrides`, before ``medreasoner.json``, before those of `arch`.
 
     A single file has none of its own beside it. MedSAM's weights look like SAM's, but were trained on images stretched
     to the whole square, with values from 0 to 1 in each, and on boxes alone; LiteMedSAM on such values and boxes too.
-    SAM-Med2D and SAM 2 stretch, and take the best of their alternatives.
+    SAM-Med2D and SAM 2 stretch, and take the best of their alternatives. A finished graph may take `points_alone` and
+    give the alternatives alone.
 
     Returns
     -------
@@ -136,7 +139,15 @@ def segmenter_settings(path: Path, image_size: int, arch: SamArch, overrides: Ma
         defaults |= {"rescale": "minmax", "image_mean": [0.0] * 3, "image_std": [1.0] * 3, "prompts": "box"}
     if arch == "medsam":
         defaults["resize"] = stretched
-    settings = _merge(path, defaults, overrides)
+    fixed = {"prompts": "points", "multimask": True, "box_mask": False} if points_alone else {}
+    settings = _merge(path, defaults | fixed, overrides)
+    changed = [key for key, value in fixed.items() if settings[key] != value]
+    if changed:
+        raise BundleError(
+            f"{path}: {changed[0]}: its decoder takes points alone and gives several masks, so it must be "
+            f"{json.dumps(fixed[changed[0]])}, got {settings[changed[0]]!r:.80}; export the checkpoint that the graphs "
+            "were made from for anything else"
+        )
     if image_side(settings["resize"]) != image_size:
         raise BundleError(
             f"{path}: resize: its image encoder takes squares of {image_size} px, got {settings['resize']!r:.120}"

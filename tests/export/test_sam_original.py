@@ -4,7 +4,7 @@ import importlib.util
 import pickle
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,22 @@ def file(sam: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _compare(sam: Any, folder: Path, *, multimask: bool, count: int = 2) -> dict[str, float]:
-    """Largest differences of the graphs in `folder` from the package, by stage, relative to the largest value."""
+FORMS = ("joint", "box", "points")
+
+
+def _compare(
+    sam: Any,
+    folder: Path,
+    *,
+    multimask: bool,
+    count: int = 2,
+    forms: Sequence[str] = ("joint",),
+    disturbed: str | None = None,
+) -> dict[str, float]:
+    """Largest differences of the graphs in `folder` from the package, by stage, relative to the largest value.
+
+    The graphs are given another input of the name `disturbed`.
+    """
     size = sam.image_encoder.img_size
     rng = np.random.default_rng(0)
     pixels = rng.standard_normal((count, 3, size, size), dtype=np.float32)
@@ -91,36 +105,57 @@ def _compare(sam: Any, folder: Path, *, multimask: bool, count: int = 2) -> dict
     box = np.sort(rng.uniform(0, size, (count, 2, 2)), axis=1).astype(np.float32)
     with torch.inference_mode():
         embedding = sam.image_encoder(torch.from_numpy(pixels))
-        masks, scores = [], []
-        for row in range(count):
-            sparse, dense = sam.prompt_encoder(
-                points=(torch.from_numpy(points[row : row + 1]), torch.ones(1, 2)),
-                boxes=torch.from_numpy(box[row].reshape(1, 4)),
-                masks=None,
-            )
-            low, iou = sam.mask_decoder(
-                image_embeddings=embedding[row : row + 1],
-                image_pe=sam.prompt_encoder.get_dense_pe(),
-                sparse_prompt_embeddings=sparse,
-                dense_prompt_embeddings=dense,
-                multimask_output=multimask,
-            )
-            masks.append(low.numpy())
-            scores.append(iou.numpy())
     encoder, decoder = (
         ort.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         for name in ("encoder.onnx", "decoder.onnx")
     )
-    found = encoder.run(None, {"pixel_values": pixels})[0]
-    labels = np.tile([1, 1, 2, 3], (count, 1))
-    prompts = {"points": np.concatenate([points, box], axis=1), "labels": labels}
-    logits, iou = decoder.run(["mask_logits", "predicted_iou"], {"image_embedding": found, **prompts})
-    pairs = {
-        "embedding": (found, embedding.numpy()),
-        "logits": (logits, np.concatenate(masks)),
-        "score": (iou, np.concatenate(scores)),
-    }
+    seen = pixels[:, ::-1].copy() if disturbed == "pixels" else pixels
+    found = encoder.run(None, {"pixel_values": seen})[0]
+    pairs = {"embedding": (found, embedding.numpy())}
+    for form in forms:
+        masks, scores = _package(sam, embedding, points, box, form, multimask=multimask)
+        prompts = _for_graph(points, box, form)
+        if disturbed == "prompts":
+            prompts["points"] = prompts["points"] + 0.5  # half a pixel
+        if disturbed == "labels":
+            prompts["labels"] = np.roll(prompts["labels"], 1, axis=1) if form == "joint" else prompts["labels"] ^ 1
+        inputs = {"image_embedding": found, **prompts}
+        logits, iou = decoder.run(["mask_logits", "predicted_iou"], inputs)
+        pairs |= {f"logits, {form}": (logits, masks), f"score, {form}": (iou, scores)}
     return {name: float(np.abs(a - b).max() / np.abs(b).max()) for name, (a, b) in pairs.items()}
+
+
+@torch.inference_mode()
+def _package(
+    sam: Any, embedding: torch.Tensor, points: np.ndarray, box: np.ndarray, form: str, *, multimask: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and scores that the package makes of a prompt for each image."""
+    masks, scores = [], []
+    for row in range(len(points)):
+        sparse, dense = sam.prompt_encoder(
+            points=None if form == "box" else (torch.from_numpy(points[row : row + 1]), torch.ones(1, 2)),
+            boxes=None if form == "points" else torch.from_numpy(box[row].reshape(1, 4)),
+            masks=None,
+        )
+        low, iou = sam.mask_decoder(
+            image_embeddings=embedding[row : row + 1],
+            image_pe=sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask,
+        )
+        masks.append(low.numpy())
+        scores.append(iou.numpy())
+    return np.concatenate(masks), np.concatenate(scores)
+
+
+def _for_graph(points: np.ndarray, box: np.ndarray, form: str) -> dict[str, np.ndarray]:
+    """The same prompts as the graph takes them: without a box there is a padding point."""
+    count = len(points)
+    padding = np.zeros((count, 1, 2), np.float32)
+    parts = {"joint": [points, box], "box": [box], "points": [points, padding]}[form]
+    kinds = {"joint": [1, 1, 2, 3], "box": [2, 3], "points": [1, 1, -1]}[form]
+    return {"points": np.concatenate(parts, axis=1), "labels": np.tile(kinds, (count, 1))}
 
 
 @pytest.mark.parametrize("multimask", [False, True])
@@ -129,7 +164,20 @@ def test_graphs_equal_the_package(sam: Any, file: Path, tmp_path: Path, multimas
     export = export_segmenter(file, tmp_path, options=options)
     assert export.section["n_masks"] == (3 if multimask else 1)
     assert export.recognised == "SAM as segment-anything stores it, 3 layers of 48, images of 64 px"
-    assert max(_compare(sam, tmp_path, multimask=multimask).values()) < TOLERANCE
+    differences = _compare(sam, tmp_path, multimask=multimask, forms=FORMS)
+    assert len(differences) == 7
+    assert max(differences.values()) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("disturbed", ["pixels", "prompts", "labels"])
+def test_parity_breaks_when_an_input_is_disturbed(
+    sam: Any, file: Path, tmp_path: Path, disturbed: str, form: str
+) -> None:
+    export_segmenter(file, tmp_path)
+    differences = _compare(sam, tmp_path, multimask=False, forms=[form], disturbed=disturbed)
+    assert differences[f"logits, {form}"] > 10 * TOLERANCE
+    assert (differences["embedding"] > 10 * TOLERANCE) == (disturbed == "pixels")
 
 
 @pytest.mark.slow
@@ -141,7 +189,7 @@ def test_graphs_of_the_true_vit_b_equal_the_package(build_sam: BuildSam, tmp_pat
     torch.save(sam.state_dict(), tmp_path / "sam_vit_b.pth")
     export = export_segmenter(tmp_path / "sam_vit_b.pth", tmp_path / "out")
     assert export.recognised.endswith("12 layers of 768, images of 1024 px")
-    assert max(_compare(sam, tmp_path / "out", multimask=False, count=1).values()) < 1e-4
+    assert max(_compare(sam, tmp_path / "out", multimask=False, count=1, forms=FORMS).values()) < 1e-4
 
 
 @pytest.mark.parametrize(
