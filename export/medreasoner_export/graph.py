@@ -1,7 +1,7 @@
 """A small typed builder of ONNX graphs, and the one place where weights enter them."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
-from medreasoner_export.quantise import BLOCK, Bits, quantise
+from medreasoner_export.quantise import BLOCK, Bits, Rounded, quantise
 
 __all__ = [
     "BITS",
@@ -23,6 +23,7 @@ __all__ = [
     "OPSET",
     "GraphBuilder",
     "Precision",
+    "Rounding",
     "Storage",
     "WeightsFile",
     "are_large",
@@ -49,6 +50,9 @@ activations."""
 
 BITS: Mapping[Precision, Bits] = {"int8": 8, "int4": 4}
 """Of a weight, at the precisions that round them."""
+
+Rounding: TypeAlias = Callable[[npt.NDArray[Any], str, Bits], Rounded]
+"""Makes a matrix (rows, columns) one of few bits, given its name too, as :func:`quantise` does."""
 
 Shape: TypeAlias = Sequence[int | str]
 
@@ -123,6 +127,13 @@ class GraphBuilder:
         Of the arithmetic: of all of it if it is ``"fp16"``, else of the products in :meth:`linear`.
     outside
         File that takes the weights; None: they stay in the graph.
+    rounding
+        How matrices become few bits, where the precision says so.
+
+    Attributes
+    ----------
+    multiplied
+        What each matrix of :meth:`linear` is multiplied with, by the matrix's name.
     """
 
     def __init__(
@@ -132,11 +143,14 @@ class GraphBuilder:
         storage: Storage = "float32",
         precision: Precision = "fp32",
         outside: WeightsFile | None = None,
+        rounding: Rounding = quantise,
     ) -> None:
         self.name = name
         self.storage = storage
         self.precision = precision
         self.outside = outside
+        self.multiplied: dict[str, str] = {}
+        self._rounding = rounding
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -250,6 +264,7 @@ class GraphBuilder:
 
         It is stored transposed, or in few bits if the precision says so and its columns divide into blocks.
         """
+        self.multiplied[f"{name}.weight"] = x
         if self.precision in BITS and weight.shape[1] % BLOCK == 0:
             y = self._rounded_product(x, f"{name}.weight", weight, BITS[self.precision])
         else:
@@ -257,7 +272,7 @@ class GraphBuilder:
         return y if bias is None else self.op("Add", y, self.weight(f"{name}.bias", bias))
 
     def _rounded_product(self, x: str, name: str, weight: npt.NDArray[Any], bits: Bits) -> str:
-        matrix = quantise(weight, name, bits)
+        matrix = self._rounding(weight, name, bits)
         for part, array in (("levels", matrix.levels), ("scales", matrix.scales), ("zeros", matrix.zero_points)):
             self.keep(f"{name}.{part}", array)
         self._n_rounded += 1

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
@@ -20,9 +21,10 @@ from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
 from medreasoner_export.graph import BITS
-from medreasoner_export.quantise import BLOCK, Bits, dequantise, quantise
+from medreasoner_export.quantise import BLOCK, Bits, Rounded, dequantise, quantise
 from medreasoner_export.report import ParityStage, compare
-from medreasoner_export.streamed import TEXT, VISION, prompt_inputs, streamed_qwen, two_frames
+from medreasoner_export.stored import StoredWeights
+from medreasoner_export.streamed import TEXT, VISION, Change, prompt_inputs, streamed_qwen, two_frames
 
 __all__ = ["DecoderRun", "reasoner_stages"]
 
@@ -32,6 +34,8 @@ ROUNDED_TOLERANCE = 0.05
 """Accepted error of graphs with rounded matrices: their activations are rounded to eight bits in every product."""
 FP16_TOLERANCE = 0.02
 """Accepted error of graphs that compute in float16, whose eleven bits are lost anew in every layer."""
+CALIBRATED_TOLERANCE = 0.3
+"""Accepted distance of a calibrated matrix from the checkpoint's: others than its own are further than one."""
 
 Array = npt.NDArray[Any]
 
@@ -49,7 +53,8 @@ def reasoner_stages(
         The checkpoint that the bundle was made of.
     tolerance
         Largest accepted error, relative to the reference's largest value; `FP16_TOLERANCE` for graphs in float16 and
-        `ROUNDED_TOLERANCE` for rounded matrices, which are compared with the checkpoint's rounded in the same way.
+        `ROUNDED_TOLERANCE` for rounded matrices, which are compared with the checkpoint's rounded in the same way, or,
+        if they were calibrated, with their own values, and those with the checkpoint's.
     seed
         Of the images.
     adapter
@@ -58,7 +63,9 @@ def reasoner_stages(
     torch = require("torch", extra="export", feature="The parity check")
     precision = bundle.spec.precision
     bits = BITS.get(precision)  # type: ignore[call-overload]
-    change = None if bits is None else partial(_rounded, bits)
+    change: Change | None = None if bits is None else partial(_rounded, bits)
+    own = _OwnLevels(bundle) if "reasoner_calibration" in bundle.spec.source else None
+    change = own or change
     model = streamed_qwen(checkpoint_dir, adapter=adapter, change=change)
     loose = {"fp16": FP16_TOLERANCE, "int8": ROUNDED_TOLERANCE, "int4": ROUNDED_TOLERANCE}.get(precision, tolerance)
     check = _Check(bundle, model, np.random.default_rng(seed))
@@ -66,6 +73,49 @@ def reasoner_stages(
         for rows, columns in check.grids():
             yield check.vision(rows, columns, tolerance if precision == "int4" else loose)
         yield from check.decoder(loose)
+    if own is not None:
+        yield own.stage()
+
+
+class _OwnLevels:
+    """Gives the reference the matrices of a calibrated decoder, whose levels do not follow from the checkpoint alone.
+
+    How far they are from the checkpoint's is a stage of its own: rounded to the nearest it would be a tenth.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        path = bundle.path(bundle.spec.reasoner.graphs.decoder)
+        self._stored = StoredWeights(onnx.load(str(path), load_external_data=False), path)
+        spec = bundle.spec.reasoner
+        self._before = {
+            "q": 0,
+            "k": spec.n_heads * spec.head_dim,
+            "v": (spec.n_heads + spec.n_kv_heads) * spec.head_dim,
+        }
+        self._furthest = 0.0
+
+    def __call__(self, name: str, weight: Array) -> Array:
+        """The value of a weight of that name in transformers."""
+        matrix, first = name.removeprefix(TEXT), 0
+        layer, attention, part = matrix.partition(".self_attn.")
+        if attention and part[0] in self._before and part.endswith(".weight") and part[1] == "_":
+            matrix, first = f"{layer}.qkv.weight", self._before[part[0]]
+        matrix = matrix.replace("gate_proj", "gate").replace("up_proj", "up")
+        if not name.startswith(TEXT) or f"{matrix}.levels" not in self._stored:
+            return weight
+        levels, scales, zeros = (self._stored.array(f"{matrix}.{part}") for part in ("levels", "scales", "zeros"))
+        found = dequantise(Rounded(bits=4, levels=levels, scales=scales, zero_points=zeros))
+        found = found[first : first + len(weight)]
+        distance = np.linalg.norm(found - weight) / (np.linalg.norm(weight) or 1.0)
+        self._furthest = max(self._furthest, float(distance))
+        return found
+
+    def stage(self) -> ParityStage:
+        """Of the matrices that were used."""
+        return ParityStage(
+            name="calibrated matrices against the checkpoint's", error=self._furthest, scale=1.0,
+            tolerance=CALIBRATED_TOLERANCE, unit="norm of the difference, the worst",
+        )  # fmt: skip
 
 
 def _rounded(bits: Bits, name: str, weight: Array) -> Array:

@@ -18,7 +18,7 @@ from medreasoner_export.report import ParityStage, compare
 __all__ = ["mask_of", "segmenter_stages"]
 
 N_IMAGES = 2
-TOLERANCES = {"fp16": 0.03, "int8": 0.1}
+TOLERANCES = {"fp16": 0.03, "int8": 0.1, "int4": 0.3}
 """Accepted error of what an image encoder of that precision sees, and of the masks that follow."""
 
 Array = npt.NDArray[Any]

@@ -1,7 +1,7 @@
 """A Qwen2.5-VL or Qwen2-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +10,16 @@ import numpy as np
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
+from medreasoner.manifest import read_record
+from medreasoner.spec import ReasonerSpec
 from medreasoner_export.checkpoint import Checkpoint, Progress, Weights
 from medreasoner_export.folder import describe, writing_export
-from medreasoner_export.graph import Precision, Storage, are_large, save_graph, store, weights_file
+from medreasoner_export.graph import Precision, Rounding, Storage, are_large, save_graph, store, weights_file
+from medreasoner_export.layerwise import LayerwiseRounding
 from medreasoner_export.lora import with_adapter
 from medreasoner_export.needs import check_needs, reasoner_needs
+from medreasoner_export.prompts import CalibrationPrompt, PromptReader
+from medreasoner_export.quantise import quantise
 from medreasoner_export.qwen2_vision import Qwen2VisionTower
 from medreasoner_export.qwen_config import Family, QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph
@@ -46,6 +51,8 @@ class ReasonerOptions:
         Whether the graphs' weights go into files beside them; None: where the checkpoint is too large for one file.
     adapter
         Folder of a LoRA adapter in peft's layout, to be merged.
+    calibration
+        Prompts by which the levels of ``"int4"`` are chosen; none: rounded to the nearest.
     settings
         Entries that replace those of ``medreasoner.json`` (see :mod:`medreasoner_export.settings`).
     """
@@ -54,6 +61,7 @@ class ReasonerOptions:
     precision: Precision = "fp32"
     external_data: bool | None = None
     adapter: Path | None = None
+    calibration: Sequence[CalibrationPrompt] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -94,8 +102,13 @@ def export_reasoner(
     ------
     BundleError
         If the checkpoint is incomplete, malformed or of another architecture; the message names the file or tensor.
+        If a prompt to calibrate with does not fit, or the precision has no levels to choose.
+    ImageReadError, QueryError
+        If a prompt to calibrate with cannot be read.
     """
     options = options or ReasonerOptions()
+    if options.calibration and options.precision != "int4":
+        raise BundleError(f"prompts to calibrate with are for precision int4, not {options.precision}")
     checkpoint: Weights = Checkpoint(checkpoint_dir)
     if options.adapter is not None:
         checkpoint = with_adapter(checkpoint, options.adapter)
@@ -103,7 +116,7 @@ def export_reasoner(
     settings = reasoner_settings(checkpoint.path, config, options.settings)
     embedding = checkpoint.prefix(TEXT_PREFIXES, "embed_tokens.weight") + "embed_tokens.weight"
     storage = source_storage(checkpoint, embedding, options.weights)
-    needs = reasoner_needs(checkpoint.shapes, storage, options.precision)
+    needs = reasoner_needs(checkpoint.shapes, storage, options.precision, calibrated=bool(options.calibration))
     announce(f"{needs} are needed")
     check_needs(needs, Path(out_dir))
     checkpoint.progress = progress
@@ -119,19 +132,32 @@ def export_reasoner(
     }
     with writing_export(out_dir) as out:
         _copy_tokenizer(checkpoint.path, out)
+        section |= _matrices(checkpoint, config, embedding, storage, out)
+        section |= {"tokenizer": "tokenizer.json"} | _sizes(config, settings)
+        description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
+        reader = None
+        if options.calibration:
+            spec = read_record(ReasonerSpec, section, "reasoner")
+            reader = PromptReader(spec, out)
+            counts = {"prompts": len(options.calibration), "tokens": reader.check(options.calibration)}
+            announce(f"calibrating on {counts['prompts']} prompts of {counts['tokens']} tokens")
+            description["calibration"] = counts
         with weights_file(out / "vision.onnx", wanted=external) as outside:
             precision: Precision = "fp32" if options.precision == "int4" else options.precision
             graph = vision_graph(
                 checkpoint, config, precision=precision, outside=outside, tower=TOWERS[config.family], **common
             )
         save_graph(graph, out / "vision.onnx")
+        rounding: Rounding = quantise
+        if reader is not None:
+            states = reader.states(options.calibration)
+            rounding = LayerwiseRounding(checkpoint, config, storage, spec=spec, states=states, scratch=out)
         with weights_file(out / "decoder.onnx", wanted=external) as outside:
-            graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)
+            graph = decoder_graph(
+                checkpoint, config, precision=options.precision, outside=outside, rounding=rounding, **common
+            )
         save_graph(graph, out / "decoder.onnx")
-        section |= _matrices(checkpoint, config, embedding, storage, out)
-        section |= {"tokenizer": "tokenizer.json"} | _sizes(config, settings)
         checkpoint.check_all_read(ignore=("inv_freq",))
-        description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
         describe(out, description)
     return ReasonerExport(folder=Path(out_dir), section=section, sha256=sha256, storage=storage)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from medreasoner._version import __version__
 from medreasoner_export.checkpoint import Progress
 from medreasoner_export.folder import describe, writing_export
-from medreasoner_export.graph import Storage, are_large, save_graph, weights_file
+from medreasoner_export.graph import Precision, Storage, are_large, save_graph, weights_file
 from medreasoner_export.needs import check_needs, segmenter_needs
 from medreasoner_export.reasoner import source_storage
 from medreasoner_export.sam_family import open_sam, recognise
@@ -43,7 +43,7 @@ class SegmenterOptions:
 
     arch: SamArch = "auto"
     weights: Storage | Literal["source"] = "source"
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    precision: Precision = "fp32"
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
