@@ -20,6 +20,7 @@ from medreasoner_cli.main import app
 from medreasoner_export import (
     CalibrationPrompt,
     ReasonerOptions,
+    SegmenterOptions,
     build_bundle,
     export_reasoner,
     export_segmenter,
@@ -28,6 +29,7 @@ from medreasoner_export import (
 from medreasoner_export.checkpoint import Checkpoint
 from medreasoner_export.layerwise import LayerwiseRounding
 from medreasoner_export.parity_reasoner import reasoner_stages
+from medreasoner_export.parity_segmenter import segmenter_stages
 from medreasoner_export.prompts import PromptReader
 from medreasoner_export.qwen_config import QwenConfig
 from medreasoner_export.streamed import prompt_inputs
@@ -260,3 +262,21 @@ def test_the_command_takes_the_file(toy: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, [*command, "--calibrate", str(tmp_path / "none.jsonl")])
     assert isinstance(result.exception, BundleError)
     assert "none.jsonl: prompts to calibrate with cannot be read" in str(result.exception)
+
+
+def test_an_image_encoder_in_four_bits_is_near_and_becomes_its_matrices_elsewhere(
+    toy: Path, tmp_path: Path, dialect_of: Any
+) -> None:
+    export_reasoner(toy / "reasoner", tmp_path / "r")
+    export_segmenter(toy / "segmenter", tmp_path / "s", options=SegmenterOptions(precision="int4"))
+    made = load_bundle(build_bundle(tmp_path / "r", tmp_path / "s", tmp_path / "b", name="four"))
+    stages = list(segmenter_stages(made, toy / "segmenter", tolerance=1e-4, seed=0))
+    assert [stage.name for stage in stages if not stage.passed] == []
+    assert stages[0].relative > 1e-3  # it is in four bits
+    path = made.path(made.spec.segmenter.graphs.encoder)
+    nodes = [node for node in onnx.load(path).graph.node if node.op_type == "MatMulNBits"]
+    assert {each.i for node in nodes for each in node.attribute if each.name == "bits"} == {4}
+    pixels = np.random.default_rng(0).standard_normal((1, 3, 64, 64), dtype=np.float32)
+    own = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found, expected = (each.run(None, {"pixel_values": pixels})[0] for each in (dialect_of(made, "encoder"), own))
+    assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()  # activations in eight bits on one side
