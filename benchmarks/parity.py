@@ -241,6 +241,7 @@ def main() -> None:
         export_segmenter(make_toy_segmenter(base / "toy-segmenter"), others["segmenter"])
         for number, subject in enumerate(each for each in SUBJECTS if each.name.startswith(wanted)):
             with tempfile.TemporaryDirectory(dir=base) as folder:
+                torch.manual_seed(0)  # the codes of positions are drawn when a model is made
                 try:
                     checkpoint = subject.make(Path(folder) / f"checkpoint-{number}")
                 except NotInstalledError as err:
