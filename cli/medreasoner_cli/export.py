@@ -55,6 +55,12 @@ def reasoner(
         Literal["fp32", "fp16", "int8", "int4"],
         typer.Option(help="fp16 is for GPUs; int8 rounds matrices to 8 bits (CPUs), int4 those of the decoder to 4."),
     ] = "fp32",
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help="Prompts to choose int4's levels by: objects with image, query and answer."
+        ),
+    ] = None,
     adapter: AdapterOption = None,
     settings: SettingsOption = None,
     fresh: FreshOption = False,
@@ -63,10 +69,16 @@ def reasoner(
 
     \b
     medreasoner-cli export reasoner MedReasoner-7B/ -o build/reasoner --precision int4
+    medreasoner-cli export reasoner MedReasoner-7B/ -o build/reasoner --precision int4 --calibrate prompts.jsonl
     """  # noqa: D301
     package = load("medreasoner_export", extra="export")
     options = package.ReasonerOptions(
-        weights=weights, precision=precision, adapter=adapter, settings=_read_json(settings), fresh=fresh
+        weights=weights,
+        precision=precision,
+        adapter=adapter,
+        calibration=() if calibrate is None else package.read_prompts(calibrate),
+        settings=_read_json(settings),
+        fresh=fresh,
     )
     with _bar() as progress:
         export = package.export_reasoner(checkpoint, output, options=options, progress=progress, announce=_note)
@@ -84,7 +96,8 @@ def segmenter(
     ] = "auto",
     weights: WeightsOption = "source",
     precision: Annotated[
-        Literal["fp32", "fp16", "int8"], typer.Option(help="Of the image encoder; fp16 is for GPUs, int8 for CPUs.")
+        Literal["fp32", "fp16", "int8", "int4"],
+        typer.Option(help="Of the image encoder; fp16 is for GPUs, int8 for CPUs."),
     ] = "fp32",
     settings: SettingsOption = None,
     fresh: FreshOption = False,

@@ -2,6 +2,7 @@
 
 from medreasoner_export.package import Licence, build_bundle
 from medreasoner_export.parity_road import Question
+from medreasoner_export.prompts import CalibrationPrompt, read_prompts
 from medreasoner_export.reasoner import ReasonerExport, ReasonerOptions, export_reasoner
 from medreasoner_export.report import ParityReport, ParityStage
 from medreasoner_export.segmenter import SegmenterExport, SegmenterOptions, export_segmenter
@@ -11,6 +12,7 @@ from medreasoner_export.trt_plan import EngineLimits
 from medreasoner_export.verify import verify_bundle
 
 __all__ = [
+    "CalibrationPrompt",
     "EngineExport",
     "EngineLimits",
     "EngineOptions",
@@ -27,5 +29,6 @@ __all__ = [
     "export_reasoner",
     "export_segmenter",
     "find_builder",
+    "read_prompts",
     "verify_bundle",
 ]

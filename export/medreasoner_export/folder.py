@@ -85,6 +85,10 @@ class Build:
         """Names of the files of all stages so far."""
         return tuple(name for names in self._used.values() for name in names)
 
+    def path(self, name: str) -> Path:
+        """Where a file of a finished stage lies meanwhile."""
+        return next(self._work / stage / name for stage, names in self._used.items() if name in names)
+
     def folder(self, stage: str) -> Path:
         """Where the files of a finished stage lie meanwhile."""
         return self._work / stage

@@ -1,7 +1,7 @@
 """A small typed builder of ONNX graphs, and the one place where weights enter them."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
-from medreasoner_export.quantise import BLOCK, INT8_LIMIT, Bits, quantise, quantise_rows
+from medreasoner_export.quantise import BLOCK, INT8_LIMIT, Bits, Rounded, quantise, quantise_rows
 
 __all__ = [
     "BITS",
@@ -23,6 +23,7 @@ __all__ = [
     "OPSET",
     "GraphBuilder",
     "Precision",
+    "Rounding",
     "Storage",
     "WeightsFile",
     "are_large",
@@ -49,6 +50,9 @@ activations: in blocks, or in graphs that are `dynamic` by rows and whole tensor
 
 BITS: Mapping[Precision, Bits] = {"int8": 8, "int4": 4}
 """Of a weight, at the precisions that round them."""
+
+Rounding: TypeAlias = Callable[[npt.NDArray[Any], str, Bits], Rounded]
+"""Makes a matrix (rows, columns) one of few bits, given its name too, as :func:`quantise` does."""
 
 Shape: TypeAlias = Sequence[int | str]
 
@@ -130,6 +134,13 @@ class GraphBuilder:
         those of a batch would share a scale: ``max_rows`` in the metadata says so to the runtime.
     outside
         File that takes the weights; None: they stay in the graph.
+    rounding
+        How matrices become few bits, where the precision says so.
+
+    Attributes
+    ----------
+    multiplied
+        What each matrix of :meth:`linear` is multiplied with, by the matrix's name.
     """
 
     def __init__(
@@ -140,12 +151,15 @@ class GraphBuilder:
         precision: Precision = "fp32",
         dynamic: bool = False,
         outside: WeightsFile | None = None,
+        rounding: Rounding = quantise,
     ) -> None:
         self.name = name
         self.storage = storage
         self.precision = precision
         self.is_dynamic = dynamic and precision == "int8"
         self.outside = outside
+        self.multiplied: dict[str, str] = {}
+        self._rounding = rounding
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -281,6 +295,7 @@ class GraphBuilder:
         divide into them. Where `x` `has_outliers`, one scale for all of it would be too coarse for the rest: a
         `dynamic` graph computes that product in float32.
         """
+        self.multiplied[f"{name}.weight"] = x
         if self.is_dynamic and not has_outliers:
             return self._dynamic_product(x, name, weight, bias)
         if self.precision in BITS and not self.is_dynamic and weight.shape[1] % BLOCK == 0:
@@ -299,7 +314,7 @@ class GraphBuilder:
         return self.op("com.microsoft.DynamicQuantizeMatMul", x, *parts, *last)
 
     def _rounded_product(self, x: str, name: str, weight: npt.NDArray[Any], bits: Bits) -> str:
-        matrix = quantise(weight, name, bits)
+        matrix = self._rounding(weight, name, bits)
         for part, array in (("levels", matrix.levels), ("scales", matrix.scales), ("zeros", matrix.zero_points)):
             self.keep(f"{name}.{part}", array)
         self._n_rounded += 1

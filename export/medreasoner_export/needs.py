@@ -9,6 +9,7 @@ from pathlib import Path
 from medreasoner.errors import BundleError
 from medreasoner_export.graph import BITS, Precision, Storage, are_large, width
 from medreasoner_export.quantise import BLOCK
+from medreasoner_export.rounding import SPAN
 
 __all__ = ["PROGRAM_BYTES", "Needs", "check_needs", "free_disk", "reasoner_needs", "segmenter_needs"]
 
@@ -29,8 +30,10 @@ class Needs:
         return f"{disk} on disk and {self.memory / 2**30:.1f} GiB of memory"
 
 
-def reasoner_needs(shapes: Mapping[str, Sequence[int]], storage: Storage, precision: Precision) -> Needs:
-    """Of :func:`export_reasoner`, from the shapes of a checkpoint's tensors by name."""
+def reasoner_needs(
+    shapes: Mapping[str, Sequence[int]], storage: Storage, precision: Precision, *, calibrated: bool = False
+) -> Needs:
+    """Of :func:`export_reasoner`, from the shapes of a checkpoint's tensors by name; the prompts not counted."""
     disk = 0
     for name, shape in shapes.items():
         in_layers = "layers." in name and "visual" not in name
@@ -42,7 +45,16 @@ def reasoner_needs(shapes: Mapping[str, Sequence[int]], storage: Storage, precis
         outside = name.endswith(("embed_tokens.weight", "lm_head.weight"))  # beside the graphs, as stored
         each = few if few is not None else 2 if precision == "fp16" and not outside else width(storage)
         disk += math.ceil(math.prod(shape) * each)
-    return _needs(disk, shapes.values(), storage)
+    needs = _needs(disk, shapes.values(), storage)
+    return _with_calibration(needs, shapes, storage) if calibrated else needs
+
+
+def _with_calibration(needs: Needs, shapes: Mapping[str, Sequence[int]], storage: Storage) -> Needs:
+    """A layer is written, and held by ONNX Runtime in float32 and once more as it packs it, beside its moments."""
+    layer = [shape for name, shape in shapes.items() if "layers.0." in name and "visual" not in name]
+    numbers = sum(math.prod(shape) for shape in layer)
+    moments = sum(shape[1] * min(shape[1], SPAN) for shape in layer if len(shape) == 2)
+    return Needs(disk=needs.disk + numbers * width(storage), memory=needs.memory + 8 * (numbers + moments))
 
 
 def segmenter_needs(shapes: Mapping[str, Sequence[int]], storage: Storage) -> Needs:

@@ -122,7 +122,8 @@ def build_bundle(
             "producers": {package: importlib.metadata.version(package) for package in PRODUCERS},
             "source": {
                 f"{part}_{key}": parts[part][key] for part in ("reasoner", "segmenter") for key in ("sha256", "storage")
-            },
+            }
+            | {f"{part}_calibration": each["calibration"] for part, each in parts.items() if "calibration" in each},
             "licence": terms,
             "training": dict(training or {}),
             "quality": dict(quality or {}),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
@@ -21,8 +22,9 @@ from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
 from medreasoner_export.graph import BITS
-from medreasoner_export.quantise import BLOCK, dequantise, dequantise_rows, quantise, quantise_rows
+from medreasoner_export.quantise import BLOCK, Rounded, dequantise, dequantise_rows, quantise, quantise_rows
 from medreasoner_export.report import ParityStage, compare, stated
+from medreasoner_export.stored import StoredWeights
 from medreasoner_export.streamed import TEXT, VISION, prompt_inputs, streamed_qwen, two_frames
 
 __all__ = ["DecoderRun", "reasoner_stages"]
@@ -34,6 +36,8 @@ TOLERANCES = {"fp16": 0.02, "int8": 0.05, "int4": 0.05}
 matrices the activations are rounded to eight bits in every product."""
 DYNAMIC_TOLERANCE = 0.1
 """Of a vision tower whose activations are rounded a tensor at a time, the few largest with the many small ones."""
+CALIBRATED_TOLERANCE = 0.3
+"""Accepted distance of a calibrated matrix from the checkpoint's: others than its own are further than one."""
 
 Array = npt.NDArray[Any]
 
@@ -51,7 +55,8 @@ def reasoner_stages(
         The checkpoint that the bundle was made of.
     tolerance
         Largest accepted error of float32, relative to the reference's largest value; other precisions have
-        `TOLERANCES`. Rounded matrices are compared with the checkpoint's rounded in the same way.
+        `TOLERANCES`. Rounded matrices are compared with the checkpoint's rounded in the same way, or, if they were
+        calibrated, with their own values, and those with the checkpoint's.
     seed
         Of the images.
     adapter
@@ -66,6 +71,49 @@ def reasoner_stages(
         for rows, columns in check.grids():
             yield check.vision(rows, columns, vision)
         yield from check.decoder(max(vision, decoder))  # it reads what the vision tower saw
+    if check.own_levels is not None:
+        yield check.own_levels.stage()
+
+
+class _OwnLevels:
+    """Gives the reference the matrices of a calibrated decoder, whose levels do not follow from the checkpoint alone.
+
+    How far they are from the checkpoint's is a stage of its own: rounded to the nearest it would be a tenth.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        path = bundle.path(bundle.spec.reasoner.graphs.decoder)
+        self._stored = StoredWeights(onnx.load(str(path), load_external_data=False), path)
+        spec = bundle.spec.reasoner
+        self._before = {
+            "q": 0,
+            "k": spec.n_heads * spec.head_dim,
+            "v": (spec.n_heads + spec.n_kv_heads) * spec.head_dim,
+        }
+        self._furthest = 0.0
+
+    def __call__(self, name: str, weight: Array) -> Array:
+        """The value of a weight of that name in transformers."""
+        matrix, first = name.removeprefix(TEXT), 0
+        layer, attention, part = matrix.partition(".self_attn.")
+        if attention and part[0] in self._before and part.endswith(".weight") and part[1] == "_":
+            matrix, first = f"{layer}.qkv.weight", self._before[part[0]]
+        matrix = matrix.replace("gate_proj", "gate").replace("up_proj", "up")
+        if not name.startswith(TEXT) or f"{matrix}.levels" not in self._stored:
+            return weight
+        levels, scales, zeros = (self._stored.array(f"{matrix}.{part}") for part in ("levels", "scales", "zeros"))
+        found = dequantise(Rounded(bits=4, levels=levels, scales=scales, zero_points=zeros))
+        found = found[first : first + len(weight)]
+        distance = np.linalg.norm(found - weight) / (np.linalg.norm(weight) or 1.0)
+        self._furthest = max(self._furthest, float(distance))
+        return found
+
+    def stage(self) -> ParityStage:
+        """Of the matrices that were used."""
+        return ParityStage(
+            name="calibrated matrices against the checkpoint's", error=self._furthest, scale=1.0,
+            tolerance=CALIBRATED_TOLERANCE, unit="norm of the difference, the worst",
+        )  # fmt: skip
 
 
 class DecoderRun:
@@ -138,6 +186,7 @@ class _Check:
         spec = bundle.spec.reasoner
         self.bundle, self.spec, self.generator = bundle, spec, generator
         self._opened: dict[str, Any] = {}
+        self.own_levels = _OwnLevels(bundle) if "reasoner_calibration" in bundle.spec.source else None
         graphs = [bundle.path(name) for name in (spec.graphs.vision, spec.graphs.decoder)]
         self.precisions = tuple(stated(graph, "precision") or bundle.spec.precision for graph in graphs)
         self.tokenizer = load_tokenizer(str(bundle.path(spec.tokenizer)))
@@ -159,6 +208,8 @@ class _Check:
         bits = BITS.get(decoder)  # type: ignore[call-overload]
         if weight.ndim != 2:
             return weight
+        if self.own_levels is not None and name.startswith(TEXT):
+            return self.own_levels(name, weight)
         if bits is not None and name.startswith(TEXT + "layers.") and weight.shape[1] % BLOCK == 0:
             return dequantise(quantise(weight, name, bits))
         if vision == "int8" and name.startswith((VISION + "blocks.", VISION + "merger.mlp.0")):

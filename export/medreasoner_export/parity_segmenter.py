@@ -18,8 +18,11 @@ from medreasoner_export.report import ParityStage, compare, stated
 __all__ = ["mask_of", "segmenter_stages"]
 
 N_IMAGES = 2
-TOLERANCES = {"fp16": 0.03, "int8": 0.1}
-"""Accepted error of what an image encoder of that precision sees, and of the masks that follow."""
+TOLERANCES = {"fp16": 0.03, "int8": 0.1, "int4": 0.5}
+"""Accepted error of what an image encoder of that precision sees, and of the masks that follow.
+
+The reference is not rounded. In four bits a Hiera of random weights loses a third of a mask's IoU; a faulty graph all.
+"""
 
 Array = npt.NDArray[Any]
 

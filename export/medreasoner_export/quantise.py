@@ -20,8 +20,10 @@ __all__ = [
     "RoundedRows",
     "dequantise",
     "dequantise_rows",
+    "packed",
     "quantise",
     "quantise_rows",
+    "unpacked",
 ]
 
 Bits: TypeAlias = Literal[4, 8]
@@ -100,17 +102,17 @@ def quantise(matrix: npt.NDArray[Any], name: str, bits: Bits) -> Rounded:
         scale = np.where(scale > 0, scale, np.float32(1))
         zero = np.clip(np.rint(-low / scale), 0, largest)
         level = np.clip(np.rint(values / scale[..., None]) + zero[..., None], 0, largest).astype(np.uint8)
-        levels[part] = _packed(level, bits)
+        levels[part] = packed(level, bits)
         scales[part], zeros[part] = scale, zero
     odd = ((0, 0), (0, blocks % 2 if bits == 4 else 0))
-    return Rounded(bits=bits, levels=levels, scales=scales, zero_points=_packed(np.pad(zeros, odd), bits))
+    return Rounded(bits=bits, levels=levels, scales=scales, zero_points=packed(np.pad(zeros, odd), bits))
 
 
 def dequantise(matrix: Rounded) -> npt.NDArray[np.float32]:
     """The matrix (rows, columns) float32 that its levels stand for."""
     rows, blocks = matrix.scales.shape
-    zeros = _unpacked(matrix.zero_points, matrix.bits)[:, :blocks, None].astype(np.float32)
-    values = (_unpacked(matrix.levels, matrix.bits).astype(np.float32) - zeros) * matrix.scales[..., None]
+    zeros = unpacked(matrix.zero_points, matrix.bits)[:, :blocks, None].astype(np.float32)
+    values = (unpacked(matrix.levels, matrix.bits).astype(np.float32) - zeros) * matrix.scales[..., None]
     return np.asarray(values, np.float32).reshape(rows, -1)
 
 
@@ -151,13 +153,13 @@ def dequantise_rows(matrix: RoundedRows) -> npt.NDArray[np.float32]:
     return np.asarray(matrix.levels.T * matrix.scales[:, None], np.float32)
 
 
-def _packed(levels: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
-    """Levels of four bits, two a byte."""
+def packed(levels: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
+    """Levels of four bits two a byte along the last axis, whose size is even; those of eight as they are."""
     return levels if bits == 8 else np.asarray(levels[..., ::2] | levels[..., 1::2] << 4, np.uint8)
 
 
-def _unpacked(packed: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
-    """Of four bits, twice as many along the last axis."""
+def unpacked(levels: npt.NDArray[np.uint8], bits: Bits) -> npt.NDArray[np.uint8]:
+    """What :func:`packed` was given."""
     if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:-1], -1)
+        return levels
+    return np.stack([levels & 15, levels >> 4], axis=-1).reshape(*levels.shape[:-1], -1)

@@ -18,14 +18,16 @@ from medreasoner_export.graph import (
     INT64,
     GraphBuilder,
     Precision,
+    Rounding,
     Storage,
     WeightsFile,
     joined,
     width,
 )
+from medreasoner_export.quantise import quantise
 from medreasoner_export.qwen_config import QwenConfig, QwenTextConfig
 
-__all__ = ["TEXT_PREFIXES", "decoder_graph", "step_section"]
+__all__ = ["TEXT_PREFIXES", "decoder_graph", "layer_graph", "step_section"]
 
 TEXT_PREFIXES = ("model.language_model.", "model.")
 
@@ -64,6 +66,7 @@ def decoder_graph(
     metadata: Mapping[str, str],
     precision: Precision = "fp32",
     outside: WeightsFile | None = None,
+    rounding: Rounding = quantise,
 ) -> onnx.ModelProto:
     """The graph from embeddings to the last hidden states, with a key-value cache.
 
@@ -79,8 +82,39 @@ def decoder_graph(
     BundleError
         If a tensor is missing, misshapen or does not fit `storage`.
     """
-    builder = GraphBuilder("decoder", storage=storage, precision=precision, outside=outside)
+    builder = GraphBuilder("decoder", storage=storage, precision=precision, outside=outside, rounding=rounding)
     return _Decoder(checkpoint, config.text, builder).build(metadata)
+
+
+def layer_graph(
+    checkpoint: Weights,
+    config: QwenConfig,
+    index: int,
+    *,
+    storage: Storage,
+    precision: Precision = "fp32",
+    outside: WeightsFile | None = None,
+    rounding: Rounding = quantise,
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """One layer on its own, to run prompts through the decoder with one layer in memory.
+
+    Inputs as those of :func:`decoder_graph`, with the caches of this layer alone. Output: ``layer_output`` (batch, seq,
+    hidden_dim) float32, the next layer's ``inputs_embeds``.
+
+    Returns
+    -------
+    graph
+    multiplied : dict
+        The tensor that each matrix is multiplied with, by the matrix's name in the decoder's graph.
+
+    Raises
+    ------
+    BundleError
+        If a tensor is missing, misshapen or does not fit `storage`.
+    """
+    builder = GraphBuilder("layer", storage=storage, precision=precision, outside=outside, rounding=rounding)
+    graph = _Decoder(checkpoint, config.text, builder).build_layer(index)
+    return graph, builder.multiplied
 
 
 class _Decoder:
@@ -95,13 +129,7 @@ class _Decoder:
 
     def build(self, metadata: Mapping[str, str]) -> onnx.ModelProto:
         g, c = self.g, self.config
-        x = g.input("inputs_embeds", FLOAT, ("batch", "seq", c.hidden_dim))
-        self.cos, self.sin = (
-            g.input(name, FLOAT, ("batch_seq", c.head_dim // 2)) for name in ("rotary_cos", "rotary_sin")
-        )
-        self.ids = g.input("rotary_ids", INT64, ("batch", "seq"))
-        self.lengths = g.input("seqlens_k", INT32, ("batch",))
-        self.total = g.input("total_sequence_length", INT32, ())
+        x = self._inputs()
         h = g.op("SimplifiedLayerNormalization", x, self._norm("layers.0.input_layernorm"), epsilon=c.rms_norm_eps)
         for index in range(c.n_layers):
             layer = f"layers.{index}."
@@ -110,11 +138,37 @@ class _Decoder:
             after = "norm" if last else f"layers.{index + 1}.input_layernorm"
             x, h = self._add(x, self._mlp(h, layer + "mlp."), after, out="hidden_states" if last else None)
         g.output("hidden_states", FLOAT, ("batch", "seq", c.hidden_dim))
-        cache = ("batch", c.n_kv_heads, "capacity", c.head_dim)
         for index in range(c.n_layers):
-            for part in ("key", "value"):
-                g.output(f"present_{part}.{index}", g.real, cache)
+            self._caches_out(index)
         return g.model(metadata)
+
+    def build_layer(self, index: int) -> onnx.ModelProto:
+        """The layer `index` alone."""
+        g, c, layer = self.g, self.config, f"layers.{index}."
+        x = self._inputs()
+        h = g.op("SimplifiedLayerNormalization", x, self._norm(layer + "input_layernorm"), epsilon=c.rms_norm_eps)
+        x, h = self._add(x, self._attention(h, layer, index), layer + "post_attention_layernorm")
+        g.op("Add", x, self._mlp(h, layer + "mlp."), out="layer_output")
+        g.output("layer_output", FLOAT, ("batch", "seq", c.hidden_dim))
+        self._caches_out(index)
+        return g.model({})
+
+    def _inputs(self) -> str:
+        """All but the caches; returns the embeddings."""
+        g, c = self.g, self.config
+        x = g.input("inputs_embeds", FLOAT, ("batch", "seq", c.hidden_dim))
+        self.cos, self.sin = (
+            g.input(name, FLOAT, ("batch_seq", c.head_dim // 2)) for name in ("rotary_cos", "rotary_sin")
+        )
+        self.ids = g.input("rotary_ids", INT64, ("batch", "seq"))
+        self.lengths = g.input("seqlens_k", INT32, ("batch",))
+        self.total = g.input("total_sequence_length", INT32, ())
+        return x
+
+    def _caches_out(self, index: int) -> None:
+        g, c = self.g, self.config
+        for part in ("key", "value"):
+            g.output(f"present_{part}.{index}", g.real, ("batch", c.n_kv_heads, "capacity", c.head_dim))
 
     def _attention(self, h: str, layer: str, index: int) -> str:
         g, c = self.g, self.config

@@ -1,7 +1,7 @@
 """A Qwen2.5-VL or Qwen2-VL checkpoint as two ONNX graphs, an embedding matrix and a description."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -10,14 +10,27 @@ import numpy as np
 
 from medreasoner._version import __version__
 from medreasoner.errors import BundleError
+from medreasoner.manifest import read_record
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.spec import ReasonerSpec
 from medreasoner_export.checkpoint import Checkpoint, Progress, Weights, read_json
 from medreasoner_export.config_section import naming
 from medreasoner_export.folder import Build, build_key, building, describe, weights_stage
-from medreasoner_export.graph import Precision, Storage, WeightsFile, are_large, save_graph, store, weights_file
+from medreasoner_export.graph import (
+    Precision,
+    Rounding,
+    Storage,
+    WeightsFile,
+    are_large,
+    save_graph,
+    store,
+    weights_file,
+)
+from medreasoner_export.layerwise import LayerwiseRounding
 from medreasoner_export.lora import with_adapter
 from medreasoner_export.needs import check_needs, reasoner_needs
+from medreasoner_export.prompts import CalibrationPrompt, PromptReader
+from medreasoner_export.quantise import quantise
 from medreasoner_export.qwen2_vision import Qwen2VisionTower
 from medreasoner_export.qwen_config import Family, QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph, step_section
@@ -55,6 +68,8 @@ class ReasonerOptions:
         Whether the graphs' weights go into files beside them; None: where the checkpoint is too large for one file.
     adapter
         Folder of a LoRA adapter in peft's layout, to be merged.
+    calibration
+        Prompts by which the levels of ``"int4"`` are chosen; none: rounded to the nearest.
     settings
         Entries that replace those of ``medreasoner.json`` (see :mod:`medreasoner_export.settings`).
     fresh
@@ -65,6 +80,7 @@ class ReasonerOptions:
     precision: Precision = "fp32"
     external_data: bool | None = None
     adapter: Path | None = None
+    calibration: Sequence[CalibrationPrompt] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
 
@@ -109,8 +125,13 @@ def export_reasoner(
     ------
     BundleError
         If the checkpoint is incomplete, malformed or of another architecture; the message names the file or tensor.
+        If a prompt to calibrate with does not fit, or the precision has no levels to choose.
+    ImageReadError, QueryError
+        If a prompt to calibrate with cannot be read.
     """
     options = options or ReasonerOptions()
+    if options.calibration and options.precision != "int4":
+        raise BundleError(f"prompts to calibrate with are for precision int4, not {options.precision}")
     checkpoint: Weights = Checkpoint(checkpoint_dir)
     folder = checkpoint.path
     if options.adapter is not None:
@@ -134,53 +155,90 @@ def export_reasoner(
     check_section(ReasonerSpec, {**section, "embedding": matrix, "lm_head": matrix}, folder)
     checkpoint.expect(embedding, (config.text.vocab_size, config.text.hidden_dim))  # else it were told at the very end
     _check_same(folder, Path(out_dir))
-    needs = reasoner_needs(checkpoint.shapes, storage, options.precision)
-    options_key = repr(("reasoner", replace(options, fresh=False)))
-    key = build_key(options_key, [*checkpoint.files, *(folder / name for name in SMALL_FILES)])
-    with building(out_dir, key=key, fresh=options.fresh, announce=announce) as build:
+    needs = reasoner_needs(checkpoint.shapes, storage, options.precision, calibrated=bool(options.calibration))
+    images = [each.image for each in options.calibration]
+    are_files = all(isinstance(image, str | Path) for image in images)  # of others no digest says whether they changed
+    key = build_key(
+        repr(("reasoner", replace(options, fresh=False))),
+        [*checkpoint.files, *(folder / name for name in SMALL_FILES), *(map(Path, images) if are_files else ())],
+    )
+    with building(out_dir, key=key, fresh=options.fresh or not are_files, announce=announce) as build:
         needs = replace(needs, disk=max(0, needs.disk - build.found_bytes))
         announce(f"{needs} are needed")
         check_needs(needs, build.out)
         checkpoint.progress = progress
         sha256 = str(build.stage("checksum", lambda _: {"sha256": checkpoint.sha256()})["sha256"])
-        section |= _write_parts(
-            build, checkpoint, config, options, storage=storage, sha256=sha256, embedding=embedding,
-            external=external, steps=section["step"] is not None,
-        )  # fmt: skip
+        parts = _Parts(build, checkpoint, config, options, storage=storage, sha256=sha256, section=section)
+        parts.write(embedding, external=external, announce=announce)
         checkpoint.check_all_read(ignore=("inv_freq",))
         description = {"section": section, "sha256": sha256, "storage": storage, "precision": options.precision}
-        describe(build, description)
+        describe(build, {**description, **parts.notes})
     return ReasonerExport(folder=Path(out_dir), section=section, sha256=sha256, storage=storage)
 
 
-def _write_parts(
-    build: Build, checkpoint: Weights, config: QwenConfig, options: ReasonerOptions,
-    *, storage: Storage, sha256: str, embedding: str, external: bool, steps: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Write tokenizer, graphs and matrices, each a stage; return the matrices' entries of the section."""
-    metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
-    common: dict[str, Any] = {"storage": storage, "metadata": metadata}
+class _Parts:
+    """Writes tokenizer, graphs and matrices, each a stage; what the matrices are is added to `section`."""
 
-    def vision(out: Path) -> None:
-        precision: Precision = "fp32" if options.precision == "int4" else options.precision
+    def __init__(
+        self, build: Build, checkpoint: Weights, config: QwenConfig, options: ReasonerOptions,
+        *, storage: Storage, sha256: str, section: dict[str, Any],
+    ) -> None:  # fmt: skip
+        self.build, self.checkpoint, self.config, self.options = build, checkpoint, config, options
+        self.storage, self.section = storage, section
+        self.metadata = {"exporter": f"medreasoner {__version__}", "source_sha256": sha256, "dialect": "ort"}
+        self.notes: dict[str, Any] = {}
+
+    def write(self, embedding: str, *, external: bool, announce: Callable[[str], None]) -> None:
+        build, checkpoint = self.build, self.checkpoint
+        build.stage("tokenizer", lambda out: _copy_tokenizer(checkpoint.path, self.config, out))
+
+        def matrices() -> None:
+            def make(out: Path) -> dict[str, Any]:
+                return _matrices(checkpoint, self.config, embedding, self.storage, out)
+
+            self.section.update(weights_stage(build, checkpoint, "embedding", make))
+
+        reader = None
+        if self.options.calibration:  # the prompts are looked at first: they may be at fault
+            matrices()
+            reader = self._reader(announce)
+        weights_stage(build, checkpoint, "vision", lambda out: self._vision(out, external))
+        weights_stage(build, checkpoint, "decoder", lambda out: self._decoder(out, external, reader))
+        if reader is None:
+            matrices()
+
+    def _reader(self, announce: Callable[[str], None]) -> PromptReader:
+        reader = PromptReader(read_record(ReasonerSpec, self.section, "reasoner"), self.build.path)
+        prompts = self.options.calibration
+        tokens = self.build.stage("prompts", lambda _: {"tokens": reader.check(prompts)})["tokens"]
+        announce(f"calibrating on {len(prompts)} prompts of {tokens} tokens")
+        self.notes["calibration"] = {"prompts": len(prompts), "tokens": tokens}
+        return reader
+
+    def _vision(self, out: Path, external: bool) -> None:
+        precision: Precision = "fp32" if self.options.precision == "int4" else self.options.precision
         with weights_file(out / "vision.onnx", wanted=external) as outside:
             graph = vision_graph(
-                checkpoint, config, precision=precision, outside=outside, tower=TOWERS[config.family], **common
-            )
+                self.checkpoint, self.config, precision=precision, outside=outside,
+                tower=TOWERS[self.config.family], storage=self.storage, metadata=self.metadata,
+            )  # fmt: skip
         save_graph(graph, out / "vision.onnx")
 
-    def decoder(out: Path) -> None:
-        least = 0 if steps else WeightsFile.LEAST_BYTES  # for steps all weights are in one file, the small ones too
+    def _decoder(self, out: Path, external: bool, reader: PromptReader | None) -> None:
+        rounding: Rounding = quantise
+        if reader is not None:
+            rounding = LayerwiseRounding(
+                self.checkpoint, self.config, self.storage, spec=reader.spec,
+                states=reader.states(self.options.calibration), scratch=out,
+            )  # fmt: skip
+        steps = self.section["step"] is not None  # then all weights are in one file, the small ones too
+        least = 0 if steps else WeightsFile.LEAST_BYTES
         with weights_file(out / "decoder.onnx", wanted=external or steps, least_bytes=least) as outside:
-            graph = decoder_graph(checkpoint, config, precision=options.precision, outside=outside, **common)
+            graph = decoder_graph(
+                self.checkpoint, self.config, precision=self.options.precision, outside=outside, rounding=rounding,
+                storage=self.storage, metadata=self.metadata,
+            )  # fmt: skip
         save_graph(graph, out / "decoder.onnx")
-
-    build.stage("tokenizer", lambda out: _copy_tokenizer(checkpoint.path, config, out))
-    weights_stage(build, checkpoint, "vision", vision)
-    weights_stage(build, checkpoint, "decoder", decoder)
-    return weights_stage(
-        build, checkpoint, "embedding", lambda out: _matrices(checkpoint, config, embedding, storage, out)
-    )
 
 
 def source_storage(checkpoint: Weights, probe: str, weights: Storage | Literal["source"]) -> Storage:

@@ -10,7 +10,7 @@ from medreasoner.errors import BundleError
 from medreasoner.spec import SegmenterSpec
 from medreasoner_export.checkpoint import Progress
 from medreasoner_export.folder import build_key, building, describe, weights_stage
-from medreasoner_export.graph import Storage, are_large, save_graph, weights_file
+from medreasoner_export.graph import Precision, Storage, are_large, save_graph, weights_file
 from medreasoner_export.needs import PROGRAM_BYTES, Needs, check_needs, segmenter_needs
 from medreasoner_export.optimum_sam import is_optimum, open_optimum
 from medreasoner_export.reasoner import SMALL_FILES, source_storage
@@ -48,7 +48,7 @@ class SegmenterOptions:
 
     arch: SamArch = "auto"
     weights: Storage | Literal["source"] = "source"
-    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    precision: Precision = "fp32"
     settings: Mapping[str, Any] = field(default_factory=dict)
     fresh: bool = False
 

@@ -55,6 +55,10 @@ def test_a_seven_billion_model_in_four_bits_needs_what_was_measured() -> None:
     found = reasoner_needs(shapes, "bfloat16", "int4")
     assert 6.0e9 < found.disk < 6.6e9  # 6.5e9 weights in 4.6 bits, and two matrices of 1.1e9 bytes
     assert found.memory < 8 * 2**30
+    calibrated = reasoner_needs(shapes, "bfloat16", "int4", calibrated=True)
+    layer_bytes = 4 * 233e6  # in float32, which ONNX Runtime packs anew
+    assert found.memory + 2 * layer_bytes < calibrated.memory < found.memory + 3 * layer_bytes
+    assert calibrated.disk == found.disk + sum(2 * rows * columns for rows, columns in layer.values())
 
 
 def test_what_is_not_there_is_refused_before_anything_is_written(
