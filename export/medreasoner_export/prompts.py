@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from medreasoner import ops
 from medreasoner._extras import require
 from medreasoner.errors import BundleError, ImageReadError, QueryError
 from medreasoner.geometry import Placement, place
 from medreasoner.image import read_image
 from medreasoner.reasoner.prompt import Prompt, load_tokenizer
 from medreasoner.reasoner.rotary import prompt_positions, rotary_tables
-from medreasoner.reasoner.vision import VisionGrid, vision_grid
+from medreasoner.reasoner.vision import VisionGrid, image_patches, placed_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec
 
@@ -153,17 +152,8 @@ class PromptReader:
 
     def _state(self, session: Any, prompt: CalibrationPrompt) -> State:
         ids, pixels, placement, grid = self._read(prompt)
-        vision, image_token = self.spec.vision, self._prompt.image_token
-        patches = ops.preprocess_patches(
-            pixels,
-            placement.grid_height,
-            placement.grid_width,
-            content=(placement.content_height, placement.content_width),
-            mean=vision.image_mean,
-            std=vision.image_std,
-            patch=vision.patch_size,
-            merge=vision.merge_size,
-        )
+        image_token = self._prompt.image_token
+        patches = image_patches(self.spec.vision, pixels, placement)
         hidden = self._embedding.embed(np.array(ids, np.int64))
         hidden[np.array(ids) == image_token] = session.run(None, {"patches": patches[None], **grid.inputs()})[0][0]
         positions, _ = prompt_positions(ids, image_token, grid.rows, grid.columns)
@@ -172,14 +162,7 @@ class PromptReader:
     def _read(self, prompt: CalibrationPrompt) -> tuple[list[int], npt.NDArray[np.uint8], Placement, VisionGrid]:
         image, vision = read_image(prompt.image), self.spec.vision
         placement = place(vision.resize, height=image.height, width=image.width)
-        grid = vision_grid(
-            height=placement.grid_height,
-            width=placement.grid_width,
-            patch=vision.patch_size,
-            merge=vision.merge_size,
-            window=vision.window_size,
-            head_dim=vision.head_dim,
-        )
+        grid = placed_grid(vision, placement)
         ids = self._prompt.whole(prompt.query, grid.n_tokens)
         ids += self._tokenizer.encode(prompt.answer, add_special_tokens=False).ids
         return ids, image.pixels, placement, grid

@@ -15,7 +15,7 @@ from medreasoner.reasoner.decoder import Decoder, SavedPrefix
 from medreasoner.reasoner.generate import Sequencer
 from medreasoner.reasoner.prompt import Prompt, common_length
 from medreasoner.reasoner.rotary import prompt_positions
-from medreasoner.reasoner.vision import VisionGrid, vision_grid
+from medreasoner.reasoner.vision import VisionGrid, image_patches, placed_grid
 from medreasoner.reasoner.weights import WeightMatrix
 from medreasoner.result import Answer, Thought
 from medreasoner.session import Session
@@ -98,33 +98,11 @@ class Reasoner:
 
     def preprocess(self, image: Image, placement: Placement) -> NDArray[np.float32]:
         """(n_patches, 3 * patch_size**2) float32 patches in merge order."""
-        vision = self.spec.vision
-        return ops.preprocess_patches(
-            image.pixels,
-            placement.grid_height,
-            placement.grid_width,
-            content=(placement.content_height, placement.content_width),
-            mean=vision.image_mean,
-            std=vision.image_std,
-            patch=vision.patch_size,
-            merge=vision.merge_size,
-        )
-
-    def _grid(self, placement: Placement) -> VisionGrid:
-        """The vision graph's inputs for this size of grid."""
-        vision = self.spec.vision
-        return vision_grid(
-            height=placement.grid_height,
-            width=placement.grid_width,
-            patch=vision.patch_size,
-            merge=vision.merge_size,
-            window=vision.window_size,
-            head_dim=vision.head_dim,
-        )
+        return image_patches(self.spec.vision, image.pixels, placement)
 
     def encode(self, patches: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
         """(batch, n_patches, ...) patches of images of one grid as (batch, n_tokens, hidden_dim) embeddings."""
-        grid, at_once = self._grid(placement).inputs(), self._vision.max_rows or len(patches)
+        grid, at_once = placed_grid(self.spec.vision, placement).inputs(), self._vision.max_rows or len(patches)
         parts = [
             self._vision.bind({}, {}).run({"patches": patches[start : start + at_once], **grid})["image_embeds"]
             for start in range(0, len(patches), at_once)
@@ -139,7 +117,7 @@ class Reasoner:
         GenerationError
             If the image has more tokens than the model's length holds.
         """
-        grid = self._grid(placement)
+        grid = placed_grid(self.spec.vision, placement)
         ids = self.prompt.prefix(grid.n_tokens)
         positions, next_position = prompt_positions(ids, self.prompt.image_token, grid.rows, grid.columns)
         inputs = self._embedding.embed(np.array(ids, np.int64))

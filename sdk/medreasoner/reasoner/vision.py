@@ -10,7 +10,11 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["VisionGrid", "vision_grid"]
+from medreasoner import ops
+from medreasoner.geometry import Placement
+from medreasoner.spec import VisionSpec
+
+__all__ = ["VisionGrid", "image_patches", "placed_grid", "vision_grid"]
 
 _THETA = 10_000.0  # of Qwen2.5-VL's vision tower; not configurable there
 _MASKED = np.float32(-1e9)
@@ -51,6 +55,32 @@ class VisionGrid:
         """Graph inputs by name."""
         names = ("rotary_cos", "rotary_sin", "window_gather", "window_bias", "window_scatter")
         return {name: getattr(self, name) for name in names}
+
+
+def image_patches(vision: VisionSpec, pixels: NDArray[np.uint8], placement: Placement) -> NDArray[np.float32]:
+    """(n_patches, 3 * patch_size**2) float32 patches, in merge order, of pixels (H, W) or (H, W, 3) uint8."""
+    return ops.preprocess_patches(
+        pixels,
+        placement.grid_height,
+        placement.grid_width,
+        content=(placement.content_height, placement.content_width),
+        mean=vision.image_mean,
+        std=vision.image_std,
+        patch=vision.patch_size,
+        merge=vision.merge_size,
+    )
+
+
+def placed_grid(vision: VisionSpec, placement: Placement) -> VisionGrid:
+    """The vision graph's inputs for this size of grid."""
+    return vision_grid(
+        height=placement.grid_height,
+        width=placement.grid_width,
+        patch=vision.patch_size,
+        merge=vision.merge_size,
+        window=vision.window_size,
+        head_dim=vision.head_dim,
+    )
 
 
 @lru_cache(maxsize=16)
