@@ -71,6 +71,7 @@ def reasoner_stages(
         for rows, columns in check.grids():
             yield check.vision(rows, columns, vision)
         yield from check.decoder(max(vision, decoder))  # it reads what the vision tower saw
+    check.close()
     if check.own_levels is not None:
         yield check.own_levels.stage()
 
@@ -201,6 +202,11 @@ class _Check:
             path = str(self.bundle.path(graph))
             self._opened[graph] = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         return self._opened[graph]
+
+    def close(self) -> None:
+        """Let go of the graph and of the reference: they hold each other, and whatever is compared next needs room."""
+        self._opened.clear()
+        self.model = None
 
     def rounded(self, name: str, weight: Array) -> Array:
         """Gives the reference the matrices that graphs of few bits hold: what is left is the error of the graphs."""

@@ -139,7 +139,7 @@ def road_stages(
     engine = load_engine(bundle, RuntimeOptions(device="cpu"))
     tokenizer = load_tokenizer(str(bundle.path(bundle.spec.reasoner.tokenizer)))
     answers = [_answer(engine, tokenizer, question) for question in questions]
-    del engine  # a large bundle and its reference do not fit the memory together
+    engine.close()  # a large bundle and its reference do not fit the memory together
     reference = ReferenceReasoner(bundle, reasoner_dir, adapter)
     with torch.inference_mode():
         compared = [_compare(bundle, answer, reference, segment) for answer in answers]

@@ -71,6 +71,7 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
         yield compare(name.replace("_", " "), features[name], expected[name].numpy(), tolerance)
     inputs = {**features, **_for_graph(spec, box, points)}
     masks, iou = decoder.run(["mask_logits", "predicted_iou"], inputs)
+    del encoder, decoder  # this frame may outlive its use by a cycle, and the reasoner's graphs need the memory
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
     yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
