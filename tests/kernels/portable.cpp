@@ -120,7 +120,10 @@ void decoder() {
     }
     weights.final_norm = drawn(32, 1);
     std::vector<float> out(n * 32);
-    decoder_step(weights, cache, past, n, drawn(n * 32, 1), drawn(n * 8, 1), drawn(n * 8, 1), out.data());
+    const float* embeds = drawn(n * 32, 1);  // one by one: the order of arguments is the compiler's
+    const float* cos = drawn(n * 8, 1);
+    const float* sin = drawn(n * 8, 1);
+    decoder_step(weights, cache, past, n, embeds, cos, sin, out.data());
     print_floats("decoder", out);
 }
 
