@@ -1,8 +1,11 @@
 """What an export will take of disk and memory, told before it starts and refused if it is not there."""
 
+import ctypes
+import gc
 import math
 import shutil
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +31,13 @@ class Needs:
     def __str__(self) -> str:
         disk = f"{self.disk / 1e9:.1f} GB" if self.disk >= 1e9 else f"{self.disk / 1e6:.0f} MB"
         return f"{disk} on disk and {self.memory / 2**30:.1f} GiB of memory"
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system: glibc keeps pieces below 32 MiB, gigabytes after a large session."""
+    gc.collect()
+    with suppress(OSError, TypeError, AttributeError):  # another C library has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reasoner_needs(

@@ -22,6 +22,7 @@ from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
 from medreasoner_export.graph import BITS
+from medreasoner_export.needs import give_back_memory
 from medreasoner_export.quantise import BLOCK, Rounded, dequantise, dequantise_rows, quantise, quantise_rows
 from medreasoner_export.report import ParityStage, compare, stated
 from medreasoner_export.stored import StoredWeights
@@ -199,6 +200,7 @@ class _Check:
         ort = require("onnxruntime", extra="cpu", feature="The parity check")
         if graph not in self._opened:
             self._opened.clear()
+            give_back_memory()
             path = str(self.bundle.path(graph))
             self._opened[graph] = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
         return self._opened[graph]
@@ -207,6 +209,7 @@ class _Check:
         """Let go of the graph and of the reference: they hold each other, and whatever is compared next needs room."""
         self._opened.clear()
         self.model = None
+        give_back_memory()
 
     def rounded(self, name: str, weight: Array) -> Array:
         """Gives the reference the matrices that graphs of few bits hold: what is left is the error of the graphs."""

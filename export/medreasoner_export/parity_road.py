@@ -23,6 +23,7 @@ from medreasoner.reasoner.model import Decoded
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.vision import VisionGrid
 from medreasoner.segmenter import encoder_input
+from medreasoner_export.needs import give_back_memory
 from medreasoner_export.reference_reasoner import ReferenceReasoner
 from medreasoner_export.report import ParityStage, compare, stated
 
@@ -140,6 +141,7 @@ def road_stages(
     tokenizer = load_tokenizer(str(bundle.path(bundle.spec.reasoner.tokenizer)))
     answers = [_answer(engine, tokenizer, question) for question in questions]
     engine.close()  # a large bundle and its reference do not fit the memory together
+    give_back_memory()
     reference = ReferenceReasoner(bundle, reasoner_dir, adapter)
     with torch.inference_mode():
         compared = [_compare(bundle, answer, reference, segment) for answer in answers]
