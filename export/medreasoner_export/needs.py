@@ -14,7 +14,15 @@ from medreasoner_export.graph import BITS, Precision, Storage, are_large, width
 from medreasoner_export.quantise import BLOCK
 from medreasoner_export.rounding import SPAN
 
-__all__ = ["PROGRAM_BYTES", "Needs", "check_needs", "free_disk", "give_back_memory", "reasoner_needs", "segmenter_needs"]
+__all__ = [
+    "PROGRAM_BYTES",
+    "Needs",
+    "check_needs",
+    "free_disk",
+    "give_back_memory",
+    "reasoner_needs",
+    "segmenter_needs",
+]
 
 # What Python, NumPy and ONNX hold before the first tensor is read.
 PROGRAM_BYTES = 400 * 2**20
