@@ -120,7 +120,10 @@ def _why_not_nano() -> str | None:
 @pytest.fixture(scope="session")
 def grounder(models: Models, report: Report) -> Iterator[Grounder]:
     with Grounder.load(models.bundle, device="cpu") as grounder:
-        report.note(f"ours: device cpu, {usable_cores()} threads, {grounder.bundle.spec.precision}, defaults otherwise")
+        spec = grounder.bundle.spec
+        second = ", ".join(sorted(spec.cpu_graphs().values()))
+        precision = f"{spec.precision}{f', but for {second}' if second else ''}"
+        report.note(f"ours: device cpu, {usable_cores()} threads, {precision}; defaults otherwise")
         yield grounder
 
 
