@@ -95,8 +95,7 @@ class Engine:
                 "this Grounder was loaded before the process was forked and cannot run here; "
                 "load it in the child, or start processes with 'spawn'"
             )
-        if self.models is None:
-            raise MedReasonerError(_CLOSED)
+        self._open()
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> "Future[T]":
         """Run a call in the engine's threads.

@@ -4,7 +4,7 @@ A session spends about as long between the operators of a small graph as in them
 the file beside it; the key-value buffers are the session's own, so that both take turns on one sequence.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 
 from medreasoner import ops
 from medreasoner.errors import BundleError
+from medreasoner.reasoner.weights import STORED
 from medreasoner.spec import ReasonerSpec, StepSpec
 
-__all__ = ["LAYER_MATRICES", "MAX_TOKENS", "layer_shapes", "load_step", "steps_pay"]
+__all__ = ["MAX_TOKENS", "load_step", "steps_pay"]
 
 MAX_TOKENS = 32
 """Most that a step takes; the graph, which can share the work between threads, is as fast with more."""
 
-LAYER_MATRICES = ("qkv", "output", "gate", "up", "down")
+_LAYER_MATRICES = ("qkv", "output", "gate", "up", "down")
 _ALIGNMENT = 4096  # of every tensor in the file
-_STORED: Mapping[str, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 
 
 def steps_pay() -> bool:
@@ -30,7 +30,7 @@ def steps_pay() -> bool:
     return ops.simd_level() in ("avx2", "avx512")
 
 
-def layer_shapes(spec: ReasonerSpec, mlp_dim: int) -> dict[str, tuple[int, ...]]:
+def _layer_shapes(spec: ReasonerSpec, mlp_dim: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a layer's tensors in the order of the file; matrices are (in, out)."""
     q, kv, hidden = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim, spec.hidden_dim
     return {
@@ -51,7 +51,7 @@ def load_step(path: Path, spec: ReasonerSpec, step: StepSpec) -> ops.DecoderStep
     Parameters
     ----------
     path
-        The file: the norm before the first layer, then `layer_shapes` layer by layer, each tensor at a multiple of
+        The file: the norm before the first layer, then `_layer_shapes` layer by layer, each tensor at a multiple of
         4096 bytes.
     spec, step
         Sizes and element types.
@@ -67,7 +67,7 @@ def load_step(path: Path, spec: ReasonerSpec, step: StepSpec) -> ops.DecoderStep
     matrices, vectors, norm = [], [], first_norm
     for start in range(0, len(rest), per_layer):
         layer = dict(rest[start : start + per_layer])
-        matrices.append([layer[name] for name in LAYER_MATRICES])
+        matrices.append([layer[name] for name in _LAYER_MATRICES])
         vectors.append([norm, layer["qkv_bias"], layer["attention_norm"]])
         norm = layer["next_norm"]
     try:
@@ -80,10 +80,10 @@ def load_step(path: Path, spec: ReasonerSpec, step: StepSpec) -> ops.DecoderStep
 
 def _tensors(content: NDArray[np.uint8], spec: ReasonerSpec, step: StepSpec) -> Iterator[tuple[str, NDArray[Any]]]:
     """The tensors in their order; vectors as float32, bfloat16 as its bit patterns."""
-    shapes = [("norm", (spec.hidden_dim,)), *spec.n_layers * list(layer_shapes(spec, step.mlp_dim).items())]
+    shapes = [("norm", (spec.hidden_dim,)), *spec.n_layers * list(_layer_shapes(spec, step.mlp_dim).items())]
     end = 0
     for name, shape in shapes:
-        dtype = np.dtype(_STORED[step.matrices if len(shape) == 2 else step.vectors])
+        dtype = np.dtype(STORED[step.matrices if len(shape) == 2 else step.vectors])
         start = -(-end // _ALIGNMENT) * _ALIGNMENT
         end = start + int(np.prod(shape)) * dtype.itemsize
         if end > content.size:

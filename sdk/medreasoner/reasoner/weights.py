@@ -1,5 +1,6 @@
 """The embedding matrix and the language head, which stay outside the graphs: looked up and projected row by row."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,9 +12,10 @@ from medreasoner import ops
 from medreasoner.errors import BundleError
 from medreasoner.spec import WeightDtype, WeightSpec
 
-__all__ = ["LanguageHead", "WeightMatrix", "load_weight"]
+__all__ = ["STORED", "LanguageHead", "WeightMatrix", "load_weight"]
 
-_STORAGE: dict[WeightDtype, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+STORED: Mapping[WeightDtype, str] = {"float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
+"""NumPy's type of a weight in a file; bfloat16 is read as its bit patterns."""
 
 
 class LanguageHead(Protocol):
@@ -62,7 +64,7 @@ def load_weight(path: Path, spec: WeightSpec) -> WeightMatrix:
     BundleError
         If the file's size is not that of the matrix.
     """
-    dtype = np.dtype(_STORAGE[spec.dtype])
+    dtype = np.dtype(STORED[spec.dtype])
     expected = spec.shape[0] * spec.shape[1] * dtype.itemsize
     if path.stat().st_size != expected:
         raise BundleError(
