@@ -94,7 +94,8 @@ def build_bundle(
     if out.exists() and not force:
         raise BundleError(f"{out} exists; remove it, or force the replacement")
     licence = licence or Licence()
-    check_room(out, [Path(reasoner_dir), Path(segmenter_dir)])
+    sources = (reasoner_dir, segmenter_dir, cpu_reasoner, cpu_segmenter)
+    check_room(out, [Path(each) for each in sources if each is not None])
     with telling(out), _appearing(out) as folder:
         parts = {
             part: _copy_export(Path(source), folder / part)
@@ -138,21 +139,28 @@ def build_bundle(
     return out
 
 
-def _copy_export(source: Path, target: Path) -> dict[str, Any]:
-    """Copy the files that an export's description names; return the description."""
-    description = read_json(source / DESCRIPTION)
+def _read_export(source: Path) -> tuple[dict[str, Any], list[str]]:
+    """An export's description and the names of its files, once both are proved."""
+    path = source / DESCRIPTION
+    description = read_json(path)
     try:
         names = sorted({*_paths(description["section"]), *description.get("data", [])})
         _ = description["sha256"], description["storage"]  # must be there
     except (KeyError, TypeError, AttributeError) as err:
-        raise BundleError(f"{source / DESCRIPTION} is malformed ({err!r}); export it again") from err
+        raise BundleError(f"{path} is malformed ({err!r}); export it again") from err
     for name in names:
         if Path(name).name != name or not (source / name).is_file():
             raise BundleError(f"{source}: {name} is not a file there; export it again")
     try:
         check_parts(source, description, names)
     except (KeyError, TypeError, AttributeError) as err:
-        raise BundleError(f"{source / DESCRIPTION} is malformed ({err!r}); export it again") from err
+        raise BundleError(f"{path} is malformed ({err!r}); export it again") from err
+    return description, names
+
+
+def _copy_export(source: Path, target: Path) -> dict[str, Any]:
+    """Copy the files that an export's description names; return the description."""
+    description, names = _read_export(source)
     target.mkdir()
     for name in names:
         shutil.copyfile(source / name, target / name)
@@ -171,16 +179,13 @@ def _copy_cpu_graphs(source: Path, folder: Path, main: Mapping[str, Any], keys: 
 
     Their names stay, since a graph names the file with its weights. Returns the paths in `folder`, by key.
     """
-    path = source / DESCRIPTION
-    description = read_json(path)
-    try:
-        section = description["section"]
-        same = {key: section[key] == main["section"][key] for key in main["section"] if key not in _FREE}
-        graphs = {key: str(section["graphs"][key]) for key in keys}
-        has_same_source = description["sha256"] == main["sha256"]
-    except (KeyError, TypeError) as err:
-        raise BundleError(f"{path} is malformed: {err!r}") from err
-    if not has_same_source:
+    description, names = _read_export(source)
+    section = description["section"]
+    same = {key: section.get(key) == main["section"][key] for key in main["section"] if key not in _FREE}
+    if missing := [key for key in keys if key not in section["graphs"]]:
+        raise BundleError(f"{source / DESCRIPTION} is malformed: it names no graph {missing[0]}; export it again")
+    graphs = {key: section["graphs"][key] for key in keys}
+    if description["sha256"] != main["sha256"]:
         raise BundleError(
             f"{source}: it was exported from another checkpoint than the graphs beside which it shall stand"
         )
@@ -191,10 +196,7 @@ def _copy_cpu_graphs(source: Path, folder: Path, main: Mapping[str, Any], keys: 
         )
     taken = {}
     for key, name in graphs.items():
-        files = [each for each in (name, f"{name}.data") if each == name or each in description.get("data", [])]
-        for each in files:
-            if Path(each).name != each or not (source / each).is_file():
-                raise BundleError(f"{source}: {each} is not a file there")
+        files = [each for each in (name, f"{name}.data") if each in names]
         if any(not (folder / each).is_file() or sha256_of(source / each) != sha256_of(folder / each) for each in files):
             (folder / CPU).mkdir(exist_ok=True)
             for each in files:

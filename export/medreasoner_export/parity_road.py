@@ -27,7 +27,16 @@ from medreasoner_export.needs import give_back_memory
 from medreasoner_export.reference_reasoner import ReferenceReasoner
 from medreasoner_export.report import ParityStage, compare, stated
 
-__all__ = ["LIMITS", "Limits", "Question", "Segment", "own_questions", "road_stages"]
+__all__ = [
+    "LIMITS",
+    "Answered",
+    "Limits",
+    "Question",
+    "Segment",
+    "bundle_answers",
+    "own_questions",
+    "road_stages",
+]
 
 Array = npt.NDArray[Any]
 Segment = Callable[[Array, Any, Array, Array], npt.NDArray[np.bool_]]
@@ -113,11 +122,33 @@ class _Compared:
     off: tuple[float, float, float] | None
 
 
+def bundle_answers(bundle: Bundle, questions: Sequence[Question]) -> list["Answered"]:
+    """What a bundle makes of questions, through the runtime on the CPU.
+
+    Does without torch, and gives its memory back: a large bundle, torch and a reference do not fit a small machine
+    together.
+
+    Parameters
+    ----------
+    bundle
+        A loaded bundle.
+    questions
+        At least one.
+    """
+    engine = load_engine(bundle, RuntimeOptions(device="cpu"))
+    tokenizer = load_tokenizer(str(bundle.path(bundle.spec.reasoner.tokenizer)))
+    answers = [_answer(engine, tokenizer, question) for question in questions]
+    engine.close()
+    del engine
+    give_back_memory()
+    return answers
+
+
 def road_stages(
     bundle: Bundle,
+    answers: Sequence["Answered"],
     reasoner_dir: Path,
     segment: Segment,
-    questions: Sequence[Question],
     *,
     adapter: Path | None = None,
 ) -> Iterator[ParityStage]:
@@ -127,21 +158,16 @@ def road_stages(
     ----------
     bundle
         A loaded bundle.
+    answers
+        From :func:`bundle_answers`.
     reasoner_dir
         The checkpoint of its reasoner as it is: a four-bit bundle is not compared with rounded weights here.
     segment
         The checkpoint of its segmenter.
-    questions
-        At least one.
     adapter
         LoRA adapter on the reasoner.
     """
     torch = require("torch", extra="export", feature="The parity check")
-    engine = load_engine(bundle, RuntimeOptions(device="cpu"))
-    tokenizer = load_tokenizer(str(bundle.path(bundle.spec.reasoner.tokenizer)))
-    answers = [_answer(engine, tokenizer, question) for question in questions]
-    engine.close()  # a large bundle and its reference do not fit the memory together
-    give_back_memory()
     reference = ReferenceReasoner(bundle, reasoner_dir, adapter)
     with torch.inference_mode():
         compared = [_compare(bundle, answer, reference, segment) for answer in answers]
@@ -158,8 +184,12 @@ def _loosest(bundle: Bundle) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Answered:
-    """What a bundle makes of a question: `found` are (n, vocab_size) logits at the n tokens `ids` of its answer."""
+class Answered:
+    """What a bundle makes of a question.
+
+    `patches` are what its reasoner saw, `prompt` the tokens it read, `found` its (n, vocab_size) logits at the n tokens
+    `ids` of the answer, `mask` (H, W) what its segmenter made of that, or None if it found nothing.
+    """
 
     image: Image
     placement: Placement
@@ -172,7 +202,7 @@ class _Answered:
     mask: npt.NDArray[np.bool_] | None
 
 
-def _answer(engine: Engine, tokenizer: Any, question: Question) -> _Answered:
+def _answer(engine: Engine, tokenizer: Any, question: Question) -> Answered:
     reasoner, segmenter, image = engine.reasoner, engine.segmenter, question.image
     placement = reasoner.place(image)
     patches = reasoner.preprocess(image, placement)
@@ -184,7 +214,7 @@ def _answer(engine: Engine, tokenizer: Any, question: Question) -> _Answered:
         embedded = segmenter.encode(image)
         logits, _ = segmenter.decode(embedded, corners=decoded.corners, points=decoded.points)
         mask = segmenter.mask(logits, embedded)
-    return _Answered(
+    return Answered(
         image=image,
         placement=placement,
         patches=patches,
@@ -197,7 +227,7 @@ def _answer(engine: Engine, tokenizer: Any, question: Question) -> _Answered:
     )
 
 
-def _compare(bundle: Bundle, answer: _Answered, reference: ReferenceReasoner, segment: Segment) -> _Compared:
+def _compare(bundle: Bundle, answer: Answered, reference: ReferenceReasoner, segment: Segment) -> _Compared:
     found, ids, image, placement = answer.found, answer.ids, answer.image, answer.placement
     expected = reference.read(answer.prompt, ids, answer.patches, answer.grid)
     walk = reference.walk(reference.start(placement), ids, expected)

@@ -11,7 +11,7 @@ from medreasoner_export.checkpoint import Checkpoint, Weights
 from medreasoner_export.config_section import naming
 from medreasoner_export.lora import with_adapter
 from medreasoner_export.parity_reasoner import reasoner_stages
-from medreasoner_export.parity_road import Question, own_questions, road_stages
+from medreasoner_export.parity_road import Answered, Question, bundle_answers, own_questions, road_stages
 from medreasoner_export.parity_segmenter import mask_of, segmenter_stages
 from medreasoner_export.qwen_config import QwenConfig
 from medreasoner_export.report import ParityReport, ParityStage
@@ -79,14 +79,16 @@ def verify_bundle(
     _check_checkpoints(reasoner, segmenter, adapter)
     asked = questions or own_questions(seed)
 
-    def compared(bundle: Bundle) -> Iterator[ParityStage]:  # one reference in memory at a time
+    def compared(bundle: Bundle, answers: list[Answered]) -> Iterator[ParityStage]:  # one reference in memory at a time
         yield from segmenter_stages(bundle, segmenter, tolerance=tolerance, seed=seed)
         yield from reasoner_stages(bundle, reasoner, tolerance=tolerance, seed=seed, adapter=adapter)
-        yield from road_stages(bundle, reasoner, mask_of(bundle, segmenter), asked, adapter=adapter)
+        yield from road_stages(bundle, answers, reasoner, mask_of(bundle, segmenter), adapter=adapter)
 
+    # The bundle answers before torch is imported, which takes as much memory as a layer of a large checkpoint.
+    sets = [(words, graphs, bundle_answers(graphs, asked)) for words, graphs in _graph_sets(bundle)]
     stages = []
-    for words, graphs in _graph_sets(bundle):
-        for stage in compared(graphs):
+    for words, graphs, answers in sets:
+        for stage in compared(graphs, answers):
             stages.append(replace(stage, name=words + stage.name))
             progress(stages[-1].name)
     versions = {name: importlib.metadata.version(name) for name in VERSIONS}

@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from io import StringIO
@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner._text import one_line
+from medreasoner.engine_cache import EngineCache
 from medreasoner.errors import ProviderError
 from medreasoner.session import Buffer
 
@@ -179,6 +180,15 @@ def _tensorrt_options(options: RuntimeOptions) -> dict[str, str]:
     return chosen
 
 
+def _engine_cache(path: Path, options: RuntimeOptions, asked: Sequence[Provider]) -> EngineCache | None:
+    """Of a graph that TensorRT may build an engine of."""
+    if asked[0][0] != TENSORRT or options.engine_cache_dir is None:
+        return None
+    cache = EngineCache(options.engine_cache_dir, f"{path.parent.name}_{path.stem}")
+    asked[0][1]["trt_engine_cache_prefix"] = cache.prefix
+    return cache
+
+
 def _cpu_options(_: RuntimeOptions) -> dict[str, str]:
     return {}
 
@@ -277,8 +287,11 @@ class OrtSession:
         asked = provider_list(options, ort.get_available_providers())
         if asked[0][0] != CPU:
             _load_cuda()
-        self._session, self.path, cause = _start(path, options, asked, on_cpu or path)
+        cache = _engine_cache(path, options, asked)
+        with cache.watching() if cache else nullcontext():
+            self._session, self.path, cause = _start(path, options, asked, on_cpu or path)
         got = tuple(self._session.get_providers())
+        self._cache = cache if got[0] == TENSORRT else None
         self.warnings = fallback_warnings(path.stem, options, [name for name, _ in asked], got, cause)
         self.providers = got
         self.inputs = {each.name: tuple(each.shape) for each in self._session.get_inputs()}
@@ -309,14 +322,16 @@ class OrtSession:
         for name, buffer in outputs.items():
             binding.bind_ortvalue_output(name, buffer.value)  # type: ignore[attr-defined]
         free = [name for name in self.outputs if name not in outputs]
-        return OrtBinding(self._session, binding, bound=list(outputs), free=free)
+        return OrtBinding(self._session, binding, bound=list(outputs), free=free, cache=self._cache)
 
 
 class OrtBinding:
     """One user's state of an `OrtSession`."""
 
-    def __init__(self, session: Any, binding: Any, *, bound: list[str], free: list[str]) -> None:
-        self._session, self._binding = session, binding
+    def __init__(
+        self, session: Any, binding: Any, *, bound: list[str], free: list[str], cache: EngineCache | None = None
+    ) -> None:
+        self._session, self._binding, self._cache = session, binding, cache
         self._free = free
         self._order = [*bound, *free]  # ONNX Runtime returns outputs in the order in which they were first bound
 
@@ -333,7 +348,8 @@ class OrtBinding:
                 self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
             for name in self._free:  # their shapes may change from run to run
                 self._binding.bind_output(name, "cpu")
-            self._session.run_with_iobinding(self._binding)
+            with self._cache.watching() if self._cache else nullcontext():
+                self._session.run_with_iobinding(self._binding)
             values = dict(zip(self._order, self._binding.get_outputs(), strict=True))
             return {name: values[name].numpy() for name in self._free}
         except Exception as err:  # ONNX Runtime raises classes of its own, without a common base

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,15 @@ def test_what_makes_no_difference_is_refused(build: Callable[..., Path], exports
         build(cpu_segmenter=exports / "s-fp16")
     with pytest.raises(BundleError, match=r"graphs for the CPU: expected some of vision, .* got 'eyes'"):
         build(cpu_graphs=("eyes",))
+
+
+def test_a_cut_export_for_the_cpu_is_refused(build: Callable[..., Path], exports: Path, tmp_path: Path) -> None:
+    cut: Path = copytree(exports / "s-int8", tmp_path / "cut")
+    graph = cut / "encoder.onnx"
+    graph.write_bytes(graph.read_bytes()[:-100])
+    with pytest.raises(BundleError, match=r"cut/encoder\.onnx"):
+        build(cpu_segmenter=cut)
+    assert not (tmp_path / "both").exists()
 
 
 def test_a_damaged_graph_for_the_cpu_is_refused_by_its_hash(build: Callable[..., Path]) -> None:

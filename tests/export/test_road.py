@@ -16,7 +16,7 @@ from medreasoner.errors import BundleError
 from medreasoner.providers import RuntimeOptions
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_export import build_bundle, export_reasoner, export_segmenter, verify_bundle
-from medreasoner_export.parity_road import own_questions, road_stages
+from medreasoner_export.parity_road import bundle_answers, own_questions, road_stages
 from medreasoner_export.parity_segmenter import mask_of
 from medreasoner_export.reference_reasoner import ReferenceReasoner
 from medreasoner_export.streamed import streamed_qwen
@@ -64,7 +64,8 @@ def test_a_missing_tensor_is_named(toy: Path, tmp_path: Path) -> None:
 
 
 def test_whole_answers_equal_those_of_the_checkpoints(finding: Bundle, toy: Path) -> None:
-    stages = list(road_stages(finding, toy / "reasoner", mask_of(finding, toy / "segmenter"), own_questions(1)))
+    answers = bundle_answers(finding, own_questions(1))
+    stages = list(road_stages(finding, answers, toy / "reasoner", mask_of(finding, toy / "segmenter")))
     assert [stage.name for stage in stages if not stage.passed] == []
     assert any("box" in stage.name for stage in stages)
     assert any("mask" in stage.name for stage in stages)
@@ -78,7 +79,8 @@ def test_another_checkpoint_is_noticed(finding: Bundle, toy: Path, tmp_path: Pat
     weights[name] = np.ascontiguousarray(weights[name][::-1])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     segment = mask_of(finding, toy / "segmenter")
-    failed = [stage.name for stage in road_stages(finding, folder, segment, own_questions()) if not stage.passed]
+    answers = bundle_answers(finding, own_questions())
+    failed = [stage.name for stage in road_stages(finding, answers, folder, segment) if not stage.passed]
     assert any("logits" in name for name in failed)
 
 
@@ -88,7 +90,8 @@ def test_a_checkpoint_of_another_segmenter_is_noticed(finding: Bundle, toy: Path
     name = "vision_encoder.neck.conv1.weight"
     weights[name] = np.ascontiguousarray(weights[name][::-1])
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    stages = list(road_stages(finding, toy / "reasoner", mask_of(finding, folder), own_questions()))
+    answers = bundle_answers(finding, own_questions())
+    stages = list(road_stages(finding, answers, toy / "reasoner", mask_of(finding, folder)))
     assert [stage.name for stage in stages if not stage.passed] == ["whole answers: mask"]
 
 
