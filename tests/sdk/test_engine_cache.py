@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.sdk.test_providers import CPU, GPU_BUILD, TENSORRT, identity
 
 from medreasoner import engine_cache
 from medreasoner.errors import ProviderError
 from medreasoner.providers import OrtSession, RuntimeOptions
-from tests.sdk.test_providers import CPU, GPU_BUILD, TENSORRT, identity
 
 
 class TensorRt:
@@ -48,9 +48,7 @@ def _load(tmp_path: Path) -> OrtSession:
     return OrtSession(graph, RuntimeOptions(device="auto", engine_cache_dir=tmp_path / "engines"))
 
 
-def test_an_engine_is_announced_once(
-    tmp_path: Path, tensorrt: TensorRt, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_engine_is_announced_once(tmp_path: Path, tensorrt: TensorRt, caplog: pytest.LogCaptureFixture) -> None:
     _load(tmp_path)
     before, after = caplog.messages
     name, folder = f"{tmp_path.name}_vision", str(tmp_path / "engines")
