@@ -223,7 +223,7 @@ def step_cases() -> dict[str, Case]:
 
             def once() -> Any:
                 cache.length = 110
-                return decoder.run(cache, embeds, positions)
+                return decoder.run([decoder.step(cache, embeds, positions)])
 
             return once
 

@@ -213,7 +213,7 @@ def test_first_query_on_an_image(
     def ours(number: int) -> None:
         with grounder.open(image(number)) as study:
             study.ground(asked[number % len(asked)])
-            study._embedded.result()  # on another image the answer may be absent, and nobody waits for the segmenter
+            study._reading.embedded.result()  # if the answer is absent, nobody waits for the segmenter
 
     if peer is not None:
         threads.tune("first query", theirs)

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "decoder_step.h"
+#include "packed_matrix.h"
 
 static Dtype checked_dtype(const py::array& weight, const std::string& dtype) {
     const bool is_float = weight.dtype().kind() == 'f', is_unsigned = weight.dtype().kind() == 'u';
@@ -36,7 +37,8 @@ class DecoderStep {
    public:
     DecoderStep(const std::string& dtype, int64_t heads, int64_t kv_heads, float epsilon,
                 const std::vector<std::vector<py::array>>& matrices, const std::vector<std::vector<Array<float>>>& vectors,
-                const Array<float>& final_norm) {
+                const Array<float>& final_norm, bool pack) {
+        weights_.packed = pack;
         require(!matrices.empty() && matrices.size() == vectors.size(), "matrices and vectors must be of one number of layers");
         require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
         require(matrices[0].size() == 5 && matrices[0][2].ndim() == 2, "a layer has the matrices qkv, output, gate, up, down");
@@ -68,6 +70,12 @@ class DecoderStep {
         const Matrix view = view_matrix(array, dtype);
         require(view.rows == rows && view.cols == cols, "a matrix does not fit the others");
         weights_.dtype = view.dtype;
+        if (weights_.packed) {
+            require(rows % kBlockRows == 0 && cols % kPanel == 0, "sizes must be multiples of 64 to be packed");
+            packed_.emplace_back(static_cast<size_t>(packed_bytes(rows, cols)));
+            pack_matrix(view, packed_.back().data());
+            return packed_.back().data();
+        }
         kept_.push_back(array);
         return view.data;
     }
@@ -80,6 +88,7 @@ class DecoderStep {
 
     DecoderWeights weights_;
     std::vector<py::object> kept_;
+    std::vector<std::vector<uint8_t>> packed_;
 };
 
 // One sequence: a decoder and the buffers of its keys and values, which are written in place.
@@ -94,22 +103,8 @@ class DecoderSequence {
         for (size_t i = 0; i < n; ++i) cache_.layers.push_back({buffer(keys_[i]), buffer(values_[i])});
     }
 
-    Array<float> run(const Array<float>& embeds, const Array<float>& cos, const Array<float>& sin, int64_t past) {
-        const DecoderShape& s = step_->weights().shape;
-        require(embeds.ndim() == 2 && embeds.shape(0) > 0 && embeds.shape(1) == s.hidden, "embeds must be (n, hidden)");
-        const int64_t n = embeds.shape(0);
-        for (const auto* table : {&cos, &sin}) {
-            require(table->ndim() == 2 && table->shape(0) == n && table->shape(1) == s.head_dim / 2,
-                    "cos and sin must be (n, head_dim / 2)");
-        }
-        require(past >= 0 && past <= cache_.capacity - n, "past + n must fit the cache");
-        Array<float> out({n, s.hidden});
-        const float *from = embeds.data(), *c = cos.data(), *i = sin.data();
-        float* to = out.mutable_data();
-        py::gil_scoped_release release;
-        decoder_step(step_->weights(), cache_, past, n, from, c, i, to);
-        return out;
-    }
+    const std::shared_ptr<DecoderStep>& step() const { return step_; }
+    const DecoderCache& cache() const { return cache_; }
 
    private:
     void* buffer(py::array& array) {
@@ -128,20 +123,53 @@ class DecoderSequence {
     DecoderCache cache_{};
 };
 
+// Hidden states of new tokens of several sequences, those of one after those of the other.
+Array<float> run_step(const std::vector<DecoderSequence*>& sequences, const std::vector<int64_t>& pasts,
+                      const std::vector<int64_t>& counts, const Array<float>& embeds, const Array<float>& cos,
+                      const Array<float>& sin) {
+    require(!sequences.empty() && pasts.size() == sequences.size() && counts.size() == sequences.size(),
+            "there must be a past and a count for each sequence");
+    const DecoderWeights& weights = sequences[0]->step()->weights();
+    std::vector<StepPart> parts;
+    int64_t n = 0;
+    for (size_t i = 0; i < sequences.size(); ++i) {
+        const DecoderCache& cache = sequences[i]->cache();
+        require(sequences[i]->step() == sequences[0]->step(), "sequences must be of one decoder");
+        require(cache.dtype == sequences[0]->cache().dtype, "sequences must have caches of one type");
+        for (size_t j = 0; j < i; ++j) require(sequences[j] != sequences[i], "a sequence may be there once");
+        require(counts[i] > 0 && pasts[i] >= 0 && pasts[i] <= cache.capacity - counts[i], "past + n must fit the cache");
+        parts.push_back({&cache, pasts[i], counts[i]});
+        n += counts[i];
+    }
+    const DecoderShape& s = weights.shape;
+    require(embeds.ndim() == 2 && embeds.shape(0) == n && embeds.shape(1) == s.hidden, "embeds must be (n, hidden)");
+    for (const auto* table : {&cos, &sin}) {
+        require(table->ndim() == 2 && table->shape(0) == n && table->shape(1) == s.head_dim / 2,
+                "cos and sin must be (n, head_dim / 2)");
+    }
+    Array<float> out({n, s.hidden});
+    const float *from = embeds.data(), *c = cos.data(), *i = sin.data();
+    float* to = out.mutable_data();
+    py::gil_scoped_release release;
+    decoder_step(weights, parts, from, c, i, to);
+    return out;
+}
+
 }  // namespace
 
 void bind_decoder(py::module_& m) {
     py::class_<DecoderStep, std::shared_ptr<DecoderStep>>(m, "DecoderStep", "The weights of a small decoder.")
         .def(py::init<const std::string&, int64_t, int64_t, float, const std::vector<std::vector<py::array>>&,
-                      const std::vector<std::vector<Array<float>>>&, const Array<float>&>(),
+                      const std::vector<std::vector<Array<float>>>&, const Array<float>&, bool>(),
              py::arg("dtype"), py::arg("heads"), py::arg("kv_heads"), py::arg("epsilon"), py::arg("matrices"),
-             py::arg("vectors"), py::arg("final_norm"))
+             py::arg("vectors"), py::arg("final_norm"), py::arg("pack") = false)
         .def("open",
              [](const std::shared_ptr<DecoderStep>& step, std::vector<py::array> keys, std::vector<py::array> values) {
                  return DecoderSequence(step, std::move(keys), std::move(values));
              },
              py::arg("keys"), py::arg("values"), "A sequence over these buffers, one a layer.");
-    py::class_<DecoderSequence>(m, "DecoderSequence", "A decoder and one sequence's keys and values.")
-        .def("run", &DecoderSequence::run, py::arg("embeds").noconvert(), py::arg("cos").noconvert(),
-             py::arg("sin").noconvert(), py::arg("past"), "Hidden states (n, hidden) float32 of n more tokens.");
+    py::class_<DecoderSequence>(m, "DecoderSequence", "A decoder and one sequence's keys and values.");
+    m.def("decoder_step", &run_step, py::arg("sequences"), py::arg("pasts"), py::arg("counts"),
+          py::arg("embeds").noconvert(), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
+          "Hidden states (n, hidden) of n more tokens, those of each sequence together.");
 }

@@ -28,7 +28,8 @@ def measure(
     from medreasoner_cli.folders import bundle_path
 
     start = time.perf_counter()
-    with Grounder.load(bundle_path(bundle), device=device, n_threads=threads) as grounder:  # type: ignore[arg-type]
+    chosen: Any = device
+    with Grounder.load(bundle_path(bundle), device=chosen, n_threads=threads, cache_bytes=0) as grounder:
         load = (time.perf_counter() - start) * 1000
         providers = dict(grounder.providers)
         first, sample = _repeat(lambda: grounder.ground(image, query, think=think), runs)

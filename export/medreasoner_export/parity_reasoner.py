@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from medreasoner import ops
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
-from medreasoner.ops import DecoderStep
 from medreasoner.reasoner.prompt import Prompt, load_tokenizer
 from medreasoner.reasoner.rotary import prompt_positions, rotary_tables, text_positions
-from medreasoner.reasoner.step import MAX_TOKENS, load_step
+from medreasoner.reasoner.step import StepKernel, load_step
 from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
@@ -129,7 +129,7 @@ class DecoderRun:
         Takes what is short enough for it in the graph's place, as in the runtime; one sequence only.
     """
 
-    def __init__(self, session: Any, spec: ReasonerSpec, *, batch: int = 1, kernel: DecoderStep | None = None) -> None:
+    def __init__(self, session: Any, spec: ReasonerSpec, *, batch: int = 1, kernel: StepKernel | None = None) -> None:
         ort = require("onnxruntime", extra="cpu", feature="The parity check")
         self._session, self._spec = session, spec
         self.lengths = np.zeros(batch, np.int32)
@@ -141,7 +141,7 @@ class DecoderRun:
         self._caches = {name: ort.OrtValue.ortvalue_from_numpy(host) for name, host in zip(names, hosts, strict=True)}
         self._kernel = None
         if kernel is not None:
-            self._kernel = kernel.open(hosts[: spec.n_layers], hosts[spec.n_layers :])
+            self._kernel = kernel.decoder.open(hosts[: spec.n_layers], hosts[spec.n_layers :])
 
     def step(self, embeds: Array, positions: Array) -> Array:
         """Hidden states (batch, seq, hidden_dim) of new tokens.
@@ -159,8 +159,8 @@ class DecoderRun:
             positions.reshape(3, -1), head_dim=spec.head_dim, theta=spec.rope_theta, sections=spec.mrope_section
         )
         self.lengths += seq
-        if self._kernel is not None and seq <= MAX_TOKENS:
-            return self._kernel.run(embeds[0], cos, sin, int(self.lengths[0]) - seq)[None]
+        if self._kernel is not None:
+            return ops.decoder_step([self._kernel], [int(self.lengths[0]) - seq], [seq], embeds[0], cos, sin)[None]
         inputs = {
             "inputs_embeds": embeds,
             "rotary_cos": cos,

@@ -5,10 +5,10 @@ which gives its logits at every token, and then goes on with its own tokens wher
 and mask are compared with the bundle's.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +41,6 @@ __all__ = [
 Array = npt.NDArray[Any]
 Segment = Callable[[Array, Any, Array, Array], npt.NDArray[np.bool_]]
 """A checkpoint's mask (H, W) of pixels (3, S, S), their placement, corners (2, 2) and points (2, 2) in the image."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,7 +205,7 @@ def _answer(engine: Engine, tokenizer: Any, question: Question) -> Answered:
     placement = reasoner.place(image)
     patches = reasoner.preprocess(image, placement)
     prefix = reasoner.read_prefix(reasoner.encode(patches[None], placement)[0], placement)
-    decoded = _result(reasoner.answer(prefix, question.query, think=False))
+    decoded = reasoner.answer(prefix, question.query, think=False).result()
     ids = list(tokenizer.encode(decoded.text, add_special_tokens=False).ids)
     mask = None
     if decoded.corners is not None and decoded.points is not None:
@@ -254,16 +252,6 @@ def _compare(bundle: Bundle, answer: Answered, reference: ReferenceReasoner, seg
         differs=own.absent != (answer.decoded.corners is None),
         off=off,
     )
-
-
-def _result(generator: Generator[Any, None, T]) -> T:
-    """What a generator returns at its end."""
-    while True:
-        try:
-            next(generator)
-        except StopIteration as stop:
-            value: T = stop.value
-            return value
 
 
 def _dice(a: npt.NDArray[np.bool_], b: npt.NDArray[np.bool_]) -> float:

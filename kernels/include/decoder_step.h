@@ -1,5 +1,5 @@
-// A few tokens through a small Qwen2 decoder, over the key-value buffers that ONNX Runtime uses too. A session of the
-// same graph spends most of such a step between its operators.
+// A few tokens of one or more sequences through a small Qwen2 decoder, over the key-value buffers that ONNX Runtime uses
+// too. A session of the same graph spends most of such a step between its operators.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct DecoderShape {
     int64_t kv_dim() const { return kv_heads * head_dim; }
 };
 
-// Matrices are row-major (in, out), as the graph has them; vectors are float32.
+// Matrices are row-major (in, out), as the graph has them, or packed (packed_matrix.h); vectors are float32.
 struct DecoderLayer {
     const float* input_norm;      // (hidden,)
     const void* qkv;              // (hidden, q_dim + 2 * kv_dim)
@@ -34,7 +34,8 @@ struct DecoderLayer {
 
 struct DecoderWeights {
     DecoderShape shape;
-    Dtype dtype;  // of the matrices
+    bool packed;  // all matrices are
+    Dtype dtype;  // of the matrices that are not
     std::vector<DecoderLayer> layers;
     const float* final_norm;  // (hidden,)
 };
@@ -51,9 +52,16 @@ struct DecoderCache {
     std::vector<LayerCache> layers;
 };
 
-// embeds (n, hidden) and the tables cos, sin (n, head_dim / 2) of tokens at the places past .. past + n - 1 of the cache
-// -> out (n, hidden) after the last normalisation; their keys and values are appended. past + n <= capacity.
-void decoder_step(const DecoderWeights& weights, const DecoderCache& cache, int64_t past, int64_t n, const float* embeds,
-                  const float* cos, const float* sin, float* out);
+// The new tokens of one sequence: n of them, at the places past .. past + n - 1 of its cache. past + n <= capacity.
+struct StepPart {
+    const DecoderCache* cache;
+    int64_t past, n;
+};
+
+// embeds (n, hidden) and the tables cos, sin (n, head_dim / 2) of the n tokens of all parts -> out (n, hidden) after the
+// last normalisation; their keys and values are appended. The caches are of one type, and no two parts have the same.
+// What a token gives does not depend on which others go along, to the last bit.
+void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& parts, const float* embeds, const float* cos,
+                  const float* sin, float* out);
 
 }  // namespace medreasoner

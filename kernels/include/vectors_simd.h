@@ -46,16 +46,28 @@ MR_TARGET inline VecF load_float(const Float16* from) {
 #endif
 }
 
-MR_TARGET inline float sum(VecF v) {
+MR_TARGET inline Quad quarters(VecF v) {
 #if MR_LANES == 16
     const __m512 whole = (__m512)v;
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
-    Quad four = (Quad)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    return (Quad)_mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
 #elif MR_LANES == 8
-    Quad four = (Quad)_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+    return (Quad)_mm_add_ps(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
 #else
-    Quad four = v;
+    return v;
 #endif
+}
+
+MR_TARGET inline float sum(VecF v) {
+    Quad four = quarters(v);
     four += __builtin_shufflevector(four, four, 2, 3, 0, 1);
     return four[0] + four[1];
+}
+
+// The sums of four vectors, each as `sum` has it to the last bit.
+MR_TARGET inline Quad sums(VecF v, VecF w, VecF x, VecF y) {
+    const Quad a = quarters(v), b = quarters(w), c = quarters(x), d = quarters(y);
+    const Quad ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
+    const Quad cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
 }

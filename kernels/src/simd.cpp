@@ -18,7 +18,8 @@ SimdLevel best_level() {
 #ifdef __x86_64__
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
     if (avx2) return avx512 ? SimdLevel::avx512 : SimdLevel::avx2;
 #endif
     return SimdLevel::baseline;
@@ -68,6 +69,7 @@ std::vector<std::string> cpu_features() {
     MR_ADD_IF_SUPPORTED("avx512bw");
     MR_ADD_IF_SUPPORTED("avx512dq");
     MR_ADD_IF_SUPPORTED("avx512vl");
+    MR_ADD_IF_SUPPORTED("avx512vnni");
 #undef MR_ADD_IF_SUPPORTED
     return found;
 #elif defined(__aarch64__)

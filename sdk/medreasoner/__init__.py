@@ -8,7 +8,9 @@ from medreasoner._version import __version__
 from medreasoner.errors import (
     ArrayError,
     BundleError,
+    CancelledError,
     CodecError,
+    DeadlineError,
     GenerationError,
     ImageReadError,
     MedReasonerError,
@@ -16,6 +18,7 @@ from medreasoner.errors import (
     OutputError,
     ProviderError,
     QueryError,
+    QueueFullError,
 )
 from medreasoner.grounder import Grounder, ground
 from medreasoner.image import Image, read_image
@@ -26,7 +29,9 @@ __all__ = [
     "Answer",
     "ArrayError",
     "BundleError",
+    "CancelledError",
     "CodecError",
+    "DeadlineError",
     "GenerationError",
     "Grounder",
     "Grounding",
@@ -37,6 +42,7 @@ __all__ = [
     "OutputError",
     "ProviderError",
     "QueryError",
+    "QueueFullError",
     "Study",
     "Thought",
     "__version__",

@@ -58,10 +58,6 @@ class AnswerParser:
 class DecoderSequence:
     """A decoder and one sequence's keys and values."""
 
-    def run(
-        self, embeds: NDArray[np.float32], cos: NDArray[np.float32], sin: NDArray[np.float32], past: int
-    ) -> NDArray[np.float32]: ...
-
 class DecoderStep:
     """The weights of a small decoder."""
 
@@ -74,10 +70,19 @@ class DecoderStep:
         matrices: Sequence[Sequence[NDArray[Any]]],
         vectors: Sequence[Sequence[NDArray[np.float32]]],
         final_norm: NDArray[np.float32],
+        pack: bool = ...,
     ) -> None: ...
     def open(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> DecoderSequence: ...
 
 def cpu_features() -> list[str]: ...
+def decoder_step(
+    sequences: Sequence[DecoderSequence],
+    pasts: Sequence[int],
+    counts: Sequence[int],
+    embeds: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+) -> NDArray[np.float32]: ...
 def gather_rows(weight: NDArray[Any], dtype: str, ids: NDArray[np.int64]) -> NDArray[np.float32]: ...
 def mask_box(mask: NDArray[np.bool_]) -> list[int] | None: ...
 def mask_from_logits(

@@ -9,14 +9,16 @@ from typing import ParamSpec, TypeVar
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
 from medreasoner.providers import CPU, RuntimeOptions
+from medreasoner.readings import CACHE_BYTES, ReadingCache
 from medreasoner.reasoner import Reasoner
+from medreasoner.reasoner.model import MAX_WAITING
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.step import load_step, steps_pay
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
 from medreasoner.sessions import SessionOpener
 
-__all__ = ["Engine", "load_engine", "step_options"]
+__all__ = ["Engine", "Sharing", "load_engine", "step_options"]
 
 # Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
 # times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
@@ -45,6 +47,7 @@ class Engine:
     model_digest: str
     providers: Mapping[str, str]  # of each graph, the one that runs it
     warnings: tuple[str, ...]
+    readings: ReadingCache
     process: int = field(default_factory=os.getpid)
 
     @property
@@ -78,6 +81,7 @@ class Engine:
     def close(self) -> None:
         """Let go of the sessions, their memory and the GPU; who is in the middle of a run keeps them until its end."""
         self.models = None
+        self.readings.clear()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def check(self) -> None:
@@ -120,8 +124,28 @@ def step_options(options: RuntimeOptions, *, splits: bool) -> RuntimeOptions:
     return options if splits or options.n_threads is not None else replace(options, n_threads=1)
 
 
-def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharing:
+    """How callers share a model.
+
+    `n_slots` sequences are decoded at once, None: as many as a few gigabytes of keys and values allow, at most eight;
+    `max_waiting` may wait for a slot; `cache_bytes` are kept of images that were read.
+    """
+
+    n_slots: int | None = None
+    max_waiting: int = MAX_WAITING
+    cache_bytes: int = CACHE_BYTES
+
+    def __post_init__(self) -> None:
+        for name, least in (("n_slots", 1), ("max_waiting", 0), ("cache_bytes", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ProviderError(f"{name}: expected at least {least}, got {value}")
+
+
+def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None = None) -> Engine:
     """Engine of a verified bundle; its sessions are made in threads, the longest first."""
+    sharing = sharing or Sharing()
     spec = bundle.spec
     reasoner, segmenter = spec.reasoner, spec.segmenter
     graphs = (
@@ -153,6 +177,8 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
                     embedding=embedding,
                     lm_head=lm_head,
                     step=step,
+                    n_slots=sharing.n_slots,
+                    max_waiting=sharing.max_waiting,
                 ),
                 Segmenter(segmenter, encoder=encoder, decoder=mask_decoder),
             ),
@@ -162,4 +188,5 @@ def load_engine(bundle: Bundle, options: RuntimeOptions) -> Engine:
             model_digest=bundle.digest,
             providers={each.graph: each.session.providers[0] for each in opened.values()},
             warnings=tuple(warnings),
+            readings=ReadingCache(sharing.cache_bytes),
         )

@@ -10,6 +10,9 @@
     ├── BundleError           a model folder is missing, altered or malformed
     ├── ProviderError         no runtime, two runtimes, or a device that fails
     ├── GenerationError       the reasoner's output holds no usable answer
+    ├── QueueFullError        too many questions wait already
+    ├── DeadlineError         the answer was not ready in time                    (TimeoutError)
+    ├── CancelledError        the question was given up
     ├── OutputError           a result cannot be written as asked                 (OSError)
     └── MissingExtraError     an optional package is needed: names the extra      (ImportError)
 
@@ -20,7 +23,9 @@ the text of a query.
 __all__ = [
     "ArrayError",
     "BundleError",
+    "CancelledError",
     "CodecError",
+    "DeadlineError",
     "GenerationError",
     "ImageReadError",
     "MedReasonerError",
@@ -28,6 +33,7 @@ __all__ = [
     "OutputError",
     "ProviderError",
     "QueryError",
+    "QueueFullError",
 ]
 
 
@@ -61,6 +67,18 @@ class ProviderError(MedReasonerError):
 
 class GenerationError(MedReasonerError):
     """The reasoner's output holds no usable answer."""
+
+
+class QueueFullError(MedReasonerError):
+    """As many questions wait as may; ask again later, or raise `max_waiting`."""
+
+
+class DeadlineError(MedReasonerError, TimeoutError):
+    """The answer was not ready when its time was over."""
+
+
+class CancelledError(MedReasonerError):
+    """The question was given up before it was answered."""
 
 
 class OutputError(MedReasonerError, OSError):

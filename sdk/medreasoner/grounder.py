@@ -11,17 +11,20 @@ from types import TracebackType
 from typing import TypeAlias, overload
 
 from medreasoner.bundle import Bundle, Verify, load_bundle
-from medreasoner.engine import Engine, load_engine
+from medreasoner.engine import Engine, Sharing, load_engine
 from medreasoner.errors import QueryError
 from medreasoner.image import Image, ImageSource, read_image
 from medreasoner.providers import Device, RuntimeOptions, require_runtime
+from medreasoner.readings import CACHE_BYTES
+from medreasoner.reasoner import Cancellation
+from medreasoner.reasoner.model import MAX_WAITING
 from medreasoner.result import Answer, Grounding, Thought
-from medreasoner.study import Study, open_studies
+from medreasoner.study import Ask, Study, answer_all, open_studies
 from medreasoner.timing import Stopwatch
 
 __all__ = ["Grounder", "ground"]
 
-_BATCH = 8  # images that the vision tower reads at once, and that are kept open together
+_BATCH = 4  # images that the vision tower reads at once, while questions about the last ones are answered
 
 Queries: TypeAlias = list[str] | tuple[str, ...]
 Images: TypeAlias = "list[ImageSource] | tuple[ImageSource, ...]"
@@ -47,6 +50,9 @@ class Grounder:
         verify: Verify = "auto",
         cache_dir: Path | None = None,
         engines: str | os.PathLike[str] | None = None,
+        n_slots: int | None = None,
+        max_waiting: int = MAX_WAITING,
+        cache_bytes: int = CACHE_BYTES,
     ) -> "Grounder":
         """Load a bundle and prove its files.
 
@@ -68,6 +74,14 @@ class Grounder:
             Folder that `medreasoner-cli export tensorrt` wrote for this bundle, with device ``"auto"`` or
             ``"tensorrt"``. Graphs whose engine fits the GPU run on it; results say in their warnings why another one
             does not.
+        n_slots
+            How many questions are decoded at once; each takes the memory of its keys and values. None: eight, or fewer
+            where those would take more than 2 GiB.
+        max_waiting
+            How many may wait for that; more are refused with `QueueFullError`.
+        cache_bytes
+            Memory for images that were read, so that another question about the same pixels costs only its own tokens,
+            also to a plain `ground`. The one that was not asked about for the longest goes first. 0: none are kept.
 
         Raises
         ------
@@ -85,7 +99,8 @@ class Grounder:
             engine_cache_dir=cache,
             engines_dir=None if engines is None else Path(engines),
         )
-        return cls(load_engine(verified, options), verified)
+        sharing = Sharing(n_slots=n_slots, max_waiting=max_waiting, cache_bytes=cache_bytes)
+        return cls(load_engine(verified, options, sharing), verified)
 
     def __enter__(self) -> "Grounder":
         return self
@@ -119,11 +134,18 @@ class Grounder:
         ImageReadError
             If the image cannot be read.
         """
-        return open_studies(self._engine, [_read(image, frame)])[0]
+        return open_studies(self._engine, [_read(image, frame)], Ask())[0]
 
     @overload
     def ground(
-        self, image: ImageSource, query: str, *, think: bool = ..., frame: int | None = ..., unconstrained: bool = ...
+        self,
+        image: ImageSource,
+        query: str,
+        *,
+        think: bool = ...,
+        frame: int | None = ...,
+        unconstrained: bool = ...,
+        timeout_s: float | None = ...,
     ) -> Grounding: ...
 
     @overload
@@ -135,6 +157,7 @@ class Grounder:
         think: bool = ...,
         frame: int | None = ...,
         unconstrained: bool = ...,
+        timeout_s: float | None = ...,
     ) -> list[Grounding]: ...
 
     def ground(
@@ -145,8 +168,11 @@ class Grounder:
         think: bool = False,
         frame: int | None = None,
         unconstrained: bool = False,
+        timeout_s: float | None = None,
     ) -> Grounding | list[Grounding]:
         """Answer questions about images.
+
+        Questions of several threads, or of a list, are decoded together. That changes nothing in their answers.
 
         Parameters
         ----------
@@ -161,6 +187,8 @@ class Grounder:
         unconstrained
             Whether it answers as free text that is then parsed, instead of following the grammar of answers: only to
             compare.
+        timeout_s
+            Seconds after which to give up, between two steps of the decoder; None: never.
 
         Returns
         -------
@@ -175,23 +203,74 @@ class Grounder:
             If a query is empty, no text or too long, or the lists do not fit.
         GenerationError
             If the reasoner gave no usable answer.
+        QueueFullError
+            If as many questions wait already as may.
+        DeadlineError
+            If the time was over.
         """
+        ask = Ask.within(timeout_s, think=think, unconstrained=unconstrained)
+        return self._ground(image, query, frame, ask)
+
+    async def aground(
+        self,
+        image: ImageSource,
+        query: str,
+        *,
+        think: bool = False,
+        frame: int | None = None,
+        timeout_s: float | None = None,
+    ) -> Grounding:
+        """Answer a question without holding up the event loop; cancelling the task gives the question up.
+
+        Parameters and errors are those of `ground`.
+        """
+        import asyncio  # here, since a program without an event loop should not pay for its import
+
+        cancellation = Cancellation()
+        ask = Ask.within(timeout_s, think=think, cancellation=cancellation)
+        try:
+            return await asyncio.to_thread(self._ground_one, image, query, frame, ask)
+        except asyncio.CancelledError:
+            cancellation.cancel()
+            raise
+
+    def _ground_one(self, image: ImageSource, query: str, frame: int | None, ask: Ask) -> Grounding:
         self._engine.check()
+        self._engine.reasoner.prompt.check(query)
+        with open_studies(self._engine, [_read(image, frame)], ask)[0] as study:
+            return study.ask(query, ask, is_first=True).result()
+
+    def _ground(
+        self, image: "ImageSource | Images", query: str | Queries, frame: int | None, ask: Ask
+    ) -> Grounding | list[Grounding]:
         images, queries = _pairs(image, query)
+        if isinstance(query, str):
+            return self._ground_one(images[0], query, frame, ask)
+        self._engine.check()
         if not queries:
             return []
         for each in queries:  # before any work
             self._engine.reasoner.prompt.check(each)
+        if len(images) == 1:
+            with open_studies(self._engine, [_read(images[0], frame)], ask)[0] as study:
+                questions = [(study, each, number == 0) for number, each in enumerate(queries)]
+                return answer_all(self._engine, questions, ask)
         results: list[Grounding] = []
-        for start in range(0, len(images), _BATCH):
-            some = [_read(source, frame) for source in images[start : start + _BATCH]]
-            asked = [queries] if len(images) == 1 else [[each] for each in queries[start : start + _BATCH]]
-            with ExitStack() as opened:
-                studies = [opened.enter_context(study) for study in open_studies(self._engine, some)]
-                for study, (first, *more) in zip(studies, asked, strict=True):
-                    results.append(_last(study.stream_first(first, think=think, unconstrained=unconstrained)))
-                    results += [study.ground(each, think=think, unconstrained=unconstrained) for each in more]
-        return results[0] if isinstance(query, str) else results
+
+        def opened(start: int) -> list[Study]:
+            return open_studies(self._engine, [_read(each, frame) for each in images[start : start + _BATCH]], ask)
+
+        with ThreadPoolExecutor(1) as pool:  # images are read while questions about others are answered
+            following = pool.submit(opened, 0)
+            for start in range(0, len(images), _BATCH):
+                with ExitStack() as closing:
+                    studies = [closing.enter_context(study) for study in following.result()]
+                    if start + _BATCH < len(images):
+                        following = pool.submit(opened, start + _BATCH)
+                    asked = queries[start : start + _BATCH]
+                    pairs = [(study, each, True) for study, each in zip(studies, asked, strict=True)]
+                    results += answer_all(self._engine, pairs, ask)
+        return results
 
     def stream(
         self,
@@ -201,15 +280,18 @@ class Grounder:
         think: bool = True,
         frame: int | None = None,
         unconstrained: bool = False,
+        timeout_s: float | None = None,
     ) -> Iterator[Thought | Answer | Grounding]:
         """Answer a question, and tell on the way: pieces of the thought, the answer, and the result at the end.
 
-        Parameters and errors are those of `ground`; they arise when the first event is asked for.
+        Parameters and errors are those of `ground`; they arise when the first event is asked for. A stream that is
+        closed before its end gives the question up.
         """
         self._engine.check()
         self._engine.reasoner.prompt.check(query)
-        with self.open(image, frame=frame) as study:
-            yield from study.stream_first(query, think=think, unconstrained=unconstrained)
+        ask = Ask.within(timeout_s, think=think, unconstrained=unconstrained)
+        with open_studies(self._engine, [_read(image, frame)], ask)[0] as study:
+            yield from study.ask(query, ask, is_first=True).events()
 
 
 @overload
@@ -263,12 +345,6 @@ def _default_grounder(_process: int) -> Grounder:
 def _read(source: ImageSource, frame: int | None) -> tuple[Image, float]:
     watch = Stopwatch()
     return read_image(source, frame=frame), watch.lap()
-
-
-def _last(events: Iterator[Thought | Answer | Grounding]) -> Grounding:
-    *_, last = events
-    assert isinstance(last, Grounding)
-    return last
 
 
 def _pairs(image: "ImageSource | Images", query: str | Queries) -> tuple[list[ImageSource], list[str]]:

@@ -45,6 +45,7 @@ __all__ = [
     "VoiFunction",
     "WeightDtype",
     "cpu_features",
+    "decoder_step",
     "gather_rows",
     "mask_box",
     "mask_from_logits",
@@ -264,6 +265,40 @@ def select_token(
         return _kernels.select_token(hidden, weight, dtype, rows)
     except ValueError as err:  # a row outside the matrix, or logits that are not finite
         raise ArrayError(f"select_token: {err}") from err
+
+
+def decoder_step(
+    sequences: Sequence[DecoderSequence],
+    pasts: Sequence[int],
+    counts: Sequence[int],
+    embeds: NDArray[np.float32],
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+) -> NDArray[np.float32]:
+    """Run more tokens of one or more sequences through a small decoder; their keys and values are appended.
+
+    Parameters
+    ----------
+    sequences
+        Of one `DecoderStep`, each at most once.
+    pasts
+        Tokens that each has in its buffers.
+    counts
+        New tokens of each.
+    embeds
+        (n, hidden_dim) float32, n in all, those of the first sequence first.
+    cos, sin
+        (n, head_dim / 2) float32 rotary tables of the same tokens.
+
+    Returns
+    -------
+    NDArray[np.float32]
+        (n, hidden_dim) float32. What a sequence gets does not depend on the others, to the last bit.
+    """
+    try:
+        return _kernels.decoder_step(sequences, pasts, counts, embeds, cos, sin)
+    except (ValueError, TypeError) as err:
+        raise ArrayError(f"decoder_step: {str(err).splitlines()[0]}") from err
 
 
 def project_rows(

@@ -239,28 +239,55 @@ def fallback_warnings(
 
 
 class OrtBuffer:
-    """A `Buffer` of ONNX Runtime; on the CPU it shares the memory of a NumPy array."""
+    """A `Buffer` of ONNX Runtime, bound by its address; on the CPU it shares the memory of a NumPy array.
 
-    def __init__(self, host: Array, device: Literal["cpu", "cuda"]) -> None:
+    Parameters
+    ----------
+    owner
+        The tensor, which may have more rows.
+    host
+        Array that shares these rows' memory; None on a GPU.
+    start, shape, dtype
+        The first row, and the rows' shape and element type.
+    """
+
+    def __init__(
+        self, owner: Any, host: Array | None, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self._owner, self.host, self._start = owner, host, start
+        self.shape, self.dtype = shape, dtype
+        self.address = owner.data_ptr() + start * int(np.prod(shape[1:])) * dtype.itemsize
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, ...], dtype: type[np.generic], device: Literal["cpu", "cuda"]) -> "OrtBuffer":
+        """A new one."""
         import onnxruntime as ort
 
-        self.value = ort.OrtValue.ortvalue_from_numpy(host, device, 0)
-        self._shape, self._dtype = host.shape, host.dtype
-        self.host = host if device == "cpu" else None
+        host = np.zeros(shape, dtype)
+        owner = ort.OrtValue.ortvalue_from_numpy(host, device, 0)
+        return cls(owner, host if device == "cpu" else None, 0, shape, host.dtype)
+
+    def rows(self, start: int, stop: int) -> "OrtBuffer":
+        """Some rows of the same memory."""
+        host = None if self.host is None else self.host[start:stop]
+        return OrtBuffer(self._owner, host, self._start + start, (stop - start, *self.shape[1:]), self.dtype)
 
     def save(self, n_positions: int) -> Array:
         """Copy of the leading positions, on the host."""
-        content: Array = self.value.numpy() if self.host is None else self.host
-        return content[:, :, :n_positions].copy()
+        return self._content()[:, :, :n_positions].copy()
 
     def restore(self, saved: Array) -> None:
         """Write saved positions back."""
         if self.host is not None:
             self.host[:, :, : saved.shape[2]] = saved
             return
-        content = np.zeros(self._shape, self._dtype)  # ONNX Runtime updates a device tensor as a whole
-        content[:, :, : saved.shape[2]] = saved
-        self.value.update_inplace(content)
+        whole = self._owner.numpy()  # ONNX Runtime updates a device tensor as a whole
+        whole[self._start : self._start + self.shape[0], :, : saved.shape[2]] = saved
+        self._owner.update_inplace(whole)
+
+    def _content(self) -> Array:
+        content: Array = self._owner.numpy() if self.host is None else self.host
+        return content if self.host is not None else content[self._start : self._start + self.shape[0]]
 
 
 class OrtSession:
@@ -306,32 +333,43 @@ class OrtSession:
         """Any number will do, unless the graph says otherwise: some round all images of a run by one scale."""
         return self._max_rows
 
+    cuts_rows = True
+
     def element_type(self, name: str) -> type[np.generic]:
         """Of a real-valued graph input: float32 or float16."""
         return np.float16 if name in self._halves else np.float32
 
     def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> OrtBuffer:
         """Zeroed buffer on the session's device."""
-        return OrtBuffer(np.zeros(shape, dtype), self._device)
+        return OrtBuffer.zeros(shape, dtype, self._device)
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "OrtBinding":
         """Run state whose named inputs and outputs stay in these buffers; one thread at a time may use it."""
         binding = self._session.io_binding()
-        for name, buffer in inputs.items():
-            binding.bind_ortvalue_input(name, buffer.value)  # type: ignore[attr-defined]
-        for name, buffer in outputs.items():
-            binding.bind_ortvalue_output(name, buffer.value)  # type: ignore[attr-defined]
+        for call, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, buffer in buffers.items():
+                if not isinstance(buffer, OrtBuffer):
+                    raise ProviderError("ONNX Runtime takes only buffers that a session of its own allocated")
+                call(name, self._device, 0, buffer.dtype, buffer.shape, buffer.address)
         free = [name for name in self.outputs if name not in outputs]
-        return OrtBinding(self._session, binding, bound=list(outputs), free=free, cache=self._cache)
+        kept = (*inputs.values(), *outputs.values())  # a binding knows addresses only
+        return OrtBinding(self._session, binding, bound=list(outputs), free=free, cache=self._cache, kept=kept)
 
 
 class OrtBinding:
     """One user's state of an `OrtSession`."""
 
     def __init__(
-        self, session: Any, binding: Any, *, bound: list[str], free: list[str], cache: EngineCache | None = None
+        self,
+        session: Any,
+        binding: Any,
+        *,
+        bound: list[str],
+        free: list[str],
+        cache: EngineCache | None,
+        kept: tuple[Buffer, ...],
     ) -> None:
-        self._session, self._binding, self._cache = session, binding, cache
+        self._session, self._binding, self._cache, self._kept = session, binding, cache, kept
         self._free = free
         self._order = [*bound, *free]  # ONNX Runtime returns outputs in the order in which they were first bound
 

@@ -12,15 +12,19 @@ Array: TypeAlias = NDArray[Any]
 
 
 class Buffer(Protocol):
-    """Keys or values (1, n_kv_heads, capacity, head_dim) that live on the session's device from run to run."""
+    """Keys or values (rows, n_kv_heads, capacity, head_dim) that live on the session's device from run to run."""
 
     @property
     def host(self) -> Array | None:
         """An array that shares its memory; None where that is a device's."""
         ...
 
+    def rows(self, start: int, stop: int) -> "Buffer":
+        """Some rows of the same memory; only where the session `cuts_rows`."""
+        ...
+
     def save(self, n_positions: int) -> Array:
-        """Copy (1, n_kv_heads, n_positions, head_dim) of the leading positions, on the host."""
+        """Copy (rows, n_kv_heads, n_positions, head_dim) of the leading positions, on the host."""
         ...
 
     def restore(self, saved: Array) -> None:
@@ -39,6 +43,11 @@ class Session(Protocol):
     @property
     def max_rows(self) -> int | None:
         """Most images or sequences in a run; None if any number will do."""
+        ...
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether a run may have some rows of a buffer only, so that several sequences go in one run."""
         ...
 
     def element_type(self, name: str) -> type[np.generic]:

@@ -222,13 +222,18 @@ class ReasonerGraphs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSpec:
-    """A small decoder's weights in the file beside its graph, for steps without the graph: element types and sizes."""
+    """A small decoder's weights in the file beside its graph, for steps without the graph: element types and sizes.
+
+    `products` says how matrices are multiplied: as they are, or rounded to eight bits when they are loaded, and the
+    activations with them.
+    """
 
     file: str
     matrices: WeightDtype
     vectors: Literal["float32", "float16"]
     mlp_dim: int
     rms_norm_eps: float
+    products: Literal["float", "int8"] = "float"
 
     def __post_init__(self) -> None:
         _need_positive(self, "mlp_dim")

@@ -120,6 +120,10 @@ class TrtBuffer:
     def host(self) -> None:
         """Its memory is the GPU's."""
 
+    def rows(self, start: int, stop: int) -> "TrtBuffer":
+        """Not there: a run writes its rows to the second piece, where the others would be old."""
+        raise ProviderError("an engine's buffers cannot be cut into rows")
+
     def save(self, n_positions: int) -> Array:
         """Copy of the leading positions, on the host."""
         saved = np.empty((*self.shape[:2], n_positions, *self.shape[3:]), self._dtype)
@@ -161,6 +165,7 @@ class TrtSession:
     """
 
     warnings: tuple[str, ...] = ()
+    cuts_rows = False
 
     def __init__(self, content: bytes, record: EngineRecord, gpu: Gpu) -> None:
         self.record, self._gpu = record, gpu

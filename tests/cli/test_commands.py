@@ -39,7 +39,9 @@ def test_every_error_of_the_package_has_its_code():
     assert codes == {
         "ArrayError": 4,
         "BundleError": 4,
+        "CancelledError": 4,
         "CodecError": 3,
+        "DeadlineError": 4,
         "GenerationError": 4,
         "ImageReadError": 3,
         "MedReasonerError": 4,
@@ -47,6 +49,7 @@ def test_every_error_of_the_package_has_its_code():
         "OutputError": 2,
         "ProviderError": 4,
         "QueryError": 2,
+        "QueueFullError": 4,
     }
 
 

@@ -8,6 +8,7 @@
 #include "answer_grammar.h"
 #include "answer_parser.h"
 #include "decoder_step.h"
+#include "packed_matrix.h"
 #include "mask.h"
 #include "preprocess.h"
 #include "resize.h"
@@ -108,7 +109,7 @@ void decoder() {
         for (auto& v : kept.back()) v = scale * draw_float();
         return kept.back().data();
     };
-    DecoderWeights weights{shape, Dtype::float32, {}, nullptr};
+    DecoderWeights weights{shape, false, Dtype::float32, {}, nullptr};
     DecoderCache cache{Dtype::float16, capacity, {}};
     std::vector<std::vector<uint16_t>> buffers(4, std::vector<uint16_t>(2 * capacity * 16));
     for (int layer = 0; layer < 2; ++layer) {
@@ -123,8 +124,44 @@ void decoder() {
     const float* embeds = drawn(n * 32, 1);  // one by one: the order of arguments is the compiler's
     const float* cos = drawn(n * 8, 1);
     const float* sin = drawn(n * 8, 1);
-    decoder_step(weights, cache, past, n, embeds, cos, sin, out.data());
+    decoder_step(weights, {{&cache, past, n}}, embeds, cos, sin, out.data());
     print_floats("decoder", out);
+}
+
+void packed_decoder() {
+    const DecoderShape shape{64, 2, 1, 64, 64, 1e-6f};
+    std::vector<std::vector<float>> kept;
+    std::vector<std::vector<uint8_t>> packed;
+    const auto drawn = [&](int64_t size, float scale) {
+        kept.emplace_back(size);
+        for (auto& v : kept.back()) v = scale * draw_float();
+        return kept.back().data();
+    };
+    const auto pack = [&](int64_t rows, int64_t cols) {
+        packed.emplace_back(packed_bytes(rows, cols));
+        pack_matrix({drawn(rows * cols, 0.2f), Dtype::float32, rows, cols}, packed.back().data());
+        return packed.back().data();
+    };
+    DecoderWeights weights{shape, true, Dtype::float32, {}, nullptr};
+    DecoderLayer layer{};
+    layer.input_norm = drawn(64, 1);
+    layer.qkv = pack(64, 256);
+    layer.qkv_bias = drawn(256, 1);
+    layer.output = pack(128, 64);
+    layer.attention_norm = drawn(64, 1);
+    layer.gate = pack(64, 64);
+    layer.up = pack(64, 64);
+    layer.down = pack(64, 64);
+    weights.layers.push_back(layer);
+    weights.final_norm = drawn(64, 1);
+    std::vector<float> one(2 * 4 * 64), other(2 * 4 * 64), out(3 * 64);
+    const DecoderCache caches[2] = {{Dtype::float32, 4, {{one.data(), one.data() + 256}}},
+                                    {Dtype::float32, 4, {{other.data(), other.data() + 256}}}};
+    const float* embeds = drawn(3 * 64, 1);
+    const float* cos = drawn(3 * 32, 1);
+    const float* sin = drawn(3 * 32, 1);
+    decoder_step(weights, {{&caches[0], 0, 1}, {&caches[1], 0, 2}}, embeds, cos, sin, out.data());
+    print_floats("packed", out);
 }
 
 void answers() {
@@ -163,5 +200,6 @@ int main() {
     masks();
     rows();
     decoder();
+    packed_decoder();
     answers();
 }

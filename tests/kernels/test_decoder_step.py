@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from medreasoner import ops
+from medreasoner.errors import ArrayError
 
 every_level = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 EPSILON = 1e-6
@@ -46,9 +47,14 @@ def widened(array, dtype):
     return wide.astype(np.float64)
 
 
-def kernel(model, dtype):
+def kernel(model, dtype, *, pack=False):
     matrices = [[stored(matrix, dtype) for matrix in layer] for layer in model.matrices]
-    return ops.DecoderStep(dtype, model.heads, model.kv_heads, EPSILON, matrices, model.vectors, final_norm=model.norm)
+    norm = model.norm
+    return ops.DecoderStep(dtype, model.heads, model.kv_heads, EPSILON, matrices, model.vectors, norm, pack=pack)
+
+
+def run(sequence, embeds, cos, sin, past):
+    return ops.decoder_step([sequence], [past], [len(embeds)], embeds, cos, sin)
 
 
 def caches(model, capacity, dtype, seed=0):
@@ -119,7 +125,7 @@ def test_it_is_the_plain_twin(simd, dtype, cache, hidden, kv_heads, group, dim, 
     model = toy(hidden, kv_heads, group, dim, mlp, layers, seed)
     (keys, values), (own_keys, own_values) = (caches(model, past + n + 3, cache, seed) for _ in range(2))
     inputs = tokens(model, n, seed)
-    found = kernel(model, dtype).open(keys, values).run(*inputs, past)
+    found = run(kernel(model, dtype).open(keys, values), *inputs, past)
     expected = plain(model, dtype, own_keys, own_values, *inputs, past)
     # A cache in float16 rounds what the two sides differ in the last digit of: one unit there, now and then.
     tolerance = 2e-5 if cache is np.float32 else 4e-3
@@ -135,12 +141,89 @@ def test_it_is_the_plain_twin(simd, dtype, cache, hidden, kv_heads, group, dim, 
 def test_tokens_one_by_one_or_together(simd, parts):
     model = toy(64, 2, 2, 32, 96, 3, seed=4)
     step, inputs = kernel(model, "float16"), tokens(model, 9, seed=4)
-    whole = step.open(*caches(model, 16, np.float32)).run(*inputs, 3)
+    whole = run(step.open(*caches(model, 16, np.float32)), *inputs, 3)
     sequence, rows = step.open(*caches(model, 16, np.float32)), []
     for n in parts:
         at = slice(len(rows), len(rows) + n)
-        rows.extend(sequence.run(*(each[at] for each in inputs), 3 + at.start))
-    np.testing.assert_allclose(np.stack(rows), whole, atol=1e-5)
+        rows.extend(run(sequence, *(each[at] for each in inputs), 3 + at.start))
+    np.testing.assert_array_equal(np.stack(rows), whole)
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("cache", [np.float32, np.float16])
+@every_level
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), min_size=2, max_size=6), seed=st.integers(0, 9)
+)
+def test_sequences_together_are_those_alone_to_the_last_bit(simd, pack, cache, lengths, seed):
+    model = toy(64, 2, 2, 32, 128, 2, seed)
+    step = kernel(model, "float16", pack=pack)
+    inputs = [tokens(model, n, number) for number, (_, n) in enumerate(lengths)]
+    pasts, counts = zip(*lengths, strict=True)
+
+    def opened():
+        buffers = [caches(model, 40, cache, number) for number in range(len(lengths))]
+        return buffers, [step.open(*each) for each in buffers]
+
+    buffers, sequences = opened()
+    joined = [np.concatenate(parts) for parts in zip(*inputs, strict=True)]
+    together = ops.decoder_step(sequences, list(pasts), list(counts), *joined)
+    own_buffers, own = opened()
+    alone = [run(one, *each, past) for one, each, past in zip(own, inputs, pasts, strict=True)]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+    np.testing.assert_array_equal(np.array(buffers), np.array(own_buffers))
+
+
+def rounded(matrix, axis):
+    """Blocks of 64 along an axis in 255 levels, as float64."""
+    blocks = np.stack(np.split(matrix.astype(np.float32), matrix.shape[axis] // 64, axis))
+    scale = np.abs(blocks).max(axis + 1, keepdims=True) / np.float32(127)
+    levels = np.rint(blocks / np.where(scale > 0, scale, 1))
+    return np.concatenate(list(levels.astype(np.float64) * scale), axis)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6, 7, 13])
+def test_packed_products_are_those_of_rounded_numbers(simd, dtype, n):
+    """The first layer's values without a bias are one such product, which the cache shows."""
+    model = toy(128, 2, 1, 32, 64, 1, seed=n)
+    model.vectors[0][1][:] = 0
+    keys, values = caches(model, n, np.float32)
+    embeds, cos, sin = tokens(model, n, n)
+    embeds[0, :64] = 0  # a block of nothing
+    run(kernel(model, dtype, pack=True).open(keys, values), embeds, cos, sin, 0)
+    qkv = widened(stored(model.matrices[0][0], dtype), dtype)
+    inputs = normed(embeds, model.vectors[0][0])
+    expected = (rounded(inputs, 1) @ rounded(qkv, 0))[:, -64:]
+    off = np.abs(values[0][0].swapaxes(0, 1).reshape(n, -1) - expected)
+    level = np.abs(inputs).max() * np.abs(qkv).max() / 127  # a number on the verge may go to the level beside
+    assert off.max() < level
+    assert np.quantile(off, 0.75) < level / 100
+
+
+def test_packed_steps_stay_close(simd):
+    model = toy(256, 2, 2, 64, 768, 5, seed=0)
+    inputs = tokens(model, 9, seed=1)
+    plainly, packed = (
+        run(kernel(model, "float16", pack=pack).open(*caches(model, 32, np.float16)), *inputs, 20)
+        for pack in (False, True)
+    )
+    assert np.linalg.norm(packed - plainly) < 0.04 * np.linalg.norm(plainly)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_packed_steps_hide_no_number_that_is_none(simd, value):
+    model = toy(64, 1, 1, 64, 64, 1, seed=0)
+    embeds, cos, sin = tokens(model, 2, 0)
+    embeds[1, 3] = value
+    found = run(kernel(model, "float32", pack=True).open(*caches(model, 4, np.float32)), embeds, cos, sin, 0)
+    assert np.isfinite(found[0]).all()
+    assert np.isnan(found[1]).any()
+
+
+def test_sizes_that_cannot_be_packed_are_refused():
+    with pytest.raises(ValueError, match="multiples of 64"):
+        kernel(toy(64, 1, 2, 16, 48, 1, seed=0), "float32", pack=True)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-8, 6e-8, 6.1e-5, 0.1, 1 / 3, 2049, 65504, 65519, 65520, 1e9, np.inf, np.nan])
@@ -151,7 +234,7 @@ def test_caches_are_rounded_as_numpy_does(simd, value, sign):
     model.matrices[0][0][:] = 0
     model.vectors[0][1][:] = np.float32(sign * value)
     keys, values = caches(model, 2, np.float16)
-    kernel(model, "float32").open(keys, values).run(*tokens(model, 1, 0), 0)
+    run(kernel(model, "float32").open(keys, values), *tokens(model, 1, 0), 0)
     with np.errstate(over="ignore"):
         expected = np.float32(sign * value).astype(np.float16)
     np.testing.assert_array_equal(values[0][0, 0, 0], expected)
@@ -164,10 +247,10 @@ def test_attention_far_from_zero_and_not_a_number(simd):
     embeds, cos, sin = tokens(model, 2, 1)
     own = caches(model, 20, np.float32)
     own[0][0] *= 1e4
-    found = kernel(model, "float32").open(keys, values).run(embeds, cos, sin, 10)
+    found = run(kernel(model, "float32").open(keys, values), embeds, cos, sin, 10)
     np.testing.assert_allclose(found, plain(model, "float32", *own, embeds, cos, sin, 10), atol=2e-3)
     embeds[1] = np.nan
-    found = kernel(model, "float32").open(keys, values).run(embeds, cos, sin, 10)
+    found = run(kernel(model, "float32").open(keys, values), embeds, cos, sin, 10)
     assert np.isfinite(found[0]).all()
     assert np.isnan(found[1]).all()
 
@@ -175,10 +258,10 @@ def test_attention_far_from_zero_and_not_a_number(simd):
 def test_weights_and_buffers_outlive_their_names(simd):
     model = toy(32, 1, 2, 16, 32, 1, seed=2)
     inputs = tokens(model, 1, 2)
-    expected = kernel(model, "float16").open(*caches(model, 4, np.float16)).run(*inputs, 1)
+    expected = run(kernel(model, "float16").open(*caches(model, 4, np.float16)), *inputs, 1)
     sequence = kernel(model, "float16").open(*caches(model, 4, np.float16))  # nothing else holds them
     np.zeros(2**20)  # takes the place of what was let go
-    np.testing.assert_array_equal(sequence.run(*inputs, 1), expected)
+    np.testing.assert_array_equal(run(sequence, *inputs, 1), expected)
 
 
 @pytest.mark.parametrize(
@@ -206,15 +289,27 @@ def test_inputs_that_do_not_fit_are_refused():
     step, (embeds, cos, sin) = kernel(model, "float32"), tokens(model, 2, 3)
     keys, values = caches(model, 4, np.float32)
     with pytest.raises(ValueError, match="must fit the cache"):
-        step.open(keys, values).run(embeds, cos, sin, 3)
+        run(step.open(keys, values), embeds, cos, sin, 3)
     with pytest.raises(ValueError, match="must fit the cache"):
-        step.open(keys, values).run(embeds, cos, sin, -1)
+        run(step.open(keys, values), embeds, cos, sin, -1)
     with pytest.raises(ValueError, match="must be \\(n, head_dim / 2\\)"):
-        step.open(keys, values).run(embeds, cos[:1], sin, 0)
+        run(step.open(keys, values), embeds, cos[:1], sin, 0)
     with pytest.raises(ValueError, match="must be \\(n, hidden\\)"):
-        step.open(keys, values).run(embeds[:, 1:].copy(), cos, sin, 0)
-    with pytest.raises(TypeError):
-        step.open(keys, values).run(embeds.astype(np.float64), cos, sin, 0)
+        run(step.open(keys, values), embeds[:, 1:].copy(), cos, sin, 0)
+    with pytest.raises(ArrayError, match="incompatible"):
+        run(step.open(keys, values), embeds.astype(np.float64), cos, sin, 0)
+    one, other = step.open(keys, values), kernel(model, "float32").open(keys, values)
+    half = step.open(*caches(model, 4, np.float16))
+    for sequences, message in (
+        ([], "for each sequence"),
+        ([one, one], "once"),
+        ([one, other], "one decoder"),
+        ([one, half], "one type"),
+    ):
+        with pytest.raises(ArrayError, match=message):
+            ops.decoder_step(sequences, [0] * len(sequences), [1] * len(sequences), embeds, cos, sin)
+    with pytest.raises(ArrayError, match="for each sequence"):
+        ops.decoder_step([one], [0], [1, 1], embeds, cos, sin)
     with pytest.raises(ValueError, match="for every layer"):
         step.open([], [])
     with pytest.raises(ValueError, match="C-contiguous"):

@@ -156,6 +156,11 @@ class ArrayBuffer:
     def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
         self.content = np.zeros(shape, dtype)
 
+    def rows(self, start: int, stop: int) -> "ArrayBuffer":
+        part = ArrayBuffer((0,), self.content.dtype)
+        part.content = self.content[start:stop]
+        return part
+
     def save(self, n_positions: int) -> Array:
         return self.content[:, :, :n_positions].copy()
 
@@ -174,6 +179,7 @@ class NumpySession:
         self.runs: list[dict[str, tuple[int, ...]]] = []
 
     max_rows: int | None = None
+    cuts_rows = True
 
     def element_type(self, name: str) -> Any:
         return np.float32

@@ -1,14 +1,15 @@
 """Writes answers: an optional thought in free text, then the answer by the grammar, or freely to compare."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner.errors import BundleError, GenerationError
 from medreasoner.ops import AnswerParser, AnswerState, ParsedAnswer
+from medreasoner.reasoner.decoder import Step
 from medreasoner.reasoner.generate import Sequencer, choose, free_text, if_present
 from medreasoner.reasoner.grammar import GrammarBook
 from medreasoner.reasoner.weights import WeightMatrix
@@ -22,7 +23,9 @@ __all__ = ["AnswerWriter", "Written"]
 
 _FREE_ANSWER_TOKENS = 128  # room for an answer in digits, where no grammar bounds it
 
-Writing = Generator[Thought | Answer, None, "Written"]
+States: TypeAlias = NDArray[np.float32]
+Writing: TypeAlias = Generator[Thought | Answer | Step, States, "Written"]
+"""Yields events, and steps whose hidden states it is sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +87,7 @@ class AnswerWriter:
         absent_probability: float | None = None
         while not state.done:
             guess = if_present(state)
-            hidden = sequencer.feed([*pending, *guess])
+            hidden = yield from sequencer.feed([*pending, *guess])
             if sequencer.n_runs == 1:
                 sequencer.lap("prefill")
             own, probability = self._step(state, hidden[len(pending) - 1])
@@ -113,26 +116,26 @@ class AnswerWriter:
         state.accept(token)
         return [token, *state.forced()], probability
 
-    def _think(self, sequencer: Sequencer, pending: list[int]) -> Generator[Thought, None, "_Thought"]:
+    def _think(self, sequencer: Sequencer, pending: list[int]) -> Generator[Thought | Step, States, "_Thought"]:
         limit = self._spec.max_think_tokens
         if limit == 0:
             warning = "this model was not trained to reason in words"
             return _Thought(text=None, rest="", n_tokens=0, pending=pending, warnings=(warning,))
-        stream = self._free(sequencer, [*pending, *self._think_open], stop=self._texts.think_close, limit=limit)
-        text = ""
-        try:
-            while True:
-                piece = next(stream)
-                text += piece
-                yield Thought(piece)
-        except StopIteration as stop:
-            ids, following, rest = stop.value
+        pieces: list[str] = []
+
+        def tell(piece: str) -> tuple[Thought, ...]:
+            pieces.append(piece)
+            return (Thought(piece),)
+
+        ids, following, rest = yield from self._free(
+            sequencer, [*pending, *self._think_open], stop=self._texts.think_close, limit=limit, tell=tell
+        )
         sequencer.lap("think")
         if rest is None:  # the end token or the limit came first
             following = [*following, *self._think_close]
         cut = len(ids) == limit and rest is None
         return _Thought(
-            text=text,
+            text="".join(pieces),
             # What came along with the tag's last token is kept if the answer may begin so.
             rest=rest if rest and self._texts.present.startswith(rest) else "",
             n_tokens=len(ids),
@@ -152,25 +155,23 @@ class AnswerWriter:
         """
         opening = list(self._think_open) if think else self._grammars.opening()
         stop = self._texts.present.rpartition("}")[2].strip()  # "</answer>"
-        stream = self._free(
-            sequencer, [*pending, *opening], stop=stop, limit=self._spec.max_think_tokens * think + _FREE_ANSWER_TOKENS
-        )
         parser, told = AnswerParser(), ""
         parser.feed(self._text(opening))
-        try:
-            while True:
-                parser.feed(next(stream))
-                thought = parser.result().thought or ""
-                if len(thought) > len(told):
-                    yield Thought(thought[len(told) :])
-                    told = thought
-        except StopIteration as end:
-            ids, *_ = end.value
+
+        def tell(piece: str) -> tuple[Thought, ...]:
+            nonlocal told
+            parser.feed(piece)
+            thought = parser.result().thought or ""
+            new, told = thought[len(told) :], max(thought, told, key=len)
+            return (Thought(new),) if new else ()
+
+        limit = self._spec.max_think_tokens * think + _FREE_ANSWER_TOKENS
+        ids, *_ = yield from self._free(sequencer, [*pending, *opening], stop=stop, limit=limit, tell=tell)
         sequencer.lap("answer")
         text = self._text([*opening, *ids])
-        parser = AnswerParser()
-        parser.feed(text)
-        parsed = parser.result()
+        whole = AnswerParser()
+        whole.feed(text)
+        parsed = whole.result()
         values = None if parsed.status == "absent" else _values(parsed, limits)
         if parsed.thought and len(parsed.thought) > len(told):
             yield Thought(parsed.thought[len(told) :])
@@ -178,8 +179,14 @@ class AnswerWriter:
         return Written(values=values, thought=parsed.thought, text=text, n_thought=0, n_answer=len(ids))
 
     def _free(
-        self, sequencer: Sequencer, pending: list[int], *, stop: str, limit: int
-    ) -> Generator[str, None, tuple[list[int], list[int], str | None]]:
+        self,
+        sequencer: Sequencer,
+        pending: list[int],
+        *,
+        stop: str,
+        limit: int,
+        tell: Callable[[str], tuple[Thought, ...]],
+    ) -> Generator[Thought | Step, States, tuple[list[int], list[int], str | None]]:
         return free_text(
             sequencer,
             pending,
@@ -188,6 +195,7 @@ class AnswerWriter:
             stop=stop,
             end=self._end,
             limit=limit,
+            tell=tell,
         )
 
     def _ids(self, text: str) -> list[int]:

@@ -1,28 +1,31 @@
 """From a prompt to an answer: free text under greedy decoding, then the grammar's choices."""
 
-from collections.abc import Generator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator, Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner.errors import ArrayError, GenerationError
 from medreasoner.ops import AnswerState
-from medreasoner.reasoner.decoder import Decoder, KvCache
-from medreasoner.reasoner.rotary import text_positions
+from medreasoner.reasoner.decoder import Decoder, KvCache, Step
 from medreasoner.reasoner.weights import LanguageHead, WeightMatrix
 from medreasoner.timing import Stopwatch
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Sequencer", "choose", "free_text", "held_back", "if_present"]
+__all__ = ["Feeding", "Sequencer", "choose", "free_text", "held_back", "if_present"]
+
+States: TypeAlias = NDArray[np.float32]
+E = TypeVar("E")
+Feeding: TypeAlias = Generator[Step, States, States]
 
 _NOT_FINITE = "the decoder returned logits that are not finite; the model or its precision is at fault"
 
 
 class Sequencer:
-    """One sequence under way: feeds tokens to the decoder, and counts what that took.
+    """One sequence under way: makes steps for the decoder, and counts what they took.
 
     Parameters
     ----------
@@ -39,10 +42,10 @@ class Sequencer:
         self.timings_ms: dict[str, float] = {}
         self._watch = Stopwatch()
 
-    def feed(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """(n, hidden_dim) hidden states of n text tokens, appended in one run."""
-        positions = text_positions(self._next_position, len(ids))
-        states = self._decoder.run(self._cache, self._embedding.embed(np.array(ids, np.int64)), positions)
+    def feed(self, ids: Sequence[int]) -> Feeding:
+        """Yields the step of n text tokens, is sent their hidden states (n, hidden_dim), and returns them."""
+        embeds = self._embedding.embed(np.array(ids, np.int64))
+        states = yield self._decoder.text_step(self._cache, embeds, self._next_position)
         self._next_position += len(ids)
         self.n_runs += 1
         return states
@@ -140,7 +143,8 @@ def free_text(
     stop: str,
     end: int,
     limit: int,
-) -> Generator[str, None, tuple[list[int], list[int], str | None]]:
+    tell: Callable[[str], Iterable[E]],
+) -> Generator[E | Step, States, tuple[list[int], list[int], str | None]]:
     """Generate greedily until a text, the end token or a number of tokens.
 
     Parameters
@@ -157,11 +161,13 @@ def free_text(
         Token that ends it.
     limit
         Most tokens to generate.
+    tell
+        Makes events of each piece of the text before `stop`.
 
     Yields
     ------
-    str
-        Pieces of the text before `stop`.
+    E, Step
+        Those events; and steps, whose hidden states it is sent.
 
     Returns
     -------
@@ -177,7 +183,7 @@ def free_text(
     given = 0
     text = ""
     while len(ids) < limit:
-        states = sequencer.feed(unfed or pending)
+        states = yield from sequencer.feed(unfed or pending)
         if len(ids) == 0:
             sequencer.lap("prefill")
         logits = lm_head.logits(states[-1])
@@ -193,12 +199,12 @@ def free_text(
         before, found, rest = text.partition(stop)
         if found:
             if len(before) > given:
-                yield before[given:]
+                yield from tell(before[given:])
             return ids, unfed, rest
         safe = len(text) - held_back(text, stop)
         if safe > given:
-            yield text[given:safe]
+            yield from tell(text[given:safe])
             given = safe
     if len(text) > given:
-        yield text[given:]
+        yield from tell(text[given:])
     return ids, unfed, None

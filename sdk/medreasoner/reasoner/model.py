@@ -1,30 +1,34 @@
 """The reasoner as a whole: images to a reusable prefix, a query on that prefix to an answer."""
 
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medreasoner import ops
 from medreasoner.geometry import Placement, place
 from medreasoner.image.record import Image
 from medreasoner.reasoner.answer import AnswerWriter, Written
-from medreasoner.reasoner.decoder import Decoder, SavedPrefix
+from medreasoner.reasoner.decoder import Decoder, KvCache, SavedPrefix
 from medreasoner.reasoner.generate import Sequencer
 from medreasoner.reasoner.prompt import Prompt, common_length
 from medreasoner.reasoner.rotary import prompt_positions
+from medreasoner.reasoner.scheduler import Cancellation, Scheduler, Stream, Ticket
+from medreasoner.reasoner.step import StepKernel
 from medreasoner.reasoner.vision import VisionGrid, image_patches, placed_grid
 from medreasoner.reasoner.weights import WeightMatrix
-from medreasoner.result import Answer, Thought
 from medreasoner.session import Session
 from medreasoner.spec import ReasonerSpec, StretchResize
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Decoded", "Prefix", "Reasoner"]
+__all__ = ["MAX_WAITING", "Decoded", "Limits", "Prefix", "Reasoner"]
+
+MAX_WAITING = 64
+"""Sequences that may wait for a slot, if nobody says otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,20 @@ class Decoded:
     warnings: tuple[str, ...]
 
 
+class Limits(Protocol):
+    """When to give up: at a time by `time.monotonic`, in seconds, or when another thread says so."""
+
+    @property
+    def deadline(self) -> float | None:
+        """None: never."""
+        ...
+
+    @property
+    def cancellation(self) -> Cancellation | None:
+        """None: nobody will."""
+        ...
+
+
 class Reasoner:
     """A loaded vision-language model.
 
@@ -65,6 +83,8 @@ class Reasoner:
         What stays outside the graphs.
     step
         What takes a few tokens in the decoder graph's place, on the CPU.
+    n_slots, max_waiting
+        How many sequences run at once, None: as many as `slots_that_fit`; and how many may wait.
 
     Raises
     ------
@@ -81,16 +101,24 @@ class Reasoner:
         tokenizer: "Tokenizer",
         embedding: WeightMatrix,
         lm_head: WeightMatrix,
-        step: ops.DecoderStep | None = None,
+        step: StepKernel | None = None,
+        n_slots: int | None = None,
+        max_waiting: int = MAX_WAITING,
     ) -> None:
         self.spec = spec
         self.prompt = Prompt(tokenizer, spec)
         self._vision = vision
-        self._decoder = Decoder(decoder, spec, step)
+        self._decoder = Decoder(decoder, spec, step, n_slots=n_slots)
+        self._scheduler = Scheduler(self._decoder, max_waiting=max_waiting)
         self._embedding, self._lm_head = embedding, lm_head
         self._writer = AnswerWriter(spec, tokenizer, lm_head)
         if isinstance(spec.vision.resize, StretchResize):  # one grid only: its grammar is known now
             self._writer.prepare(place(spec.vision.resize, height=1, width=1).answer_limits(spec.coordinates))
+
+    @property
+    def n_slots(self) -> int:
+        """Sequences that are decoded at once."""
+        return self._scheduler.n_slots
 
     def place(self, image: Image) -> Placement:
         """Where the image lies in the grid that the vision tower sees."""
@@ -117,24 +145,59 @@ class Reasoner:
         GenerationError
             If the image has more tokens than the model's length holds.
         """
-        grid = placed_grid(self.spec.vision, placement)
+        return self.read_prefixes(embeds[None], [placement])[0]
+
+    def read_prefixes(
+        self, embeds: NDArray[np.float32], placements: Sequence[Placement], limits: Limits | None = None
+    ) -> list[Prefix]:
+        """The same of several images of one grid, (batch, n_tokens, hidden_dim).
+
+        Raises
+        ------
+        GenerationError
+            If an image has more tokens than the model's length holds.
+        QueueFullError, DeadlineError, CancelledError
+            If too many wait, or it was given up.
+        """
+        grid = placed_grid(self.spec.vision, placements[0])
         ids = self.prompt.prefix(grid.n_tokens)
         positions, next_position = prompt_positions(ids, self.prompt.image_token, grid.rows, grid.columns)
-        inputs = self._embedding.embed(np.array(ids, np.int64))
+        words = self._embedding.embed(np.array(ids, np.int64))
         start = ids.index(self.prompt.image_token)
-        inputs[start : start + grid.n_tokens] = embeds
-        cache = self._decoder.open_cache()
-        try:
-            self._decoder.run(cache, inputs, positions)
+
+        def reading(cache: KvCache, own: NDArray[np.float32]) -> Stream[SavedPrefix]:
+            inputs = words.copy()
+            inputs[start : start + grid.n_tokens] = own
+            cache.length, cache.holds = 0, None
+            yield self._decoder.step(cache, inputs, positions)
             saved = cache.save()
-        finally:
-            self._decoder.close_cache(cache)
-        return Prefix(placement=placement, grid=grid, ids=ids, saved=saved, next_position=next_position)
+            cache.holds = saved
+            return saved
+
+        deadline, cancellation = (None, None) if limits is None else (limits.deadline, limits.cancellation)
+        saved: list[SavedPrefix] = []
+        for first in range(0, len(embeds), self.n_slots):
+            tickets = [
+                self._scheduler.start(partial(reading, own=own), deadline=deadline, cancellation=cancellation)
+                for own in embeds[first : first + self.n_slots]
+            ]
+            saved += [ticket.result() for ticket in tickets]
+        return [
+            Prefix(placement=placement, grid=grid, ids=ids, saved=each, next_position=next_position)
+            for placement, each in zip(placements, saved, strict=True)
+        ]
 
     def answer(
-        self, prefix: Prefix, query: str, *, think: bool, unconstrained: bool = False
-    ) -> Generator[Thought | Answer, None, Decoded]:
-        """Answer a query on an image.
+        self,
+        prefix: Prefix,
+        query: str,
+        *,
+        think: bool,
+        unconstrained: bool = False,
+        deadline: float | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> Ticket[Decoded]:
+        """Begin to answer a query on an image: whoever takes the ticket's events or result drives the decoder.
 
         Parameters
         ----------
@@ -146,40 +209,43 @@ class Reasoner:
             Whether to reason in free text first.
         unconstrained
             Whether to decode the answer as free text too and parse it, instead of following the grammar: to compare.
-
-        Yields
-        ------
-        Thought, Answer
-            As they come.
+        deadline, cancellation
+            When to give up, by `time.monotonic`, and who may say so.
 
         Raises
         ------
         QueryError
             If the model does not accept the query.
+        QueueFullError
+            If too many wait already.
         GenerationError
-            If no usable answer came out.
+            From the ticket, if no usable answer came out.
         """
         whole = self.prompt.whole(query, prefix.grid.n_tokens)
+        write = self._writer.write_freely if unconstrained else self._writer.write
+
+        def answering(cache: KvCache) -> Stream[Decoded]:
+            sequencer, rest = self._resumed(prefix, whole, cache)
+            answer_limits = prefix.placement.answer_limits(self.spec.coordinates)
+            written = yield from write(sequencer, rest, limits=answer_limits, think=think)
+            tokens = {
+                "prompt": len(whole),
+                "image": prefix.grid.n_tokens,
+                "thought": written.n_thought,
+                "answer": written.n_answer,
+                "decoder_runs": sequencer.n_runs,
+            }
+            return self._decoded(written, prefix.placement, tokens, sequencer.timings_ms)
+
+        return self._scheduler.start(answering, prefix=prefix.saved, deadline=deadline, cancellation=cancellation)
+
+    def _resumed(self, prefix: Prefix, whole: list[int], cache: KvCache) -> tuple[Sequencer, list[int]]:
+        """A prompt in a slot that holds as much of it as the prefix has, and the tokens that are left."""
         shared = common_length(prefix.ids, whole)  # the whole prefix, but for a query that changes its last token
-        cache = self._decoder.open_cache()
-        try:
-            cache.restore(prefix.saved, shared)
-            # After the image positions grow by one a token, so they can be counted back from the prefix's end.
-            position = prefix.next_position - (len(prefix.ids) - shared)
-            sequencer = Sequencer(self._decoder, self._embedding, cache, position)
-            write = self._writer.write_freely if unconstrained else self._writer.write
-            limits = prefix.placement.answer_limits(self.spec.coordinates)
-            written = yield from write(sequencer, whole[shared:], limits=limits, think=think)
-        finally:
-            self._decoder.close_cache(cache)
-        tokens = {
-            "prompt": len(whole),
-            "image": prefix.grid.n_tokens,
-            "thought": written.n_thought,
-            "answer": written.n_answer,
-            "decoder_runs": sequencer.n_runs,
-        }
-        return self._decoded(written, prefix.placement, tokens, sequencer.timings_ms)
+        cache.restore(prefix.saved, shared)
+        # After the image positions grow by one a token, so they can be counted back from the prefix's end.
+        position = prefix.next_position - (len(prefix.ids) - shared)
+        return Sequencer(self._decoder, self._embedding, cache, position), whole[shared:]
 
     def logits(self, prefix: Prefix, query: str, ids: list[int]) -> NDArray[np.float32]:
         """Logits (n, vocab_size) float32 of each token of a text, given those before it: to compare with a reference.
@@ -192,14 +258,12 @@ class Reasoner:
             The n tokens of an answer.
         """
         whole = self.prompt.whole(query, prefix.grid.n_tokens)
-        shared = common_length(prefix.ids, whole)
-        cache = self._decoder.open_cache()
-        try:
-            cache.restore(prefix.saved, shared)
-            position = prefix.next_position - (len(prefix.ids) - shared)
-            states = Sequencer(self._decoder, self._embedding, cache, position).feed([*whole[shared:], *ids[:-1]])
-        finally:
-            self._decoder.close_cache(cache)
+
+        def reading(cache: KvCache) -> Stream[NDArray[np.float32]]:
+            sequencer, rest = self._resumed(prefix, whole, cache)
+            return (yield from sequencer.feed([*rest, *ids[:-1]]))
+
+        states = self._scheduler.start(reading, prefix=prefix.saved).result()
         return np.stack([self._lm_head.logits(state) for state in np.ascontiguousarray(states[-len(ids) :])])
 
     def _decoded(

@@ -73,6 +73,11 @@ class StaticDecoder:
         """Those of the session below."""
         return self._session.max_rows
 
+    @property
+    def cuts_rows(self) -> bool:
+        """As the session below has it."""
+        return self._session.cuts_rows
+
     def element_type(self, name: str) -> type[np.generic]:
         """Of the buffers."""
         return self._dtype

@@ -5,6 +5,7 @@ the file beside it; the key-value buffers are the session's own, so that both ta
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,31 @@ from medreasoner.errors import BundleError
 from medreasoner.reasoner.weights import STORED
 from medreasoner.spec import ReasonerSpec, StepSpec
 
-__all__ = ["MAX_TOKENS", "load_step", "steps_pay"]
+__all__ = ["StepKernel", "load_step", "steps_pay"]
 
-MAX_TOKENS = 32
-"""Most that a step takes; the graph, which can share the work between threads, is as fast with more."""
+_MOST_TOKENS = 32
+_MOST_TOKENS_OF_INTEGERS = 256  # with instructions for them, which only AVX-512 has among the levels here
 
 _LAYER_MATRICES = ("qkv", "output", "gate", "up", "down")
 _ALIGNMENT = 4096  # of every tensor in the file
 
 
+@dataclass(frozen=True, slots=True)
+class StepKernel:
+    """A decoder without its graph. `max_tokens` in a run: the graph, which splits its work, is as fast with more."""
+
+    decoder: ops.DecoderStep
+    max_tokens: int
+
+
 def steps_pay() -> bool:
     """Whether a step is faster here than the graph: measured on AVX-512, written for AVX2 too."""
     return ops.simd_level() in ("avx2", "avx512")
+
+
+def _most_tokens(step: StepSpec) -> int:
+    has_integers = step.products == "int8" and ops.simd_level() == "avx512"
+    return _MOST_TOKENS_OF_INTEGERS if has_integers else _MOST_TOKENS
 
 
 def _layer_shapes(spec: ReasonerSpec, mlp_dim: int) -> dict[str, tuple[int, ...]]:
@@ -45,8 +59,8 @@ def _layer_shapes(spec: ReasonerSpec, mlp_dim: int) -> dict[str, tuple[int, ...]
     }
 
 
-def load_step(path: Path, spec: ReasonerSpec, step: StepSpec) -> ops.DecoderStep:
-    """The weights mapped from their file.
+def load_step(path: Path, spec: ReasonerSpec, step: StepSpec) -> StepKernel:
+    """The weights mapped from their file, or packed from it.
 
     Parameters
     ----------
@@ -71,11 +85,19 @@ def load_step(path: Path, spec: ReasonerSpec, step: StepSpec) -> ops.DecoderStep
         vectors.append([norm, layer["qkv_bias"], layer["attention_norm"]])
         norm = layer["next_norm"]
     try:
-        return ops.DecoderStep(
-            step.matrices, spec.n_heads, spec.n_kv_heads, step.rms_norm_eps, matrices, vectors, final_norm=norm
+        decoder = ops.DecoderStep(
+            step.matrices,
+            spec.n_heads,
+            spec.n_kv_heads,
+            step.rms_norm_eps,
+            matrices,
+            vectors,
+            final_norm=norm,
+            pack=step.products == "int8",
         )
     except ValueError as err:
         raise BundleError(f"{step.file}: {err}") from err
+    return StepKernel(decoder, _most_tokens(step))
 
 
 def _tensors(content: NDArray[np.uint8], spec: ReasonerSpec, step: StepSpec) -> Iterator[tuple[str, NDArray[Any]]]:

@@ -1,6 +1,6 @@
 """Choices at the grammar's forks, and free text up to its end, on scripted models."""
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,7 +103,8 @@ class Recorder:
         self.script, self.fed = script, list[int]()
         self.n_runs = 0
 
-    def feed(self, ids: list[int]) -> NDArray[np.float32]:
+    def feed(self, ids: list[int]) -> Generator[None, None, NDArray[np.float32]]:
+        yield  # for the decoder
         self.fed += ids
         self.n_runs += 1
         states = np.zeros((len(ids), 16), np.float32)
@@ -142,11 +143,12 @@ def test_every_token_of_a_free_text_is_fed_once(
         stop="c",
         end=15,
         limit=limit,
+        tell=lambda piece: (piece,),
     )
     text = ""
     while True:
         try:
-            text += next(stream)
+            text += next(stream) or ""
         except StopIteration as stop:
             ids, unfed, rest = stop.value
             break

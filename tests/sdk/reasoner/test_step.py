@@ -15,7 +15,7 @@ from medreasoner.providers import RuntimeOptions
 from medreasoner.reasoner import step as step_module
 from medreasoner.reasoner.decoder import Decoder
 from medreasoner.reasoner.rotary import text_positions
-from medreasoner.reasoner.step import MAX_TOKENS, load_step
+from medreasoner.reasoner.step import load_step
 from medreasoner.sessions import decoder_session
 from medreasoner_export import ReasonerOptions, export_reasoner
 from medreasoner_export.package import build_bundle
@@ -51,11 +51,12 @@ def test_graph_and_steps_take_turns_on_one_sequence(bundle: Bundle) -> None:
     one, other = plain.open_cache(), stepping.open_cache()
     assert one.sequence is None
     assert other.sequence is not None
-    for n in (MAX_TOKENS + 5, 3, 1, MAX_TOKENS + 1, MAX_TOKENS, 2):
+    most = load_step(bundle.path(spec.step.file), spec, spec.step).max_tokens
+    for n in (most + 5, 3, 1, most + 1, most, 2):
         embeds = rng.standard_normal((n, spec.hidden_dim)).astype(np.float32)
         positions = text_positions(one.length, n)
-        expected = plain.run(one, embeds, positions)
-        found = stepping.run(other, embeds, positions)
+        (expected,) = plain.run([plain.step(one, embeds, positions)])
+        (found,) = stepping.run([stepping.step(other, embeds, positions)])
         half = bundle.spec.precision == "fp16"
         np.testing.assert_allclose(found, expected, atol=2e-2 if half else 2e-5)
         assert one.length == other.length

@@ -1,0 +1,109 @@
+// Products with packed matrices (packed_matrix.h) in integers, for the bodies of for_each_level.h. The activations are
+// rounded too, a block of 64 of a token at a time, so that few large ones do not blur the others.
+
+typedef int32_t VecI __attribute__((vector_size(4 * MR_LANES)));
+typedef int8_t Bytes __attribute__((vector_size(MR_LANES)));
+
+MR_TARGET inline VecI load_int(const uint8_t* from) { return load<VecI>(from); }
+
+// total + the products of four bytes of each lane: `weights` are unsigned, `levels` signed.
+MR_TARGET inline VecI dot4(VecI total, VecI weights, VecI levels) {
+#if MR_LANES == 16
+    return (VecI)_mm512_dpbusd_epi32((__m512i)total, (__m512i)weights, (__m512i)levels);
+#elif MR_LANES == 8
+    const __m256i w = (__m256i)weights, a = (__m256i)levels, low = _mm256_set1_epi16(0xff);
+    const __m256i even = _mm256_madd_epi16(_mm256_and_si256(w, low), _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8));
+    const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(a, 8));
+    return total + (VecI)even + (VecI)odd;
+#elif defined(__SSE2__)
+    const __m128i w = (__m128i)weights, a = (__m128i)levels, low = _mm_set1_epi16(0xff);
+    const __m128i even = _mm_madd_epi16(_mm_and_si128(w, low), _mm_srai_epi16(_mm_slli_epi16(a, 8), 8));
+    const __m128i odd = _mm_madd_epi16(_mm_srli_epi16(w, 8), _mm_srai_epi16(a, 8));
+    return total + (VecI)even + (VecI)odd;
+#else
+    for (int byte = 0; byte < 4; ++byte) total += (weights >> 8 * byte & 0xff) * (levels << (24 - 8 * byte) >> 24);
+    return total;
+#endif
+}
+
+// x (n, in) as levels; of each block the scale, and what makes up for the 128 that the weights have too much.
+MR_TARGET inline void round_rows(const float* x, int64_t n, int64_t in, const RoundedRows& rows) {
+    for (int64_t b = 0; b < n * in / kBlockRows; ++b, x += kBlockRows) {
+        VecF largest = VecF{}, poison = VecF{};
+        for (int64_t i = 0; i < kBlockRows; i += MR_LANES) {
+            const VecF v = load_float(x + i), size = v < 0.f ? -v : v;
+            largest = size > largest ? size : largest;
+            poison += v * 0.f;  // not a number or infinite: the whole block must become that
+        }
+        float top = 0.f;
+        for (int i = 0; i < MR_LANES; ++i) top = std::max(top, largest[i]);
+        const float inverse = top > 0.f ? 127.f / top : 0.f;
+        VecI total = VecI{};
+        for (int64_t i = 0; i < kBlockRows; i += MR_LANES) {
+            const VecF shifted = load_float(x + i) * inverse + 12582912.f;  // 1.5 * 2^23: the nearest integer
+            const VecI level = (VecI)shifted - 0x4b400000;
+            const Bytes narrow = __builtin_convertvector(level, Bytes);
+            std::memcpy(rows.levels + b * kBlockRows + i, &narrow, sizeof narrow);
+            total += level;
+        }
+        int32_t all = 0;
+        for (int i = 0; i < MR_LANES; ++i) all += total[i];
+        rows.scales[b] = top / 127.f + sum(poison);
+        rows.offsets[b] = -128 * all;
+    }
+}
+
+// y (N, out) += levels (N, in) @ one panel, of which C vectors of columns at a time.
+template <int N>
+MR_TARGET inline void add_panel(const uint8_t* panel, int64_t in, int64_t out, const RoundedRows& rows, float* y) {
+    constexpr int C = 4;
+    constexpr int64_t width = C * MR_LANES;
+    const int64_t blocks = in / kBlockRows;
+    for (int64_t first = 0; first < kPanel; first += width) {
+        const uint8_t* block = panel;
+        for (int64_t b = 0; b < blocks; ++b, block += kBlockBytes) {
+            VecI sums[N][C];
+            for (int t = 0; t < N; ++t)
+                for (int c = 0; c < C; ++c) sums[t][c] = VecI{} + rows.offsets[t * blocks + b];
+            const int8_t* levels = rows.levels + b * kBlockRows;
+            for (int64_t k = 0; k < kBlockRows; k += 4) {
+                const uint8_t* at = block + k * kPanel + 4 * first;
+                VecI weights[C];
+                for (int c = 0; c < C; ++c) weights[c] = load_int(at + 4 * c * MR_LANES);
+                for (int t = 0; t < N; ++t) {
+                    int32_t four;
+                    std::memcpy(&four, levels + t * in + k, sizeof four);
+                    const VecI own = VecI{} + four;
+                    for (int c = 0; c < C; ++c) sums[t][c] = dot4(sums[t][c], weights[c], own);
+                }
+            }
+            const float* scales = reinterpret_cast<const float*>(block + kBlockRows * kPanel) + first;
+            for (int t = 0; t < N; ++t) {
+                const float scale = rows.scales[t * blocks + b];
+                for (int c = 0; c < C; ++c) {
+                    float* to = y + t * out + first + c * MR_LANES;
+                    const VecF weighted = __builtin_convertvector(sums[t][c], VecF) * load_float(scales + c * MR_LANES);
+                    save(load_float(to) + weighted * scale, to);
+                }
+            }
+        }
+    }
+}
+
+// y (n, out) += x (n, in) @ w (in, out), with x as levels.
+MR_TARGET inline void add_product(const Packed* w, int64_t in, int64_t out, int64_t n, const RoundedRows& x, float* y) {
+    constexpr int64_t most = MR_LANES == 16 ? 6 : 2;  // as many sums as there are registers for
+    const uint8_t* panel = reinterpret_cast<const uint8_t*>(w);
+    for (int64_t j = 0; j < out; j += kPanel, panel += packed_bytes(in, kPanel)) {
+        int64_t t = 0;
+        for (; t + most <= n; t += most) add_panel<most>(panel, in, out, x.from(t, in), y + t * out + j);
+        switch (n - t) {
+            case 5: add_panel<5>(panel, in, out, x.from(t, in), y + t * out + j); break;
+            case 4: add_panel<4>(panel, in, out, x.from(t, in), y + t * out + j); break;
+            case 3: add_panel<3>(panel, in, out, x.from(t, in), y + t * out + j); break;
+            case 2: add_panel<2>(panel, in, out, x.from(t, in), y + t * out + j); break;
+            case 1: add_panel<1>(panel, in, out, x.from(t, in), y + t * out + j); break;
+            default: break;
+        }
+    }
+}
