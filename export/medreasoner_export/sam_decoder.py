@@ -184,8 +184,8 @@ class SamDecoder:
         flat = g.op("Transpose", g.op("Reshape", self.embedding, g.ints(0, c.n_channels, -1)), perm=[0, 2, 1])
         dense = g.weight("no_mask", no_mask[0])
         if self.box_mask:
-            drawn = box_prompt(g, c, self.tensor, points=self.points, labels=self.labels, without=dense)
-            return g.op("Add", flat, drawn)
+            given = {"points": self.points, "labels": self.labels}
+            return box_prompt(g, c, self.tensor, image=flat, without=dense, **given)
         return g.op("Add", flat, dense)
 
     def _image_places(self) -> npt.NDArray[np.float32]:
