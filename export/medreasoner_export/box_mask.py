@@ -76,11 +76,11 @@ def _mask_embed(g: GraphBuilder, config: DecoderConfig, tensor: ReadTensor, x: s
     """
     name, first, second = "prompt_encoder.mask_embed.", config.mask_channels // 4, config.mask_channels
     small = tensor(f"{name}conv1.weight", first, 1, 2, 2)[:, 0]
-    matrix = np.zeros((2, 2, first, 4, 4), small.dtype)  # of each quarter the channels, from the pixels of all
+    wide = np.zeros((2, 2, first, 4, 4), small.dtype)  # of each quarter the channels, from the pixels of all
     for down, right in np.ndindex(2, 2):
-        matrix[down, right, :, 2 * down : 2 * down + 2, 2 * right : 2 * right + 2] = small
+        wide[down, right, :, 2 * down : 2 * down + 2, 2 * right : 2 * right + 2] = small
     bias = np.tile(tensor(f"{name}conv1.bias", first), 4)
-    x = g.linear(x, f"{name}conv1", matrix.reshape(4 * first, 16), bias)
+    x = g.linear(x, f"{name}conv1", wide.reshape(4 * first, 16), bias)
     x = _norm_gelu(g, tensor, g.op("Reshape", x, g.ints(-1, first)), 1, first, config.prompt_norm_eps)
     matrix = tensor(f"{name}conv2.weight", second, first, 2, 2).transpose(0, 2, 3, 1).reshape(second, 4 * first)
     bias = tensor(f"{name}conv2.bias", second)

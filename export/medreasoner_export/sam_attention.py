@@ -35,8 +35,8 @@ class ImageAttention:
         Name in it of the last matrix.
     channels, inner, heads
         Depth of tokens and places, that of all heads together, and how many these are.
-    batch
-        Shape (1,) int64 of how many prompts there are.
+    by_head
+        Shape (4,) int64 of (batch, T, heads, depth of a head), which the rows of all tokens take.
     """
 
     g: GraphBuilder
@@ -46,7 +46,7 @@ class ImageAttention:
     channels: int
     inner: int
     heads: int
-    batch: str
+    by_head: str
 
     @property
     def size(self) -> int:
@@ -105,9 +105,7 @@ class ImageAttention:
 
     def _by_head(self, x: str) -> str:
         """(batch * T, D) to (batch, H, T, size)."""
-        g = self.g
-        shape = g.op("Concat", self.batch, g.ints(-1, self.heads, self.size), axis=0)
-        return g.op("Transpose", g.op("Reshape", x, shape), perm=[0, 2, 1, 3])
+        return self.g.op("Transpose", self.g.op("Reshape", x, self.by_head), perm=[0, 2, 1, 3])
 
     def _deepened(self, x: str, part: str, matrix: npt.NDArray[Any], bias: npt.NDArray[Any] | None = None) -> str:
         """Heads (batch, H, T, size) times their rows of a matrix to (batch, H * T, C)."""

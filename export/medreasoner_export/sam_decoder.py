@@ -164,10 +164,13 @@ class SamDecoder:
         kinds = g.weight("point_kinds", joined(self.point_kinds()))
         prompts = g.op("Add", places, g.op("Gather", kinds, g.op("Add", labels, g.ints(1))))
         learned = joined(self.learned_tokens())[None]
-        self.batch = g.op("Shape", points, start=0, end=1)
+        batch = g.op("Shape", points, start=0, end=1)
         self.points, self.labels = points, labels
-        self.rows = g.op("Concat", self.batch, g.ints(-1, c.n_channels), axis=0)
-        shape = g.op("Concat", self.batch, g.ints(1, 1), axis=0)
+        size = c.n_channels // c.decoder_downsample // c.decoder_heads
+        self.rows, self.by_head, shape = (
+            g.op("Concat", batch, g.ints(*rest), axis=0)
+            for rest in ((-1, c.n_channels), (-1, c.decoder_heads, size), (1, 1))
+        )
         # ONNX Runtime takes ten times as long for an Expand.
         tokens = g.op("Add", g.op("ConstantOfShape", shape), g.weight("output_tokens", learned))
         return g.op("Reshape", g.op("Concat", tokens, prompts, axis=1), g.ints(-1, self.config.n_channels))
@@ -215,7 +218,7 @@ class SamDecoder:
     def _attention(self, name: str) -> ImageAttention:
         c = self.config
         return ImageAttention(
-            g=self.g, tensor=self.tensor, name=name, out=self.OUT_PROJ, batch=self.batch,
+            g=self.g, tensor=self.tensor, name=name, out=self.OUT_PROJ, by_head=self.by_head,
             channels=c.n_channels, inner=c.n_channels // c.decoder_downsample, heads=c.decoder_heads,
         )  # fmt: skip
 
