@@ -4,7 +4,7 @@ A head's scores are ``(x Wq + bq) (p Wk + bk)^T`` of a token x and a place p. Re
 is a query as deep as the image, and no place needs a key of its own; what ``bk`` adds is the same for all places, which
 a softmax over them does not see. The other matrices of the image's side go the same way: ``softmax (p Wv) = (softmax p)
 Wv``. With T tokens and H heads a place takes ``2 H T C`` products instead of ``2 C D + 2 T D``: at the usual 9 tokens
-a half of SAM's, and as many only with 15. Nothing of a place is transposed, and what prompts share is read as it is.
+a half of SAM's, and as many only with 17. Nothing of a place is transposed, and what prompts share is read as it is.
 """
 
 from collections.abc import Callable
