@@ -33,17 +33,8 @@ class Qwen2VisionTower(VisionTower):
 
     def add(self, x: str, y: str, bias: str, norm: str) -> tuple[str, str]:
         """``x + y + bias`` and its normalisation by `norm`."""
-        g = self.g
-        h, _, _, total = g.ops(
-            "com.microsoft.SkipLayerNormalization",
-            y,
-            x,
-            *self._norms(norm),
-            self.vector(bias),
-            outputs=(g.fresh("norm"), "", "", g.fresh("sum")),
-            epsilon=EPSILON,
-        )
-        return total, h
+        total = self.g.total(y, x, self.vector(bias))
+        return total, self.g.op("LayerNormalization", total, *self._norms(norm), epsilon=EPSILON)
 
     def _norms(self, name: str) -> tuple[str, str]:
         return self.vector(name + ".weight"), self.vector(name + ".bias")

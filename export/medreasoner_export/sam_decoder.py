@@ -14,6 +14,7 @@ import onnx
 from medreasoner_export.box_mask import box_prompt
 from medreasoner_export.checkpoint import Weights
 from medreasoner_export.graph import FLOAT, INT64, GraphBuilder, Storage, joined
+from medreasoner_export.sam_attention import ImageAttention
 from medreasoner_export.sam_config import DecoderConfig
 
 __all__ = ["SamDecoder", "sam_decoder_graph"]
@@ -130,21 +131,22 @@ class SamDecoder:
         """The finished model."""
         g, c = self.g, self.config
         tokens = self._tokens()
-        x, keys = tokens, self._image_tokens(tokens)
+        x, keys = tokens, self._image_tokens()
         places = g.constant("image_places", self._image_places())
         for index in range(c.decoder_layers):
             x, keys = self._layer(x, keys, tokens, places, index)
         name = "mask_decoder.transformer."
-        queries = g.op("Add", x, tokens)
-        attended = self._attend(queries, g.op("Add", keys, places), keys, name + "final_attn_token_to_image.")
+        attention = self._attention(name + "final_attn_token_to_image.")
+        attended = attention.from_tokens(g.op("Add", x, tokens), g.op("Add", keys, places), keys)
         x = self._norm(x, attended, name + "layer_norm_final_attn", FINAL_EPSILON)
+        x = self._in_rows(x)
         count = self.outputs(x, keys, multimask=multimask)
         g.output("mask_logits", FLOAT, ("batch", count, c.mask_size, c.mask_size))
         g.output("predicted_iou", FLOAT, ("batch", count))
         return g.model(metadata)
 
     def _tokens(self) -> str:
-        """(batch, n_learned + n_points, C): the learned tokens, then the prompts."""
+        """(batch * T, C) with T = n_learned + n_points: the learned tokens, then the prompts."""
         g, c = self.g, self.config
         self.embedding = g.input("image_embedding", FLOAT, ("image_batch", c.n_channels, c.grid, c.grid))
         points = g.input("points", FLOAT, ("batch", "n_points", 2))
@@ -162,23 +164,32 @@ class SamDecoder:
         kinds = g.weight("point_kinds", joined(self.point_kinds()))
         prompts = g.op("Add", places, g.op("Gather", kinds, g.op("Add", labels, g.ints(1))))
         learned = joined(self.learned_tokens())[None]
-        self.batch = g.op("Shape", points, start=0, end=1)
+        batch = g.op("Shape", points, start=0, end=1)
         self.points, self.labels = points, labels
-        shape = g.op("Concat", self.batch, g.ints(*learned.shape[1:]), axis=0)
-        tokens = g.op("Expand", g.weight("output_tokens", learned), shape)
-        return g.op("Concat", tokens, prompts, axis=1)
+        size = c.n_channels // c.decoder_downsample // c.decoder_heads
+        self.rows, self.by_head, shape = (
+            g.op("Concat", batch, g.ints(*rest), axis=0)
+            for rest in ((-1, c.n_channels), (-1, c.decoder_heads, size), (1, 1))
+        )
+        # ONNX Runtime takes ten times as long for an Expand.
+        tokens = g.op("Add", g.op("ConstantOfShape", shape), g.weight("output_tokens", learned))
+        return g.op("Reshape", g.op("Concat", tokens, prompts, axis=1), g.ints(-1, self.config.n_channels))
 
-    def _image_tokens(self, tokens: str) -> str:
-        """(batch, grid * grid, C): the embedding without a mask prompt, repeated if it is one image's."""
+    def _in_rows(self, x: str) -> str:
+        """(batch * T, D) to (batch, T, D)."""
+        g = self.g
+        return g.op("Reshape", x, self.rows)
+
+    def _image_tokens(self) -> str:
+        """(1 or batch, grid * grid, C): the embedding with the mask prompt, or with what stands for none."""
         g, c = self.g, self.config
         no_mask = self.tensor("prompt_encoder.no_mask_embed.weight", 1, c.n_channels)
         flat = g.op("Transpose", g.op("Reshape", self.embedding, g.ints(0, c.n_channels, -1)), perm=[0, 2, 1])
         dense = g.weight("no_mask", no_mask[0])
         if self.box_mask:
-            drawn = box_prompt(g, c, self.tensor, points=self.points, labels=self.labels, without=dense)
-            return g.op("Add", flat, drawn)
-        flat = g.op("Add", flat, dense)
-        return g.op("Expand", flat, g.op("Concat", self.batch, g.ints(1, 1), axis=0))
+            given = {"points": self.points, "labels": self.labels}
+            return box_prompt(g, c, self.tensor, image=flat, without=dense, **given)
+        return g.op("Add", flat, dense)
 
     def _image_places(self) -> npt.NDArray[np.float32]:
         """(1, grid * grid, C): codes of the centres of the embedding's places."""
@@ -191,39 +202,47 @@ class SamDecoder:
     def _layer(self, x: str, keys: str, tokens: str, places: str, index: int) -> tuple[str, str]:
         g, c = self.g, self.config
         name, eps = f"mask_decoder.transformer.layers.{index}.", self.config.decoder_norm_eps
-        q = x if index == 0 else g.op("Add", x, tokens)
-        attended = self._attend(q, q, x, name + "self_attn.", downsample=1)
-        if index == 0:  # the first layer's attention replaces the tokens instead of adding to them
-            x = self._norm(None, attended, name + "layer_norm1", eps)
-        else:
-            x = self._norm(x, attended, name + "layer_norm1", eps)
+        attended = self._attend_each_other(x, None if index == 0 else tokens, name + "self_attn.")
+        # The first layer's attention replaces the tokens instead of adding to them.
+        x = self._norm(None if index == 0 else x, attended, name + "layer_norm1", eps)
         placed = g.op("Add", keys, places)
-        attended = self._attend(g.op("Add", x, tokens), placed, keys, name + "cross_attn_token_to_image.")
-        x = self._norm(x, attended, name + "layer_norm2", eps)
+        attention = self._attention(name + "cross_attn_token_to_image.")
+        x = self._norm(x, attention.from_tokens(g.op("Add", x, tokens), placed, keys), name + "layer_norm2", eps)
         sizes = (c.n_channels, c.decoder_mlp_dim, c.n_channels)
         hidden = self._mlp(x, tuple(f"{name}mlp.{part}" for part in self.MLP), sizes)
         x = self._norm(x, hidden, name + "layer_norm3", eps)
-        attended = self._attend(placed, g.op("Add", x, tokens), x, name + "cross_attn_image_to_token.")
+        attention = self._attention(name + "cross_attn_image_to_token.")
+        attended = attention.from_places(placed, g.op("Add", x, tokens), x)
         return x, self._norm(keys, attended, name + "layer_norm4", eps)
 
-    def _attend(self, q: str, k: str, v: str, name: str, *, downsample: int | None = None) -> str:
-        """(batch, T, C) queries over (batch, S, C) keys and values to (batch, T, C)."""
+    def _attention(self, name: str) -> ImageAttention:
+        c = self.config
+        return ImageAttention(
+            g=self.g, tensor=self.tensor, name=name, out=self.OUT_PROJ, by_head=self.by_head,
+            channels=c.n_channels, inner=c.n_channels // c.decoder_downsample, heads=c.decoder_heads,
+        )  # fmt: skip
+
+    def _attend_each_other(self, x: str, tokens: str | None, name: str) -> str:
+        """Attention among the tokens (batch * T, C), which are added to queries and keys if they are given."""
         g, c = self.g, self.config
-        inner = c.n_channels // (downsample or c.decoder_downsample)
+        q = x if tokens is None else g.op("Add", x, tokens)
+        q, v = self._in_rows(q), self._in_rows(x)
         projected = [
-            g.linear(x, f"{name}{part}_proj", self.tensor(f"{name}{part}_proj.weight", inner, c.n_channels))
-            for part, x in (("q", q), ("k", k), ("v", v))
+            g.linear(each, f"{name}{part}_proj", self.tensor(f"{name}{part}_proj.weight", c.n_channels, c.n_channels))
+            for part, each in (("q", q), ("k", q), ("v", v))
         ]
-        bias = joined([self.tensor(f"{name}{part}_proj.bias", inner) for part in "qkv"])
+        bias = joined([self.tensor(f"{name}{part}_proj.bias", c.n_channels) for part in "qkv"])
         attended = g.op(
             "com.microsoft.MultiHeadAttention",
             *projected,
             g.weight(name + "bias", bias),
             num_heads=c.decoder_heads,
         )
-        return self._linear(attended, name + self.OUT_PROJ, c.n_channels, inner)
+        attended = g.op("Reshape", attended, g.ints(-1, c.n_channels))
+        return self._linear(attended, name + self.OUT_PROJ, c.n_channels, c.n_channels)
 
     def _linear(self, x: str, name: str, n_out: int, n_in: int) -> str:
+        """Of rows (n, n_in), since ONNX Runtime puts product and sum together only where there are two axes."""
         return self.g.linear(x, name, self.tensor(name + ".weight", n_out, n_in), self.tensor(name + ".bias", n_out))
 
     def _mlp(self, x: str, layers: tuple[str, ...], sizes: tuple[int, ...]) -> str:
@@ -238,21 +257,21 @@ class SamDecoder:
             g.weight(f"{name}.{part}", self.tensor(f"{name}.{part}", self.config.n_channels))
             for part in ("weight", "bias")
         ]
-        if x is None:
-            return g.op("LayerNormalization", y, *vectors, epsilon=epsilon)
-        return g.op("com.microsoft.SkipLayerNormalization", x, y, *vectors, epsilon=epsilon)
+        total = y if x is None else g.total(x, y)
+        return g.op("LayerNormalization", total, *vectors, epsilon=epsilon)
 
     def masks(self, x: str, keys: str, chosen: range, *, out: str | None = None) -> str:
         """(batch, n, mask_size, mask_size): logits of the chosen masks."""
         g, c = self.g, self.config
         quarter, eighth = c.n_channels // 4, c.n_channels // 8
-        y = g.op("Reshape", self._upscale(keys, "upscale_conv1", c.n_channels, quarter), g.ints(0, -1, quarter))
-        y = self.refined(y, 1, quarter)
+        keys = g.op("Reshape", keys, g.ints(-1, c.n_channels))
+        doubled = self._upscale(keys, "upscale_conv1", c.n_channels, quarter)
+        y = self.refined(g.op("Reshape", doubled, g.ints(-1, 4 * c.grid**2, quarter)), 1, quarter)
         norm = "mask_decoder.upscale_layer_norm."
         vectors = [g.weight(norm + part, self.tensor(norm + part, quarter)) for part in ("weight", "bias")]
         y = g.op("Gelu", g.op("LayerNormalization", y, *vectors, epsilon=UPSCALE_EPSILON))
-        y = g.op("Reshape", self._upscale(y, "upscale_conv2", quarter, eighth), g.ints(0, -1, eighth))
-        y = g.op("Gelu", self.refined(y, 0, eighth))
+        doubled = self._upscale(g.op("Reshape", y, g.ints(-1, quarter)), "upscale_conv2", quarter, eighth)
+        y = g.op("Gelu", self.refined(g.op("Reshape", doubled, g.ints(-1, 16 * c.grid**2, eighth)), 0, eighth))
         weights = [self._hyper(x, index) for index in chosen]
         hyper = weights[0] if len(weights) == 1 else g.op("Concat", *weights, axis=1)  # (batch, n_masks, C / 8)
         masks = g.op("com.microsoft.FusedMatMul", hyper, y, transB=1)  # (batch, n_masks, grid * grid * 4 * 4)
@@ -261,7 +280,7 @@ class SamDecoder:
         return g.op("Reshape", masks, g.ints(-1, len(chosen), c.mask_size, c.mask_size), out=out)
 
     def _upscale(self, x: str, name: str, n_in: int, n_out: int) -> str:
-        """A transposed convolution of size and stride 2: (.., n_in) to (.., y, x, n_out) flattened."""
+        """A transposed convolution of size and stride 2: (n, n_in) to (n, y, x, n_out) flattened."""
         name = f"mask_decoder.{name}"
         kernel = self.tensor(name + ".weight", n_in, n_out, 2, 2).transpose(2, 3, 1, 0).reshape(4 * n_out, n_in)
         return self.g.linear(x, name, kernel, np.tile(self.tensor(name + ".bias", n_out), 4))
@@ -271,9 +290,9 @@ class SamDecoder:
         g, c = self.g, self.config
         name = f"mask_decoder.output_hypernetworks_mlps.{index}."
         place = self.SCORE_TOKEN + 1 + index
-        token = g.op("Slice", x, g.ints(place), g.ints(place + 1), g.ints(1))
         layers = (name + "proj_in", name + "layers.0", name + "proj_out")
-        return self._mlp(token, layers, (c.n_channels, c.n_channels, c.n_channels, c.n_channels // 8))
+        sizes = (c.n_channels, c.n_channels, c.n_channels, c.n_channels // 8)
+        return g.op("Unsqueeze", self._mlp(self._token(x, place), layers, sizes), g.ints(1))
 
     def scores(self, x: str, chosen: range, *, out: str | None = None) -> str:
         """(batch, n): predicted IoU of the chosen masks."""
@@ -281,7 +300,10 @@ class SamDecoder:
         name = "mask_decoder.iou_prediction_head."
         hidden = [f"{name}layers.{index}" for index in range(c.iou_depth - 2)]
         sizes = (c.n_channels, *(c.iou_dim for _ in range(c.iou_depth - 1)), c.n_masks + 1)
-        token = g.op("Slice", x, g.ints(self.SCORE_TOKEN), g.ints(self.SCORE_TOKEN + 1), g.ints(1))
-        scores = self._mlp(token, (name + "proj_in", *hidden, name + "proj_out"), sizes)
-        scores = g.op("Slice", self.calibrated(scores), g.ints(chosen.start), g.ints(chosen.stop), g.ints(2))
-        return g.op("Reshape", scores, g.ints(-1, len(chosen)), out=out)
+        scores = self._mlp(self._token(x, self.SCORE_TOKEN), (name + "proj_in", *hidden, name + "proj_out"), sizes)
+        scores = self.calibrated(scores)  # (batch, n_masks + 1)
+        return g.op("Slice", scores, g.ints(chosen.start), g.ints(chosen.stop), g.ints(1), out=out)
+
+    def _token(self, x: str, place: int) -> str:
+        """(batch, C): one of the tokens (batch, T, C)."""
+        return self.g.op("Gather", x, self.g.constant(f"token_{place}", np.array(place, np.int64)), axis=1)

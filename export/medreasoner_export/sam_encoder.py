@@ -176,13 +176,6 @@ class _Encoder:
     def _add(self, x: str, y: str, bias: str, norm: str) -> tuple[str, str]:
         """``x + y + bias`` and its normalisation by `norm`."""
         g, dim = self.g, self.config.hidden_dim
-        vectors = [self.vector(name, dim) for name in (norm + ".weight", norm + ".bias", bias)]
-        h, _, _, total = g.ops(
-            "com.microsoft.SkipLayerNormalization",
-            y,
-            x,
-            *vectors,
-            outputs=(g.fresh("norm"), "", "", g.fresh("sum")),
-            epsilon=self.config.layer_norm_eps,
-        )
-        return total, h
+        vectors = [self.vector(f"{norm}.{part}", dim) for part in ("weight", "bias")]
+        total = g.total(y, x, self.vector(bias, dim))
+        return total, g.op("LayerNormalization", total, *vectors, epsilon=self.config.layer_norm_eps)

@@ -16,7 +16,7 @@ from medreasoner_export.quantise import BLOCK
 __all__ = ["StoredWeights", "load_graph"]
 
 # What has as many axes out as it has in.
-KEEPS_RANK = ("Add", "Cast", "Concat", "Gelu", "LayerNormalization", "Mul", "Relu", "Softmax", "Split")
+KEEPS_RANK = ("Add", "Cast", "Concat", "Gelu", "LayerNormalization", "Mul", "Relu", "Softmax", "Split", "Sum")
 
 
 def load_graph(path: Path) -> onnx.ModelProto:

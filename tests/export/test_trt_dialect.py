@@ -217,6 +217,18 @@ def test_the_mask_decoder_equals_the_bundles(
     assert max(errors(own, dialect, prompts(model, batch, n_points))) < bound
 
 
+@pytest.mark.parametrize(("half", "bound"), [(False, FLOAT32), (True, FLOAT16)], ids=["fp32", "fp16"])
+def test_a_box_drawn_into_the_mask_prompt_equals_the_bundles(
+    toy: Path, tmp_path: Path, half: bool, bound: float
+) -> None:
+    options = SegmenterOptions(settings={"box_mask": True})
+    export_segmenter(toy / "segmenter", tmp_path / "s", options=options)
+    export_reasoner(toy / "reasoner", tmp_path / "r")
+    drawn = load_bundle(build_bundle(tmp_path / "r", tmp_path / "s", tmp_path / "b", name="drawn"))
+    own, dialect = both(drawn, "mask_decoder", tmp_path, half=half)
+    assert max(errors(own, dialect, prompts(drawn, 3, 4))) < bound
+
+
 class EvaluatedSession:
     """A `Session` on ONNX's evaluator, with buffers that are arrays."""
 
