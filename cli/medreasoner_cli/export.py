@@ -139,6 +139,10 @@ def bundle(
     cpu_graphs: Annotated[
         str, typer.Option(help="Which of their graphs to take, as far as they differ.")
     ] = "vision,decoder,encoder,mask_decoder",
+    integer_steps: Annotated[
+        bool,
+        typer.Option("--integer-steps", help="Let a small decoder multiply integers on a CPU: faster, and rounded."),
+    ] = False,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Join two exports into one folder with a manifest.
@@ -154,6 +158,7 @@ def bundle(
         "cpu_reasoner": cpu_reasoner,
         "cpu_segmenter": cpu_segmenter,
         "cpu_graphs": tuple(each.strip() for each in cpu_graphs.split(",")),
+        "integer_steps": integer_steps,
     }
     print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **seconds, **text))
 

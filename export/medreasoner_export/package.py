@@ -33,6 +33,7 @@ CPU_GRAPHS: Mapping[GraphName, tuple[str, str]] = {
 CPU = "cpu"  # the folder of those graphs, in that of their part
 # What a second export may have otherwise than the first: the graphs, and matrices that are not taken from it.
 _FREE = ("graphs", "step", "embedding", "lm_head")
+STEP_BLOCK = 64  # numbers that share a scale
 PRODUCERS = ("medreasoner", "onnx", "numpy")
 
 
@@ -59,6 +60,7 @@ def build_bundle(
     cpu_reasoner: str | Path | None = None,
     cpu_segmenter: str | Path | None = None,
     cpu_graphs: Collection[GraphName] = tuple(CPU_GRAPHS),
+    integer_steps: bool = False,
     force: bool = False,
 ) -> Path:
     """Join two exports into the folder `out_dir` with a manifest; return the folder.
@@ -81,6 +83,8 @@ def build_bundle(
         Other exports of the same checkpoints, whose graphs are used where a session runs on the CPU.
     cpu_graphs
         Which of those graphs to take, as far as they differ.
+    integer_steps
+        Round a small decoder's matrices to eight bits when they are loaded on a CPU, and multiply integers.
     force
         Replace `out_dir` if it exists.
 
@@ -106,6 +110,8 @@ def build_bundle(
             for part, source in (("reasoner", cpu_reasoner), ("segmenter", cpu_segmenter))
             if source is not None
         }
+        if integer_steps:
+            _multiply_integers(Path(reasoner_dir), parts["reasoner"]["section"])
         terms = {"weights": licence.weights, "notice": licence.notice, "file": None}
         if licence.file is not None:
             if not Path(licence.file).is_file():
@@ -165,6 +171,19 @@ def _copy_export(source: Path, target: Path) -> dict[str, Any]:
     for name in names:
         shutil.copyfile(source / name, target / name)
     return description
+
+
+def _multiply_integers(source: Path, section: dict[str, Any]) -> None:
+    """Say so in a reasoner's section."""
+    step = section.get("step")
+    width = section["head_dim"] * section["n_heads"]
+    sizes = (section["hidden_dim"], width, width + 2 * section["head_dim"] * section["n_kv_heads"])
+    if step is None or any(size % STEP_BLOCK for size in (*sizes, step["mlp_dim"])):
+        raise BundleError(
+            f"{source}: steps in integers are for decoders of up to 64 MiB in fp32 or fp16, "
+            f"whose sizes are multiples of {STEP_BLOCK}"
+        )
+    step["products"] = "int8"
 
 
 def _keys(part: str, names: Collection[GraphName]) -> list[str]:

@@ -176,6 +176,8 @@ def _loosest(bundle: Bundle) -> str:
     """The roughest precision among a bundle's graphs, as they state it, the main one of each."""
     reasoner, segmenter = bundle.spec.reasoner.graphs, bundle.spec.segmenter.graphs
     found = {bundle.spec.precision}
+    if bundle.spec.reasoner.step is not None and bundle.spec.reasoner.step.products == "int8":
+        found.add("int8")
     for name in (reasoner.vision, reasoner.decoder, segmenter.encoder, segmenter.decoder):
         found.add(stated(bundle.path(name), "precision") or bundle.spec.precision)
     return max(found & LIMITS.keys(), key=list(LIMITS).index, default="fp32")

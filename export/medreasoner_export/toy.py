@@ -79,7 +79,7 @@ SAM_CONFIG: Mapping[str, Any] = {
 }
 
 
-def make_toy_reasoner(folder: str | Path, *, seed: int = 0, tied: bool = True) -> Path:
+def make_toy_reasoner(folder: str | Path, *, seed: int = 0, tied: bool = True, mlp_dim: int = 96) -> Path:
     """Write a tiny Qwen2.5-VL checkpoint with a tokenizer and ``medreasoner.json``; return its folder.
 
     Images are stretched to 252 pixels, 18 patches a side; windows are 8 patches, so that some are padded.
@@ -92,6 +92,8 @@ def make_toy_reasoner(folder: str | Path, *, seed: int = 0, tied: bool = True) -
         Of the weights.
     tied
         Share the token embedding with the output projection.
+    mlp_dim
+        Width of the decoder's inner layers.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,10 +101,10 @@ def make_toy_reasoner(folder: str | Path, *, seed: int = 0, tied: bool = True) -
     tokenizer.save(str(folder / "tokenizer.json"))
     tokens = dict(zip(SPECIAL_TOKENS, range(len(SPECIAL_TOKENS)), strict=True))  # the trainer gives them first
     vocab = tokenizer.get_vocab_size()
-    _write_json(folder / "config.json", _qwen_config(tokens, vocab_size=vocab, tied=tied))
+    _write_json(folder / "config.json", _qwen_config(tokens, vocab_size=vocab, tied=tied, mlp_dim=mlp_dim))
     _write_json(folder / "medreasoner.json", SETTINGS)
     # Wide enough that attention is not uniform and a fault in it shows.
-    _write_weights(folder, _qwen_shapes(vocab, tied=tied), seed=seed, spread=0.15)
+    _write_weights(folder, _qwen_shapes(vocab, tied=tied, mlp_dim=mlp_dim), seed=seed, spread=0.15)
     return folder
 
 
@@ -169,7 +171,7 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _qwen_config(tokens: Mapping[str, int], *, vocab_size: int, tied: bool) -> dict[str, Any]:
+def _qwen_config(tokens: Mapping[str, int], *, vocab_size: int, tied: bool, mlp_dim: int) -> dict[str, Any]:
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
         "model_type": "qwen2_5_vl",
@@ -177,7 +179,7 @@ def _qwen_config(tokens: Mapping[str, int], *, vocab_size: int, tied: bool) -> d
             "model_type": "qwen2_5_vl_text",
             "vocab_size": vocab_size,
             "hidden_size": 64,
-            "intermediate_size": 96,
+            "intermediate_size": mlp_dim,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
@@ -215,7 +217,7 @@ def _norm(name: str, size: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
 
 
-def _qwen_shapes(vocab_size: int, *, tied: bool) -> dict[str, tuple[int, ...]]:
+def _qwen_shapes(vocab_size: int, *, tied: bool, mlp_dim: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the published layout, for the sizes in :func:`_qwen_config`."""
     shapes: dict[str, tuple[int, ...]] = {"visual.patch_embed.proj.weight": (32, 3, 2, 14, 14)}
     for index in range(2):
@@ -233,7 +235,7 @@ def _qwen_shapes(vocab_size: int, *, tied: bool) -> dict[str, tuple[int, ...]]:
         for part, rows in (("q", 64), ("k", 32), ("v", 32)):
             shapes |= _dense(f"{layer}self_attn.{part}_proj", rows, 64)
         shapes |= _dense(layer + "self_attn.o_proj", 64, 64, bias=False)
-        for part, rows, columns in (("gate", 96, 64), ("up", 96, 64), ("down", 64, 96)):
+        for part, rows, columns in (("gate", mlp_dim, 64), ("up", mlp_dim, 64), ("down", 64, mlp_dim)):
             shapes |= _dense(f"{layer}mlp.{part}_proj", rows, columns, bias=False)
     return shapes if tied else shapes | {"lm_head.weight": (vocab_size, 64)}
 

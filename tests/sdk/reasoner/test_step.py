@@ -17,10 +17,10 @@ from medreasoner.reasoner.decoder import Decoder
 from medreasoner.reasoner.rotary import text_positions
 from medreasoner.reasoner.step import load_step
 from medreasoner.sessions import decoder_session
-from medreasoner_export import ReasonerOptions, export_reasoner
+from medreasoner_export import ReasonerOptions, export_reasoner, verify_bundle
 from medreasoner_export.package import build_bundle
 from medreasoner_export.segmenter import export_segmenter
-from medreasoner_export.toy import make_toy_bundle
+from medreasoner_export.toy import make_toy_bundle, make_toy_reasoner, make_toy_segmenter
 
 
 @pytest.fixture(scope="module")
@@ -120,3 +120,46 @@ def test_few_bits_have_no_steps(toy: Path, tmp_path: Path) -> None:
     export = export_reasoner(toy / "reasoner", tmp_path / "r", options=ReasonerOptions(precision="int8"))
     assert export.section["step"] is None
     assert not (tmp_path / "r" / "decoder.onnx.data").exists()
+
+
+def test_integers_are_for_decoders_that_step_and_divide(toy: Path, tmp_path: Path) -> None:
+    options = ReasonerOptions(precision="int8")
+    export_reasoner(toy / "reasoner", tmp_path / "r", options=options)
+    export_segmenter(toy / "segmenter", tmp_path / "s")
+    with pytest.raises(BundleError, match="steps in integers are for decoders of up to 64 MiB"):
+        build_bundle(tmp_path / "r", tmp_path / "s", tmp_path / "bundle", name="x", integer_steps=True)
+    assert not (tmp_path / "bundle").exists()
+
+
+@pytest.fixture(scope="module")
+def integers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with a bundle whose steps are in integers, and its checkpoints."""
+    folder = tmp_path_factory.mktemp("integers")
+    make_toy_reasoner(folder / "reasoner", mlp_dim=128)
+    make_toy_segmenter(folder / "segmenter")
+    export_reasoner(folder / "reasoner", folder / "r")
+    export_segmenter(folder / "segmenter", folder / "s")
+    build_bundle(folder / "r", folder / "s", folder / "bundle", name="integers", integer_steps=True)
+    return folder
+
+
+def test_integers_stay_close_to_the_graph(integers: Path) -> None:
+    bundle = load_bundle(integers / "bundle")
+    assert bundle.spec.reasoner.step is not None
+    assert bundle.spec.reasoner.step.products == "int8"
+    plain, stepping = decoders(bundle)
+    rng = np.random.default_rng(0)
+    embeds = rng.standard_normal((9, bundle.spec.reasoner.hidden_dim)).astype(np.float32)
+    (expected,), (found,) = (
+        each.run([each.step(each.open_cache(), embeds, text_positions(0, 9))]) for each in (plain, stepping)
+    )
+    apart = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 1e-5 < apart < 0.03
+
+
+def test_verify_allows_integers_what_they_round(integers: Path) -> None:
+    report = verify_bundle(integers / "bundle", integers / "reasoner", integers / "segmenter")
+    steps = [stage for stage in report.stages if "without the graph" in stage.name]
+    assert [stage.tolerance for stage in steps] == [0.05]
+    assert all(stage.passed for stage in steps)
+    assert all(stage.tolerance < 1e-3 for stage in report.stages if stage.name.startswith("hidden states, prefill"))
