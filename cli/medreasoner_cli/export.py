@@ -129,7 +129,7 @@ def bundle(
     licence: Annotated[str, typer.Option(help="Terms of the weights, in short.")] = "unstated",
     notice: Annotated[str | None, typer.Option(help="Line to show at the first load.")] = None,
     licence_file: Annotated[Path | None, typer.Option(help="File with the terms.")] = None,
-    card: Annotated[Path | None, typer.Option(help="JSON file with 'training' and 'quality', for people.")] = None,
+    card: Annotated[Path | None, typer.Option(help="JSON file with 'training', 'quality' and 'confidence'.")] = None,
     cpu_reasoner: Annotated[
         Path | None, typer.Option(help="Other export of the same reasoner, whose graphs are for the CPU.")
     ] = None,

@@ -57,6 +57,7 @@ def build_bundle(
     licence: Licence | None = None,
     training: Mapping[str, Any] | None = None,
     quality: Mapping[str, Any] | None = None,
+    confidence: Mapping[str, Any] | None = None,
     cpu_reasoner: str | Path | None = None,
     cpu_segmenter: str | Path | None = None,
     cpu_graphs: Collection[GraphName] = tuple(CPU_GRAPHS),
@@ -79,6 +80,8 @@ def build_bundle(
         Terms of the weights.
     training, quality
         What the model was trained on and what it reaches: free, for people.
+    confidence
+        What agreement of drawn answers is worth, as a manifest has it (`medreasoner.spec.ConfidenceSpec`).
     cpu_reasoner, cpu_segmenter
         Other exports of the same checkpoints, whose graphs are used where a session runs on the CPU.
     cpu_graphs
@@ -134,6 +137,7 @@ def build_bundle(
             "licence": terms,
             "training": dict(training or {}),
             "quality": dict(quality or {}),
+            **({"confidence": dict(confidence)} if confidence is not None else {}),
             "files": _hashes(folder),
         }
         text = json.dumps({**manifest, "sha256": manifest_sha256(manifest)}, indent=1, ensure_ascii=False) + "\n"

@@ -62,21 +62,36 @@ public:
     void write(float weight, uint8_t* out) {
         for (const Span& span : spans_) {
             if (span.kind == Cell::mixed) {
-                interpolate(span, weight, out);
+                interpolate(span, weight, [out](int64_t x, bool is_set) { out[x] = is_set; });
             } else {
                 std::memset(out + span.from, span.kind == Cell::inside, static_cast<size_t>(span.to - span.from));
             }
         }
     }
 
+    void count(float weight, uint8_t* out) {
+        for (const Span& span : spans_) {
+            if (span.kind == Cell::mixed) {
+                interpolate(span, weight, [out](int64_t x, bool is_set) { out[x] = static_cast<uint8_t>(out[x] + is_set); });
+            } else if (span.kind == Cell::inside) {
+                add_one(out + span.from, span.to - span.from);
+            }
+        }
+    }
+
 private:
+    static void add_one(uint8_t* to, int64_t n) {  // a byte may lie anywhere, so the loop knows nothing but its own
+        for (int64_t i = 0; i < n; ++i) ++to[i];
+    }
+
     Cell classify(int64_t low, int64_t high) const {
         const int above = (top_[low] > threshold_) + (top_[high] > threshold_) + (bottom_[low] > threshold_) +
                           (bottom_[high] > threshold_);
         return above == 4 ? Cell::inside : above == 0 ? Cell::outside : Cell::mixed;
     }
 
-    void interpolate(const Span& span, float weight, uint8_t* out) {
+    template <class Put>
+    void interpolate(const Span& span, float weight, Put put) {
         const Sample* columns = columns_.data();
         for (int64_t i = columns[span.from].low; i <= columns[span.to - 1].high; ++i) {
             row_[static_cast<size_t>(i)] = top_[i] * (1 - weight) + bottom_[i] * weight;
@@ -84,7 +99,7 @@ private:
         const float* row = row_.data();
         for (int64_t x = span.from; x < span.to; ++x) {
             const Sample& s = columns[x];
-            out[x] = row[s.low] * (1 - s.weight) + row[s.high] * s.weight > threshold_;
+            put(x, row[s.low] * (1 - s.weight) + row[s.high] * s.weight > threshold_);
         }
     }
 
@@ -106,6 +121,24 @@ void mask_from_logits(const float* logits, int64_t logits_width, double crop_hei
         if (row.low != entered) band.enter(logits + row.low * logits_width, logits + row.high * logits_width);
         entered = row.low;
         band.write(row.weight, out + y * width);
+    }
+}
+
+void count_masks(const float* logits, int64_t n, int64_t logits_height, int64_t logits_width, double crop_height,
+                 double crop_width, float threshold, int64_t height, int64_t width, uint8_t* out) {
+    const std::vector<Sample> rows = sample_axis(crop_height, height);
+    const std::vector<Sample> columns = sample_axis(crop_width, width);
+    std::vector<BandOfRows> bands(static_cast<size_t>(n), BandOfRows(columns, threshold));
+    int64_t entered = -1;
+    for (int64_t y = 0; y < height; ++y, out += width) {
+        const Sample& row = rows[static_cast<size_t>(y)];
+        std::memset(out, 0, static_cast<size_t>(width));
+        for (int64_t i = 0; i < n; ++i) {
+            const float* own = logits + i * logits_height * logits_width;
+            if (row.low != entered) bands[static_cast<size_t>(i)].enter(own + row.low * logits_width, own + row.high * logits_width);
+            bands[static_cast<size_t>(i)].count(row.weight, out);
+        }
+        entered = row.low;
     }
 }
 

@@ -17,6 +17,7 @@ from medreasoner.reasoner.step import load_step, steps_pay
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
 from medreasoner.sessions import SessionOpener
+from medreasoner.spec import ConfidenceSpec
 
 __all__ = ["Engine", "Sharing", "load_engine", "step_options"]
 
@@ -48,6 +49,7 @@ class Engine:
     providers: Mapping[str, str]  # of each graph, the one that runs it
     warnings: tuple[str, ...]
     readings: ReadingCache
+    confidence: ConfidenceSpec | None
     process: int = field(default_factory=os.getpid)
 
     @property
@@ -189,4 +191,5 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
             providers={each.graph: each.session.providers[0] for each in opened.values()},
             warnings=tuple(warnings),
             readings=ReadingCache(sharing.cache_bytes),
+            confidence=spec.confidence,
         )

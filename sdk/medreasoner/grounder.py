@@ -145,6 +145,9 @@ class Grounder:
         think: bool = ...,
         frame: int | None = ...,
         unconstrained: bool = ...,
+        samples: int = ...,
+        temperature: float | None = ...,
+        seed: int = ...,
         timeout_s: float | None = ...,
     ) -> Grounding: ...
 
@@ -157,6 +160,9 @@ class Grounder:
         think: bool = ...,
         frame: int | None = ...,
         unconstrained: bool = ...,
+        samples: int = ...,
+        temperature: float | None = ...,
+        seed: int = ...,
         timeout_s: float | None = ...,
     ) -> list[Grounding]: ...
 
@@ -168,6 +174,9 @@ class Grounder:
         think: bool = False,
         frame: int | None = None,
         unconstrained: bool = False,
+        samples: int = 1,
+        temperature: float | None = None,
+        seed: int = 0,
         timeout_s: float | None = None,
     ) -> Grounding | list[Grounding]:
         """Answer questions about images.
@@ -187,6 +196,8 @@ class Grounder:
         unconstrained
             Whether it answers as free text that is then parsed, instead of following the grammar of answers: only to
             compare.
+        samples, temperature, seed
+            How many answers to draw for each question, and how; see `Study.ground`.
         timeout_s
             Seconds after which to give up, between two steps of the decoder; None: never.
 
@@ -208,7 +219,9 @@ class Grounder:
         DeadlineError
             If the time was over.
         """
-        ask = Ask.within(timeout_s, think=think, unconstrained=unconstrained)
+        ask = Ask.within(
+            timeout_s, think=think, unconstrained=unconstrained, samples=samples, temperature=temperature, seed=seed
+        )
         return self._ground(image, query, frame, ask)
 
     async def aground(
@@ -218,6 +231,9 @@ class Grounder:
         *,
         think: bool = False,
         frame: int | None = None,
+        samples: int = 1,
+        temperature: float | None = None,
+        seed: int = 0,
         timeout_s: float | None = None,
     ) -> Grounding:
         """Answer a question without holding up the event loop; cancelling the task gives the question up.
@@ -227,7 +243,9 @@ class Grounder:
         import asyncio  # here, since a program without an event loop should not pay for its import
 
         cancellation = Cancellation()
-        ask = Ask.within(timeout_s, think=think, cancellation=cancellation)
+        ask = Ask.within(
+            timeout_s, think=think, samples=samples, temperature=temperature, seed=seed, cancellation=cancellation
+        )
         try:
             return await asyncio.to_thread(self._ground_one, image, query, frame, ask)
         except asyncio.CancelledError:
@@ -238,7 +256,7 @@ class Grounder:
         self._engine.check()
         self._engine.reasoner.prompt.check(query)
         with open_studies(self._engine, [_read(image, frame)], ask)[0] as study:
-            return study.ask(query, ask, is_first=True).result()
+            return study.answer(query, ask, is_first=True)
 
     def _ground(
         self, image: "ImageSource | Images", query: str | Queries, frame: int | None, ask: Ask

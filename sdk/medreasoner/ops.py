@@ -44,6 +44,7 @@ __all__ = [
     "Rle",
     "VoiFunction",
     "WeightDtype",
+    "count_masks",
     "cpu_features",
     "decoder_step",
     "gather_rows",
@@ -387,6 +388,38 @@ def mask_from_logits(
     if not (0 < crop[0] <= logits.shape[0] and 0 < crop[1] <= logits.shape[1]):
         raise ArrayError(f"crop: expected a size within {logits.shape}, got {crop}")
     return _kernels.mask_from_logits(logits, crop=crop, height=height, width=width, threshold=threshold)
+
+
+def count_masks(
+    logits: NDArray[np.float32], *, crop: tuple[float, float], height: int, width: int, threshold: float = 0.0
+) -> NDArray[np.uint8]:
+    """Count in how many of several masks each pixel is set: the sum of `mask_from_logits` over them, in one pass.
+
+    Parameters
+    ----------
+    logits
+        (n, h, w) float32, n up to 255.
+    crop, height, width, threshold
+        As in `mask_from_logits`, the same for all.
+
+    Returns
+    -------
+    NDArray[np.uint8]
+        (height, width) uint8.
+
+    Examples
+    --------
+    >>> count_masks(np.array([[[-1, 3]], [[2, 2]]], np.float32), crop=(1, 2), height=1, width=4).tolist()
+    [[1, 1, 2, 2]]
+    """
+    check_array(logits, "logits", "(n, h, w)", 3, _F32)
+    check_size(height, width)
+    if not (0 < crop[0] <= logits.shape[1] and 0 < crop[1] <= logits.shape[2]):
+        raise ArrayError(f"crop: expected a size within {logits.shape[1:]}, got {crop}")
+    try:
+        return _kernels.count_masks(logits, crop=crop, height=height, width=width, threshold=threshold)
+    except ValueError as err:  # too many
+        raise ArrayError(str(err)) from err
 
 
 def mask_box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int] | None:

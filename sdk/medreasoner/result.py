@@ -67,6 +67,16 @@ class Grounding:
         Area of the mask; None without a spacing.
     warnings
         What had to be assumed, and fall-backs, one sentence each.
+    n_samples
+        How many answers were drawn for this one.
+    votes
+        (H, W) uint8: in how many of their masks a pixel is; None for a single answer. `mask` is where more than half
+        agree; box, points, score and answer are of the one that agrees the most with the others.
+    concord
+        Mean Dice coefficient of two of those masks, in [0, 1]; None for a single answer.
+    confidence
+        Dice coefficient that answers of such a concord had on held-out data, in [0, 1]; None for a single answer, or if
+        the bundle was not calibrated for it.
     image, query
         What was asked about.
     model_name, model_version, model_digest
@@ -91,6 +101,15 @@ class Grounding:
     model_name: str
     model_version: str
     model_digest: str = field(repr=False)
+    n_samples: int = 1
+    votes: NDArray[np.uint8] | None = field(default=None, repr=False)
+    concord: float | None = None
+    confidence: float | None = None
+
+    @property
+    def agreement(self) -> NDArray[np.float32] | None:
+        """(H, W) share of the drawn masks that a pixel is in, in [0, 1]; None for a single answer."""
+        return None if self.votes is None else self.votes.astype(np.float32) / np.float32(self.n_samples)
 
     def to_dict(self, *, include_query: bool = False) -> dict[str, Any]:
         """Everything but the image as plain data for JSON; the mask as COCO's compressed run lengths.
@@ -111,6 +130,9 @@ class Grounding:
             "reasoning": self.reasoning,
             "answer": self.answer,
             "absent_probability": self.absent_probability,
+            "samples": self.n_samples,
+            "concord": self.concord,
+            "confidence": self.confidence,
             "pixel_spacing_mm": None if self.pixel_spacing_mm is None else list(self.pixel_spacing_mm),
             "area_mm2": self.area_mm2,
             "warnings": list(self.warnings),

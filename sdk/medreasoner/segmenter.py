@@ -1,5 +1,6 @@
 """The promptable segmenter: an image once, then masks for boxes and points."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from medreasoner.spec import SegmenterSpec
 __all__ = ["Embedded", "Segmenter", "encoder_input"]
 
 _SMALLEST_RANGE = 1e-8  # of an image of one grey, as MedSAM has it
+_PROMPTS_AT_ONCE = 4  # more gain nothing on a CPU
 _PAD, _POSITIVE, _TOP_LEFT, _BOTTOM_RIGHT = -1, 1, 2, 3  # labels of SAM's own ONNX decoder
 
 
@@ -94,19 +96,42 @@ class Segmenter:
         GenerationError
             If the graph returned numbers that are not finite.
         """
-        places, labels = self._prompts(image.placement.to_grid(corners), image.placement.to_grid(points))
+        logits, scores = self.decode_batch(image, corners=corners[None], points=points[None])
+        return logits[0], float(scores[0])
+
+    def decode_batch(
+        self, image: Embedded, *, corners: NDArray[np.float64], points: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The same for several boxes (batch, 2, 2), each with its points (batch, 2, 2), in one image."""
+        at_once = min(self._decoder.max_rows or _PROMPTS_AT_ONCE, _PROMPTS_AT_ONCE)
+        parts = [
+            self._decode(image, corners[start : start + at_once], points[start : start + at_once])
+            for start in range(0, len(corners), at_once)
+        ]
+        logits, scores = zip(*parts, strict=True)
+        return (logits[0], scores[0]) if len(parts) == 1 else (np.concatenate(logits), np.concatenate(scores))
+
+    def _decode(
+        self, image: Embedded, corners: NDArray[np.float64], points: NDArray[np.float64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        placed = [
+            self._prompts(image.placement.to_grid(box), image.placement.to_grid(inside))
+            for box, inside in zip(corners, points, strict=True)
+        ]
         outputs = self._decoder.bind({}, {}).run(
             {
                 **image.features,
-                "points": places[None].astype(np.float32),  # (1, n_points, 2)
-                "labels": np.array([labels], np.int64),
+                "points": np.stack([places for places, _ in placed]).astype(np.float32),  # (batch, n_points, 2)
+                "labels": np.array([labels for _, labels in placed], np.int64),
             }
         )
-        scores = outputs["predicted_iou"][0]
-        best = int(np.argmax(scores))
-        if not (np.isfinite(scores).all() and np.isfinite(outputs["mask_logits"][0, best]).all()):
+        every = np.arange(len(placed))
+        scores = outputs["predicted_iou"]
+        best = scores.argmax(axis=1)
+        logits = outputs["mask_logits"][every, best]
+        if not (np.isfinite(scores).all() and np.isfinite(logits).all()):
             raise GenerationError("the segmenter's numbers are not finite; the model or its precision is at fault")
-        return np.ascontiguousarray(outputs["mask_logits"][0, best]), float(np.clip(scores[best], 0.0, 1.0))
+        return np.ascontiguousarray(logits), np.clip(scores[every, best], 0.0, 1.0)
 
     def _prompts(
         self, corners: NDArray[np.float64], points: NDArray[np.float64]
@@ -129,3 +154,18 @@ class Segmenter:
             height=placement.image_height,
             width=placement.image_width,
         )
+
+    def votes(self, logits: NDArray[np.float32], image: Embedded) -> NDArray[np.uint8]:
+        """(height, width) uint8: in how many masks of `decode_batch` each pixel of the image is."""
+        placement = image.placement
+        return ops.count_masks(
+            logits,
+            crop=placement.mask_crop(self._spec.mask_size),
+            height=placement.image_height,
+            width=placement.image_width,
+        )
+
+    def small(self, logits: NDArray[np.float32], image: Embedded) -> NDArray[np.bool_]:
+        """The masks in the segmenter's own grid, as far as the image reaches in it."""
+        rows, columns = (math.ceil(each) for each in image.placement.mask_crop(self._spec.mask_size))
+        return logits[:, :rows, :columns] > 0

@@ -341,6 +341,23 @@ class LicenceSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConfidenceSpec:
+    """What the concord of several drawn answers is worth, found on held-out data.
+
+    `knots` are pairs (concord, mean Dice coefficient) of answers drawn at `temperature`, both ascending.
+    """
+
+    temperature: float
+    knots: tuple[tuple[float, float], ...]
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "temperature")
+        xs, ys = [x for x, _ in self.knots], [y for _, y in self.knots]
+        is_fine = len(xs) > 0 and xs == sorted(set(xs)) and ys == sorted(ys) and all(0 <= v <= 1 for v in (*xs, *ys))
+        _need(is_fine, "knots", "ascending pairs within [0, 1]", self.knots)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BundleSpec:
     """A whole manifest.
 
@@ -361,6 +378,7 @@ class BundleSpec:
     training: Mapping[str, Any]
     quality: Mapping[str, Any]
     files: Mapping[str, FileSpec]
+    confidence: ConfidenceSpec | None = None
 
     def __post_init__(self) -> None:
         unlisted = [name for name in self.used_files() if name not in self.files]

@@ -1,22 +1,28 @@
 """One image with many questions: what was worked out for the image is kept from query to query."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from medreasoner.consensus import concord, expected_dice
 from medreasoner.engine import Engine
 from medreasoner.errors import MedReasonerError, QueryError
 from medreasoner.geometry import Box, Placement, Point
 from medreasoner.image.record import Image
 from medreasoner.readings import Reading
 from medreasoner.reasoner import Cancellation, Decoded, Ticket
+from medreasoner.reasoner.generate import Sampler
+from medreasoner.reasoner.scheduler import gather
 from medreasoner.result import Answer, Grounding, Thought
 from medreasoner.segmenter import Embedded, Segmenter
 from medreasoner.timing import Stopwatch
@@ -24,26 +30,40 @@ from medreasoner.timing import Stopwatch
 __all__ = ["Ask", "Study", "answer_all", "open_studies"]
 
 _CLOSED = "this Study is closed"
+_MOST_SAMPLES = 64
+_TEMPERATURE = 1.0  # where a bundle was not calibrated at another one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """How a question is to be answered, and when to give up: `deadline` by `time.monotonic`, seconds."""
+    """How a question is to be answered, and when to give up: `deadline` by `time.monotonic`, seconds.
+
+    Raises
+    ------
+    QueryError
+        If a number is out of range, or free text was asked for together with samples.
+    """
 
     think: bool = False
     unconstrained: bool = False
+    samples: int = 1
+    temperature: float | None = None
+    seed: int = 0
     deadline: float | None = None
     cancellation: Cancellation | None = None
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.samples <= _MOST_SAMPLES:
+            raise QueryError(f"samples: expected 1 to {_MOST_SAMPLES}, got {self.samples!r:.40}")
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise QueryError(f"temperature: expected a positive number, got {self.temperature!r:.40}")
+        if self.seed < 0:
+            raise QueryError(f"seed: expected at least 0, got {self.seed!r:.40}")
+        if self.samples > 1 and self.unconstrained:
+            raise QueryError("samples are drawn within the grammar of answers: leave out 'unconstrained'")
+
     @classmethod
-    def within(
-        cls,
-        timeout_s: float | None,
-        *,
-        think: bool = False,
-        unconstrained: bool = False,
-        cancellation: Cancellation | None = None,
-    ) -> "Ask":
+    def within(cls, timeout_s: float | None, **options: Any) -> "Ask":
         """With a deadline so many seconds from now.
 
         Raises
@@ -54,7 +74,7 @@ class Ask:
         if timeout_s is not None and not timeout_s > 0:
             raise QueryError(f"timeout_s: expected a positive number of seconds, got {timeout_s!r:.40}")
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        return cls(think=think, unconstrained=unconstrained, deadline=deadline, cancellation=cancellation)
+        return cls(deadline=deadline, **options)
 
 
 class Study:
@@ -83,7 +103,15 @@ class Study:
         self._closed = True
 
     def ground(
-        self, query: str, *, think: bool = False, unconstrained: bool = False, timeout_s: float | None = None
+        self,
+        query: str,
+        *,
+        think: bool = False,
+        unconstrained: bool = False,
+        samples: int = 1,
+        temperature: float | None = None,
+        seed: int = 0,
+        timeout_s: float | None = None,
     ) -> Grounding:
         """Answer a question about the image.
 
@@ -96,6 +124,13 @@ class Study:
         unconstrained
             Whether it answers as free text that is then parsed, instead of following the grammar of answers: only to
             compare.
+        samples
+            How many answers to draw; with more than one the result is what they agree on, with its `agreement`,
+            `concord` and `confidence`.
+        temperature
+            At which they are drawn; None: that at which the bundle was calibrated, or 1.
+        seed
+            Of the draws: the same seed gives the same answers, whatever else the model answers meanwhile.
         timeout_s
             Seconds after which to give up, between two steps of the decoder; None: never.
 
@@ -112,7 +147,91 @@ class Study:
         MedReasonerError
             If the study or its Grounder is closed.
         """
-        return self.ask(query, Ask.within(timeout_s, think=think, unconstrained=unconstrained)).result()
+        ask = Ask.within(
+            timeout_s, think=think, unconstrained=unconstrained, samples=samples, temperature=temperature, seed=seed
+        )
+        return self.answer(query, ask)
+
+    def answer(self, query: str, ask: Ask, *, is_first: bool = False) -> Grounding:
+        """As `ground`; `is_first` as in `ask`."""
+        if ask.samples == 1:
+            return self.ask(query, ask, is_first=is_first).result()
+        watch = Stopwatch()
+        self._check()
+        drawn = self._draw(query, ask)
+        timings = {**(self.timings_ms if is_first else {})}
+        timings["draw"] = watch.lap()
+        return self._agreed(query, ask, drawn, timings, watch)
+
+    def _draw(self, query: str, ask: Ask) -> list[Decoded]:
+        """The drawn answers."""
+        reasoner, prefix, calibrated = self._engine.reasoner, self._reading.prefix, self._engine.confidence
+        temperature = ask.temperature or (calibrated.temperature if calibrated else _TEMPERATURE)
+        samplers = [Sampler(temperature, ask.seed, index) for index in range(ask.samples)]
+        if not ask.think:
+            return reasoner.sample(prefix, query, samplers, deadline=ask.deadline, cancellation=ask.cancellation)
+        answer = partial(
+            reasoner.answer, prefix, query, think=True, deadline=ask.deadline, cancellation=ask.cancellation
+        )
+        drawn: list[Decoded] = []
+        for start in range(0, len(samplers), reasoner.n_slots):
+            some = samplers[start : start + reasoner.n_slots]
+            drawn += gather([answer(sampler=each) for each in some])
+        return drawn
+
+    def _agreed(
+        self, query: str, ask: Ask, drawn: list[Decoded], timings: dict[str, float], watch: Stopwatch
+    ) -> Grounding:
+        """What drawn answers come to."""
+        found = [each for each in drawn if each.corners is not None and each.points is not None]
+        n, segmenter = len(drawn), self._engine.segmenter
+        votes, score, nearest = np.zeros((self.image.height, self.image.width), np.uint8), 0.0, drawn[0]
+        value = 1.0
+        if found:
+            embedded, spent = self._embedding()
+            if "vision" in timings:
+                timings["segment_encode"] = spent
+            logits, scores = self._decode_found(found, embedded)
+            timings["segment_decode"] = watch.lap()
+            votes = segmenter.votes(logits, embedded)
+            small = segmenter.small(logits, embedded)
+            value, _ = concord(np.concatenate([small, np.zeros((n - len(found), *small.shape[1:]), np.bool_)]))
+            _, index = concord(small)
+            if 2 * len(found) > n:
+                nearest, score = found[index], float(scores[index])
+            else:
+                nearest = next(each for each in drawn if each.corners is None)
+        timings["postprocess"] = watch.lap()
+        timings["total"] = timings.get("total", 0.0) + sum(
+            timings.get(stage, 0.0) for stage in ("draw", "segment_decode", "postprocess")
+        )
+        result = self._result(query, nearest, votes > n // 2, score, timings)
+        calibrated, warnings = self._engine.confidence, result.warnings
+        confidence = None
+        if calibrated is None or ask.temperature not in (None, calibrated.temperature):
+            warnings = (*warnings, "no confidence: this bundle was not calibrated for answers drawn like this")
+        elif nearest.corners is not None:  # it says what a mask is worth
+            confidence = expected_dice(value, calibrated.knots)
+        return replace(
+            result, n_samples=ask.samples, votes=votes, concord=value, confidence=confidence, warnings=warnings
+        )
+
+    def _decode_found(
+        self, found: list[Decoded], embedded: Embedded
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Masks of all answers, half of them in another thread."""
+        segmenter = self._engine.segmenter
+        corners = np.stack([each.corners for each in found if each.corners is not None])
+        points = np.stack([each.points for each in found if each.points is not None])
+        half = (len(found) + 1) // 2
+        other = None
+        if half < len(found):
+            other = self._engine.submit(segmenter.decode_batch, embedded, corners=corners[half:], points=points[half:])
+        logits, scores = segmenter.decode_batch(embedded, corners=corners[:half], points=points[:half])
+        if other is None:
+            return logits, scores
+        more, more_scores = other.result()
+        return np.concatenate([logits, more]), np.concatenate([scores, more_scores])
 
     def stream(
         self, query: str, *, think: bool = True, unconstrained: bool = False, timeout_s: float | None = None
@@ -279,7 +398,7 @@ class Asked:
 
     def drop(self) -> None:
         """Nobody will ask for it."""
-        self._ticket.cancel()
+        self._ticket.drop()
 
 
 def answer_all(engine: Engine, questions: "Sequence[tuple[Study, str, bool]]", ask: Ask) -> list[Grounding]:
@@ -287,6 +406,8 @@ def answer_all(engine: Engine, questions: "Sequence[tuple[Study, str, bool]]", a
 
     As many are decoded at once as the decoder has slots; masks are drawn meanwhile, in threads.
     """
+    if ask.samples > 1:  # each question fills the slots by itself
+        return [study.answer(query, ask, is_first=is_first) for study, query, is_first in questions]
     asked: deque[Asked] = deque()
     drawing: list[Future[Grounding]] = []
     try:

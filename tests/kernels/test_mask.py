@@ -124,3 +124,22 @@ def test_bytes_that_are_viewed_as_bool_count_as_set():
 def test_masks_of_other_form_are_refused(function, bad):
     with pytest.raises(ArrayError, match="mask: expected"):
         function(bad)
+
+
+@given(n=st.integers(1, 6), height=st.integers(1, 40), width=st.integers(1, 40), seed=st.integers(0, 99))
+def test_counts_are_the_sum_of_masks(n, height, width, seed):
+    rng = np.random.default_rng(seed)
+    h, w = rng.integers(1, 9, 2)
+    logits = rng.standard_normal((n, h, w)).astype(np.float32)
+    crop = (rng.uniform(0.2, 1) * h, rng.uniform(0.2, 1) * w)
+    each = [ops.mask_from_logits(one, crop=crop, height=height, width=width, threshold=0.1) for one in logits]
+    found = ops.count_masks(logits, crop=crop, height=height, width=width, threshold=0.1)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, np.sum(each, axis=0))
+
+
+def test_counts_of_too_many_or_cropped_beyond_are_refused():
+    with pytest.raises(ArrayError, match="n <= 255"):
+        ops.count_masks(np.zeros((256, 1, 1), np.float32), crop=(1, 1), height=1, width=1)
+    with pytest.raises(ArrayError, match="crop"):
+        ops.count_masks(np.zeros((2, 1, 1), np.float32), crop=(2, 1), height=1, width=1)

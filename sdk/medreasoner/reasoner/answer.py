@@ -1,7 +1,7 @@
 """Writes answers: an optional thought in free text, then the answer by the grammar, or freely to compare."""
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from medreasoner.errors import BundleError, GenerationError
 from medreasoner.ops import AnswerParser, AnswerState, ParsedAnswer
 from medreasoner.reasoner.decoder import Step
-from medreasoner.reasoner.generate import Sequencer, choose, free_text, if_present
+from medreasoner.reasoner.generate import Sampler, Sequencer, choose, free_text, if_present
 from medreasoner.reasoner.grammar import GrammarBook
 from medreasoner.reasoner.weights import WeightMatrix
 from medreasoner.result import Answer, Thought
@@ -19,7 +19,7 @@ from medreasoner.spec import ReasonerSpec
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["AnswerWriter", "Written"]
+__all__ = ["AnswerWriter", "Opening", "Written"]
 
 _FREE_ANSWER_TOKENS = 128  # room for an answer in digits, where no grammar bounds it
 
@@ -64,7 +64,9 @@ class AnswerWriter:
         """Build the grammar for answers up to these limits now, not at the first query."""
         self._grammars.grammar(max(limits))
 
-    def write(self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool) -> Writing:
+    def write(
+        self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool, sampler: Sampler | None
+    ) -> Writing:
         """Write an answer that is valid by construction.
 
         Parameters
@@ -77,26 +79,48 @@ class AnswerWriter:
             Largest x and y.
         think
             Whether to write a thought first.
+        sampler
+            Draws the tokens; None: the likeliest.
         """
+        opening = yield from self.open(sequencer, pending, limits=limits, think=think, sampler=sampler)
+        return (yield from self.go_on(sequencer, opening, sampler))
+
+    def open(
+        self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool, sampler: Sampler | None
+    ) -> Generator[Thought | Step, States, "Opening"]:
+        """The first part of `write`: up to the first number, or to the answer that there is none."""
         thought = _Thought(text=None, rest="", n_tokens=0, pending=pending)
         if think:
-            thought = yield from self._think(sequencer, pending)
+            thought = yield from self._think(sequencer, pending, sampler)
         state = self._grammars.grammar(max(limits), written=thought.rest).start(*limits)
         ids = state.forced()
         pending = [*thought.pending, *ids]
-        absent_probability: float | None = None
+        guess = if_present(state)
+        hidden = yield from sequencer.feed([*pending, *guess])
+        if sequencer.n_runs == 1:
+            sequencer.lap("prefill")
+        at_choice = hidden[len(pending) - 1]
+        if not state.at_absent_choice:
+            return Opening(thought=thought, state=state, ids=ids, hidden=at_choice)
+        token, probability = choose(state, at_choice, self._lm_head, self._spec.absent_threshold)
+        state.accept(token)
+        own = [token, *state.forced()]
+        ids += own
+        if own == guess:  # they have been fed already
+            return Opening(thought=thought, state=state, ids=ids, hidden=hidden[-1], absent_probability=probability)
+        return Opening(thought=thought, state=state, ids=ids, pending=own, absent_probability=probability)
+
+    def go_on(self, sequencer: Sequencer, opening: "Opening", sampler: Sampler | None) -> Writing:
+        """The rest of `write`; an opening may be gone on with several times."""
+        thought, state, ids = opening.thought, opening.state.copy(), list(opening.ids)
+        hidden, pending = opening.hidden, opening.pending
         while not state.done:
-            guess = if_present(state)
-            hidden = yield from sequencer.feed([*pending, *guess])
-            if sequencer.n_runs == 1:
-                sequencer.lap("prefill")
-            own, probability = self._step(state, hidden[len(pending) - 1])
-            absent_probability = probability if absent_probability is None else absent_probability
-            ids += own
-            if guess and own == guess:  # they have been fed already
-                own, _ = self._step(state, hidden[-1])
-                ids += own
-            pending = own
+            if hidden is None:
+                hidden = (yield from sequencer.feed(pending))[-1]
+            token, _ = choose(state, hidden, self._lm_head, self._spec.absent_threshold, sampler)
+            state.accept(token)
+            pending, hidden = [token, *state.forced()], None  # those behind it ride along in one run
+            ids += pending
         sequencer.lap("answer")
         text = thought.rest + self._text(ids)
         yield Answer(text)
@@ -106,17 +130,13 @@ class AnswerWriter:
             text=text,
             n_thought=thought.n_tokens,
             n_answer=len(ids),
-            absent_probability=absent_probability,
+            absent_probability=opening.absent_probability,
             warnings=thought.warnings,
         )
 
-    def _step(self, state: AnswerState, hidden: NDArray[np.float32]) -> tuple[list[int], float | None]:
-        """The chosen token and the forced ones behind it, which ride along in one run; the absent probability."""
-        token, probability = choose(state, hidden, self._lm_head, self._spec.absent_threshold)
-        state.accept(token)
-        return [token, *state.forced()], probability
-
-    def _think(self, sequencer: Sequencer, pending: list[int]) -> Generator[Thought | Step, States, "_Thought"]:
+    def _think(
+        self, sequencer: Sequencer, pending: list[int], sampler: Sampler | None
+    ) -> Generator[Thought | Step, States, "_Thought"]:
         limit = self._spec.max_think_tokens
         if limit == 0:
             warning = "this model was not trained to reason in words"
@@ -128,7 +148,12 @@ class AnswerWriter:
             return (Thought(piece),)
 
         ids, following, rest = yield from self._free(
-            sequencer, [*pending, *self._think_open], stop=self._texts.think_close, limit=limit, tell=tell
+            sequencer,
+            [*pending, *self._think_open],
+            stop=self._texts.think_close,
+            limit=limit,
+            tell=tell,
+            sampler=sampler,
         )
         sequencer.lap("think")
         if rest is None:  # the end token or the limit came first
@@ -144,7 +169,7 @@ class AnswerWriter:
         )
 
     def write_freely(
-        self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool
+        self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool, sampler: Sampler | None
     ) -> Writing:
         """Write thought and answer as one free text and read that: what the model does without a grammar.
 
@@ -166,7 +191,9 @@ class AnswerWriter:
             return (Thought(new),) if new else ()
 
         limit = self._spec.max_think_tokens * think + _FREE_ANSWER_TOKENS
-        ids, *_ = yield from self._free(sequencer, [*pending, *opening], stop=stop, limit=limit, tell=tell)
+        ids, *_ = yield from self._free(
+            sequencer, [*pending, *opening], stop=stop, limit=limit, tell=tell, sampler=sampler
+        )
         sequencer.lap("answer")
         text = self._text([*opening, *ids])
         whole = AnswerParser()
@@ -186,6 +213,7 @@ class AnswerWriter:
         stop: str,
         limit: int,
         tell: Callable[[str], tuple[Thought, ...]],
+        sampler: Sampler | None,
     ) -> Generator[Thought | Step, States, tuple[list[int], list[int], str | None]]:
         return free_text(
             sequencer,
@@ -196,6 +224,7 @@ class AnswerWriter:
             end=self._end,
             limit=limit,
             tell=tell,
+            sampler=sampler,
         )
 
     def _ids(self, text: str) -> list[int]:
@@ -214,6 +243,23 @@ class _Thought:
     n_tokens: int
     pending: list[int]
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opening:
+    """An answer up to its first number: what comes next follows from `hidden`, or once `pending` have been fed."""
+
+    thought: _Thought
+    state: AnswerState
+    ids: list[int]
+    hidden: NDArray[np.float32] | None = None
+    pending: list[int] = field(default_factory=list)
+    absent_probability: float | None = None
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether there will be no number."""
+        return bool(self.state.absent)
 
 
 def _values(parsed: ParsedAnswer, limits: tuple[int, int]) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from medreasoner.timing import Stopwatch
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Feeding", "Sequencer", "choose", "free_text", "held_back", "if_present"]
+__all__ = ["Feeding", "Sampler", "Sequencer", "choose", "free_text", "held_back", "if_present"]
 
 States: TypeAlias = NDArray[np.float32]
 E = TypeVar("E")
@@ -37,7 +37,7 @@ class Sequencer:
 
     def __init__(self, decoder: Decoder, embedding: WeightMatrix, cache: KvCache, next_position: int) -> None:
         self._decoder, self._embedding, self._cache = decoder, embedding, cache
-        self._next_position = next_position
+        self.next_position = next_position
         self.n_runs = 0
         self.timings_ms: dict[str, float] = {}
         self._watch = Stopwatch()
@@ -45,8 +45,8 @@ class Sequencer:
     def feed(self, ids: Sequence[int]) -> Feeding:
         """Yields the step of n text tokens, is sent their hidden states (n, hidden_dim), and returns them."""
         embeds = self._embedding.embed(np.array(ids, np.int64))
-        states = yield self._decoder.text_step(self._cache, embeds, self._next_position)
-        self._next_position += len(ids)
+        states = yield self._decoder.text_step(self._cache, embeds, self.next_position)
+        self.next_position += len(ids)
         self.n_runs += 1
         return states
 
@@ -55,8 +55,34 @@ class Sequencer:
         self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + self._watch.lap()
 
 
+class Sampler:
+    """Draws tokens from what the model gives them, reproducibly: each sequence has numbers of its own.
+
+    Parameters
+    ----------
+    temperature
+        Logits are divided by it; above 0.
+    seed, index
+        Of the draws, and of the sequence among those of one question.
+    """
+
+    def __init__(self, temperature: float, seed: int, index: int) -> None:
+        self._temperature = temperature
+        self._random = np.random.Generator(np.random.PCG64([seed, index]))
+
+    def draw(self, logits: NDArray[np.float32]) -> int:
+        """Index into finite logits (n,)."""
+        scaled = logits.astype(np.float64) / self._temperature
+        shares = np.cumsum(np.exp(scaled - scaled.max()))
+        return min(int(np.searchsorted(shares, self._random.random() * shares[-1], side="right")), len(logits) - 1)
+
+
 def choose(
-    state: AnswerState, hidden: NDArray[np.float32], lm_head: LanguageHead, absent_threshold: float | None
+    state: AnswerState,
+    hidden: NDArray[np.float32],
+    lm_head: LanguageHead,
+    absent_threshold: float | None,
+    sampler: Sampler | None = None,
 ) -> tuple[int, float | None]:
     """Token to go on with at a choice of the grammar.
 
@@ -71,6 +97,8 @@ def choose(
     absent_threshold
         Probability of the absent answer, among the tokens allowed, above which it is given; None: if it is the
         likeliest.
+    sampler
+        Draws the token where the choice is another one; None: the likeliest.
 
     Returns
     -------
@@ -84,6 +112,11 @@ def choose(
         If the logits are not finite.
     """
     rows = state.allowed()
+    if not state.at_absent_choice and sampler is not None:
+        logits = lm_head.logits(hidden, rows)
+        if not np.isfinite(logits).all():
+            raise GenerationError(_NOT_FINITE)
+        return int(rows[sampler.draw(logits)]), None
     if not state.at_absent_choice:
         try:
             return lm_head.likeliest(hidden, rows), None
@@ -144,6 +177,7 @@ def free_text(
     end: int,
     limit: int,
     tell: Callable[[str], Iterable[E]],
+    sampler: Sampler | None = None,
 ) -> Generator[E | Step, States, tuple[list[int], list[int], str | None]]:
     """Generate greedily until a text, the end token or a number of tokens.
 
@@ -163,6 +197,8 @@ def free_text(
         Most tokens to generate.
     tell
         Makes events of each piece of the text before `stop`.
+    sampler
+        Draws the tokens; None: the likeliest.
 
     Yields
     ------
@@ -190,6 +226,8 @@ def free_text(
         token = int(np.argmax(logits))
         if not np.isfinite(logits[token]):
             raise GenerationError(_NOT_FINITE)
+        if sampler is not None:
+            token = sampler.draw(logits)
         if token == end:
             unfed = []
             break

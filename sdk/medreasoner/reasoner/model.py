@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from medreasoner.geometry import Placement, place
 from medreasoner.image.record import Image
-from medreasoner.reasoner.answer import AnswerWriter, Written
+from medreasoner.reasoner.answer import AnswerWriter, Opening, Written
 from medreasoner.reasoner.decoder import Decoder, KvCache, SavedPrefix
-from medreasoner.reasoner.generate import Sequencer
+from medreasoner.reasoner.generate import Sampler, Sequencer
 from medreasoner.reasoner.prompt import Prompt, common_length
 from medreasoner.reasoner.rotary import prompt_positions
-from medreasoner.reasoner.scheduler import Cancellation, Scheduler, Stream, Ticket
+from medreasoner.reasoner.scheduler import Cancellation, Scheduler, Stream, Ticket, gather
 from medreasoner.reasoner.step import StepKernel
 from medreasoner.reasoner.vision import VisionGrid, image_patches, placed_grid
 from medreasoner.reasoner.weights import WeightMatrix
@@ -181,7 +181,7 @@ class Reasoner:
                 self._scheduler.start(partial(reading, own=own), deadline=deadline, cancellation=cancellation)
                 for own in embeds[first : first + self.n_slots]
             ]
-            saved += [ticket.result() for ticket in tickets]
+            saved += gather(tickets)
         return [
             Prefix(placement=placement, grid=grid, ids=ids, saved=each, next_position=next_position)
             for placement, each in zip(placements, saved, strict=True)
@@ -194,6 +194,7 @@ class Reasoner:
         *,
         think: bool,
         unconstrained: bool = False,
+        sampler: Sampler | None = None,
         deadline: float | None = None,
         cancellation: Cancellation | None = None,
     ) -> Ticket[Decoded]:
@@ -209,6 +210,8 @@ class Reasoner:
             Whether to reason in free text first.
         unconstrained
             Whether to decode the answer as free text too and parse it, instead of following the grammar: to compare.
+        sampler
+            Draws the tokens; None: the likeliest.
         deadline, cancellation
             When to give up, by `time.monotonic`, and who may say so.
 
@@ -227,17 +230,65 @@ class Reasoner:
         def answering(cache: KvCache) -> Stream[Decoded]:
             sequencer, rest = self._resumed(prefix, whole, cache)
             answer_limits = prefix.placement.answer_limits(self.spec.coordinates)
-            written = yield from write(sequencer, rest, limits=answer_limits, think=think)
-            tokens = {
-                "prompt": len(whole),
-                "image": prefix.grid.n_tokens,
-                "thought": written.n_thought,
-                "answer": written.n_answer,
-                "decoder_runs": sequencer.n_runs,
-            }
-            return self._decoded(written, prefix.placement, tokens, sequencer.timings_ms)
+            written = yield from write(sequencer, rest, limits=answer_limits, think=think, sampler=sampler)
+            return self._decoded(written, prefix, len(whole), sequencer)
 
         return self._scheduler.start(answering, prefix=prefix.saved, deadline=deadline, cancellation=cancellation)
+
+    def sample(
+        self,
+        prefix: Prefix,
+        query: str,
+        samplers: Sequence[Sampler],
+        *,
+        deadline: float | None = None,
+        cancellation: Cancellation | None = None,
+    ) -> list[Decoded]:
+        """Answers to one query that are drawn, one for each sampler; the question is read once for all of them.
+
+        One answer only if that is that the target is absent, which is not drawn.
+
+        Parameters
+        ----------
+        prefix, query
+            As for `answer`.
+        samplers
+            At least one.
+        deadline, cancellation
+            When to give up, by `time.monotonic`, and who may say so.
+
+        Raises
+        ------
+        MedReasonerError
+            As `answer` and its ticket.
+        """
+        whole = self.prompt.whole(query, prefix.grid.n_tokens)
+        limits = prefix.placement.answer_limits(self.spec.coordinates)
+
+        def opening(cache: KvCache) -> Stream[tuple[Opening, SavedPrefix, Sequencer]]:
+            sequencer, rest = self._resumed(prefix, whole, cache)
+            opened = yield from self._writer.open(sequencer, rest, limits=limits, think=False, sampler=None)
+            saved = cache.save()
+            cache.holds = saved
+            return opened, saved, sequencer
+
+        def answering(cache: KvCache, sampler: Sampler | None) -> Stream[Decoded]:
+            cache.restore(saved, saved.length)
+            sequencer = Sequencer(self._decoder, self._embedding, cache, first.next_position)
+            written = yield from self._writer.go_on(sequencer, opened, sampler)
+            sequencer.n_runs += first.n_runs
+            sequencer.timings_ms |= {"prefill": first.timings_ms["prefill"]}
+            return self._decoded(written, prefix, len(whole), sequencer)
+
+        start = partial(self._scheduler.start, deadline=deadline, cancellation=cancellation)
+        opened, saved, first = start(opening, prefix=prefix.saved).result()
+        drawn: list[Decoded] = []
+        kinds: Sequence[Sampler | None] = (None,) if opened.is_absent else samplers
+        for begin in range(0, len(kinds), self.n_slots):
+            some = kinds[begin : begin + self.n_slots]
+            tickets = [start(partial(answering, sampler=sampler), prefix=saved) for sampler in some]
+            drawn += gather(tickets)
+        return drawn
 
     def _resumed(self, prefix: Prefix, whole: list[int], cache: KvCache) -> tuple[Sequencer, list[int]]:
         """A prompt in a slot that holds as much of it as the prefix has, and the tokens that are left."""
@@ -266,20 +317,24 @@ class Reasoner:
         states = self._scheduler.start(reading, prefix=prefix.saved).result()
         return np.stack([self._lm_head.logits(state) for state in np.ascontiguousarray(states[-len(ids) :])])
 
-    def _decoded(
-        self, written: Written, placement: Placement, tokens: dict[str, int], timings_ms: dict[str, float]
-    ) -> Decoded:
+    def _decoded(self, written: Written, prefix: Prefix, n_prompt: int, sequencer: Sequencer) -> Decoded:
         corners = points = None
         if written.values is not None:
             pairs = np.reshape(written.values, (4, 2))  # two corners, two points
-            corners, points = np.split(placement.from_answer(pairs, self.spec.coordinates), 2)
+            corners, points = np.split(prefix.placement.from_answer(pairs, self.spec.coordinates), 2)
         return Decoded(
             corners=corners,
             points=points,
             thought=written.thought,
             text=written.text,
             absent_probability=written.absent_probability,
-            tokens=tokens,
-            timings_ms=timings_ms,
+            tokens={
+                "prompt": n_prompt,
+                "image": prefix.grid.n_tokens,
+                "thought": written.n_thought,
+                "answer": written.n_answer,
+                "decoder_runs": sequencer.n_runs,
+            },
+            timings_ms=sequencer.timings_ms,
             warnings=written.warnings,
         )

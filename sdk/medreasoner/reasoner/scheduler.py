@@ -10,7 +10,7 @@ sequence that has a slot. Long ones go in pieces while others run, so that readi
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from typing import Generic, TypeAlias, TypeVar
 
 import numpy as np
@@ -20,7 +20,7 @@ from medreasoner.errors import CancelledError, DeadlineError, MedReasonerError, 
 from medreasoner.reasoner.decoder import Decoder, KvCache, SavedPrefix, Step
 from medreasoner.result import Answer, Thought
 
-__all__ = ["Cancellation", "Event", "Scheduler", "Stream", "Ticket"]
+__all__ = ["Cancellation", "Event", "Scheduler", "Stream", "Ticket", "gather"]
 
 Event: TypeAlias = Thought | Answer
 T = TypeVar("T")
@@ -105,6 +105,10 @@ class Ticket(Generic[T]):
             pass
         return run.value
 
+    def drop(self) -> None:
+        """Give it up if it is not done: its caller will not ask for it."""
+        self._scheduler.drop(self)
+
     def cancel(self) -> None:
         """Give it up, from any thread; its caller gets `CancelledError`."""
         self._is_cancelled = True
@@ -172,6 +176,15 @@ class Ticket(Generic[T]):
             self._error, self.is_done = err, True
         else:
             self._step = item
+
+
+def gather(tickets: Sequence[Ticket[T]]) -> list[T]:
+    """Results of several sequences, which run together; if one fails the others are given up."""
+    try:
+        return [ticket.result() for ticket in tickets]
+    finally:
+        for ticket in tickets:
+            ticket.drop()
 
 
 class _Returning(Generic[T]):
