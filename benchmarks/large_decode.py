@@ -84,10 +84,10 @@ class Side:
         """Wait until it is ready."""
         self.facts = self._answer()
 
-    def run(self, mode: str = "") -> dict[str, Any]:
-        """One prompt and its tokens."""
+    def run(self, number: int, mode: str) -> dict[str, Any]:
+        """One prompt, other ones in every run, and its tokens."""
         assert self._process.stdin is not None
-        self._process.stdin.write(mode + "\n")
+        self._process.stdin.write(f"{number} {mode}\n")
         self._process.stdin.flush()
         return self._answer()
 
@@ -115,6 +115,7 @@ class Measured:
     mode: str = ""
     token_s: list[float] = field(default_factory=list)  # median over a run's tokens
     prompt_s: list[float] = field(default_factory=list)
+    ways: list[dict[str, float]] = field(default_factory=list)  # of reading: seconds by way and number of threads
 
     @property
     def label(self) -> str:
@@ -196,7 +197,7 @@ def take_turns(
             if number:
                 noted += _wait_for_quiet(anyway)
             try:
-                answer = sides[name].run(mode)
+                answer = sides[name].run(number, mode)
             except SideError as err:
                 errors[name] = str(err)
                 continue
@@ -205,8 +206,10 @@ def take_turns(
                 continue
             measured = figures[name, mode]
             if name == READ:
-                measured.token_s.append(min(answer["read_s"].values()))
-                measured.prompt_s.append(answer["read_s"]["1"])
+                measured.ways.append(
+                    {f"{way}, {n}": s for n, each in answer["read_s"].items() for way, s in each.items()}
+                )
+                measured.token_s.append(min(measured.ways[-1].values()))
             else:
                 measured.token_s.append(statistics.median(answer["steps_s"]))
                 measured.prompt_s.append(answer["prompt_s"])
@@ -258,10 +261,11 @@ def table(
         lines.append(row.rstrip())
     if read is not None and per_s is not None:
         size = sides[READ].facts["weight_bytes"]
-        one = size / statistics.median(read.prompt_s) / 1e9
+        rates = {way: size / statistics.median(run[way] for run in read.ways) / 1e9 for way in read.ways[0]}
         lines.append(
             f"{'only read, like ours':<26}{spread([1 / each for each in read.token_s]):<25}{'':>9}{size / 1e6:>10.0f}"
-            f"{'1':>13}   {per_s / 1e9:.1f} GB/s, with one thread {one:.1f}"
+            f"{'1':>13}   {per_s / 1e9:.1f} GB/s; by way and threads: "
+            + ", ".join(f"{way} {rate:.1f}" for way, rate in rates.items())
         )
     return lines
 
@@ -359,8 +363,8 @@ def print_report(
     for name, side in sides.items():
         versions = ", ".join(f"{key} {value}" for key, value in side.facts["versions"].items())
         print(f"  {name}: {versions}; {side.facts['settings']}")
-    for line in dict.fromkeys(noted):
-        print(f"  {line}")
+    if noted:
+        print(f"  {len(noted)} times, the worst: {max(noted, key=_percent)}")
     print("\n" + "\n".join(table(figures, sides, memory, options.prompt)) + "\n")
     print("\n".join(verdicts(figures, sides)))
     for name, error in errors.items():
@@ -370,9 +374,15 @@ def print_report(
             "shape": dict(text), "prompt": options.prompt, "steps": options.steps, "processor": _processor(),
             "threads": options.threads, "load": os.getloadavg(), "busy": list(noted), "errors": dict(errors),
             "sides": {name: side.facts for name, side in sides.items()}, "memory_mib": dict(memory),
-            "seconds": {value.label: {"token": value.token_s, "prompt": value.prompt_s} for value in figures},
+            "seconds": {
+                value.label: {"token": value.token_s, "prompt": value.prompt_s, "read": value.ways} for value in figures
+            },
         }  # fmt: skip
         options.json.write_text(json.dumps(facts, indent=2))
+
+
+def _percent(line: str) -> int:
+    return max((int(word) for word in line.split() if word.isdigit()), default=0)
 
 
 def _processor() -> str:

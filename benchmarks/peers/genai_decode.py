@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any
 
 from random_prompt import random_prompt
-from serving import serve, versions
+from serving import run_number, serve, versions
 from text_checkpoint import write_text_checkpoint
 
 # Symmetric levels in blocks of 32 and products of eight-bit activations are the builder's defaults for the CPU.
@@ -44,9 +44,10 @@ def start(
     settings["model"]["decoder"]["session_options"]["intra_op_num_threads"] = threads
     path.write_text(json.dumps(settings))
     loaded = og.Model(str(model))
-    prompt = random_prompt(n_prompt, settings["model"]["vocab_size"])
+    vocab_size = settings["model"]["vocab_size"]
 
-    def run(_: str) -> Mapping[str, Any]:
+    def run(line: str) -> Mapping[str, Any]:
+        prompt = random_prompt(n_prompt, vocab_size, run_number(line))
         parameters = og.GeneratorParams(loaded)
         length = n_prompt + n_steps + 1
         parameters.set_search_options(max_length=length, min_length=length, do_sample=False)

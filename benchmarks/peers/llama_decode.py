@@ -12,7 +12,7 @@ from typing import Any
 
 from q4_gguf import bytes_a_token, write_gguf
 from random_prompt import random_prompt
-from serving import serve, versions
+from serving import run_number, serve, versions
 
 
 def prepare(checkpoint: Path, model: Path) -> None:
@@ -33,7 +33,7 @@ def start(
     options.n_threads = options.n_threads_batch = threads
     context = llama.llama_init_from_model(loaded, options)
     vocabulary = llama.llama_model_get_vocab(loaded)
-    prompt = random_prompt(n_prompt, llama.llama_vocab_n_tokens(vocabulary))
+    vocab_size = llama.llama_vocab_n_tokens(vocabulary)
     sampler = llama.llama_sampler_init_greedy()
 
     def feed(tokens: list[int]) -> int:
@@ -43,7 +43,8 @@ def start(
             raise RuntimeError(f"llama_decode returned {code}")
         return int(llama.llama_sampler_sample(sampler, context, -1))
 
-    def run(_: str) -> Mapping[str, Any]:
+    def run(line: str) -> Mapping[str, Any]:
+        prompt = random_prompt(n_prompt, vocab_size, run_number(line))
         llama.llama_memory_clear(llama.llama_get_memory(context), True)
         steps: list[float] = []
         at, pending = perf_counter(), prompt

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from q4_gguf import bytes_a_token, write_gguf
 from random_prompt import random_prompt
-from serving import serve, versions
+from serving import run_number, serve, versions
 
 
 def prepare(checkpoint: Path, model: Path) -> None:
@@ -32,13 +32,14 @@ def start(
     properties: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
     properties |= {"ATTENTION_BACKEND": backend} | dict(part.split("=") for part in more)
     pipeline = genai.LLMPipeline(str(model), "CPU", **properties)
-    prompt = ov.Tensor(np.array([random_prompt(n_prompt, 151000)], np.int64))
     options = genai.GenerationConfig()
     options.max_new_tokens = options.min_new_tokens = n_steps + 1
     options.ignore_eos, options.do_sample, options.apply_chat_template = True, False, False
+    vocab_size = 151000  # of the vocabulary's 151936, those that any of its sizes has
     mask = ov.Tensor(np.ones((1, n_prompt), np.int64))
 
-    def run(_: str) -> Mapping[str, Any]:
+    def run(line: str) -> Mapping[str, Any]:
+        prompt = ov.Tensor(np.array([random_prompt(n_prompt, vocab_size, run_number(line))], np.int64))
         begin = perf_counter()
         result = pipeline.generate(genai.TokenizedInputs(prompt, mask), options)
         spent = perf_counter() - begin

@@ -7,7 +7,8 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-from serving import serve, versions
+from random_prompt import random_prompt
+from serving import run_number, serve, versions
 
 from medreasoner import Grounder
 from medreasoner.ops import AnswerState, simd_level
@@ -40,9 +41,10 @@ def main(folder: str, threads: int, n_prompt: int, n_steps: int) -> None:
         decoder, embedding, lm_head = reasoner._decoder, reasoner._embedding, reasoner._lm_head
         state = first_number(reasoner._writer._grammars)
         n_rows = len(state.allowed())
-        prompt = np.random.default_rng(0).integers(0, reasoner.spec.vocab_size, n_prompt).tolist()
 
-        def run(mode: str) -> Mapping[str, Any]:
+        def run(line: str) -> Mapping[str, Any]:
+            mode = line.partition(" ")[2]
+            prompt = random_prompt(n_prompt, reasoner.spec.vocab_size, run_number(line))
             cache = decoder.open_cache()
             at = perf_counter()
             sequencer = Sequencer(decoder, embedding, cache, 0)

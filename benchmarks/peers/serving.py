@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["memory_mib", "serve", "versions"]
+__all__ = ["memory_mib", "run_number", "serve", "versions"]
 
 
 def serve(start: Callable[[], tuple[Mapping[str, Any], Callable[[str], Mapping[str, Any]]]]) -> None:
@@ -39,6 +39,11 @@ def serve(start: Callable[[], tuple[Mapping[str, Any], Callable[[str], Mapping[s
     except Exception as err:
         say({"error": f"{type(err).__name__}: {' '.join(str(err).split())}"})
         raise
+
+
+def run_number(line: str) -> int:
+    """Of a line of the input: the number of the run, and behind it what else is asked for."""
+    return int(line.partition(" ")[0])
 
 
 def memory_mib() -> Mapping[str, int]:
