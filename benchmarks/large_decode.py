@@ -32,7 +32,7 @@ from peers.install import find_python
 
 from medreasoner import MedReasonerError
 from medreasoner.providers import usable_cores
-from medreasoner_cli.busy import check_quiet
+from medreasoner_cli.busy import LIMIT, CoreWatch, busy_sentence, check_quiet
 
 PEERS = Path(__file__).parent / "peers"
 OURS, READ = "ours", "read"
@@ -40,7 +40,6 @@ MODES = ("allowed rows", "full logits")  # of ours
 # The tower is not run: one layer of it is enough for an export.
 SMALL_VISION = VISION | {"depth": 1, "fullatt_block_indexes": [0]}
 _SETTLE_S = 0.2  # threads of the last side may spin for a while after their work
-_WAIT_S = 60  # for cores that became busy between two runs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +83,11 @@ class Side:
         """Wait until it is ready."""
         self.facts = self._answer()
 
+    @property
+    def process(self) -> int:
+        """Its id."""
+        return self._process.pid
+
     def run(self, number: int, mode: str) -> dict[str, Any]:
         """One prompt, other ones in every run, and its tokens."""
         assert self._process.stdin is not None
@@ -116,6 +120,16 @@ class Measured:
     token_s: list[float] = field(default_factory=list)  # median over a run's tokens
     prompt_s: list[float] = field(default_factory=list)
     ways: list[dict[str, float]] = field(default_factory=list)  # of reading: seconds by way and number of threads
+
+    def add(self, answer: Mapping[str, Any]) -> None:
+        """One more run."""
+        if self.side == READ:
+            ways = {f"{way}, {n}": s for n, each in answer["read_s"].items() for way, s in each.items()}
+            self.ways.append(ways)
+            self.token_s.append(min(ways.values()))
+        else:
+            self.token_s.append(statistics.median(answer["steps_s"]))
+            self.prompt_s.append(answer["prompt_s"])
 
     @property
     def label(self) -> str:
@@ -178,55 +192,62 @@ def opened(sides: Mapping[str, Sequence[str]], work: Path, errors: dict[str, str
         yield found
 
 
-def take_turns(
-    sides: Mapping[str, Side], *, runs: int, anyway: bool, errors: dict[str, str]
-) -> tuple[list[Measured], list[str], dict[str, dict[str, int]]]:
-    """Figures, what disturbed them, and each side's memory; the first round, which warms up, is not kept."""
-    figures = {}
-    for name in sides:
-        for mode in MODES if name == OURS else ("",):
-            figures[name, mode] = Measured(side=name, mode=mode)
-    noted: list[str] = []
-    memory = {}
-    for number in range(runs + 1):
-        order = list(figures)
-        shift = number % len(order)
-        for name, mode in order[shift:] + order[:shift]:
-            if name in errors:
-                continue
-            if number:
-                noted += _wait_for_quiet(anyway)
+@dataclass(slots=True, kw_only=True)
+class Turns:
+    """Runs of all sides in turn."""
+
+    sides: Mapping[str, Side]
+    wait_s: float
+    anyway: bool
+    errors: dict[str, str]
+    noted: list[str] = field(default_factory=list)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def take(self, runs: int) -> list[Measured]:
+        """Figures of the rounds that were finished; the first one warms up and is not kept."""
+        figures = [Measured(side=name, mode=mode) for name in self.sides for mode in (MODES if name == OURS else ("",))]
+        for number in range(runs + 1):
+            shift = number % len(figures)
             try:
-                answer = sides[name].run(number, mode)
+                answers = [(value, self._run(value, number)) for value in figures[shift:] + figures[:shift]]
+            except MedReasonerError as err:
+                self.noted.append(f"STOPPED after {max(0, number - 1)} of {runs} rounds: {err}")
+                break
+            for value, answer in answers:
+                if answer is not None:
+                    self.memory[value.side] = answer["memory_mib"]
+                    if number:
+                        value.add(answer)
+            print(f"round {number} of {runs}{'' if number else ', to warm up'}", file=sys.stderr, flush=True)
+        return [value for value in figures if value.token_s and value.side not in self.errors]
+
+    def _run(self, value: Measured, number: int) -> dict[str, Any] | None:
+        """One run, again if others loaded the cores meanwhile; None if the side failed."""
+        if value.side in self.errors:
+            return None
+        side, end = self.sides[value.side], time.monotonic() + self.wait_s
+        while True:
+            time.sleep(_SETTLE_S)
+            try:
+                check_quiet(anyway=self.anyway or number == 0)
+            except MedReasonerError:
+                if time.monotonic() > end:
+                    raise
+                continue
+            watch = CoreWatch(side.process)
+            try:
+                answer = side.run(number, value.mode)
             except SideError as err:
-                errors[name] = str(err)
-                continue
-            memory[name] = answer["memory_mib"]
-            if number == 0:
-                continue
-            measured = figures[name, mode]
-            if name == READ:
-                measured.ways.append(
-                    {f"{way}, {n}": s for n, each in answer["read_s"].items() for way, s in each.items()}
-                )
-                measured.token_s.append(min(measured.ways[-1].values()))
-            else:
-                measured.token_s.append(statistics.median(answer["steps_s"]))
-                measured.prompt_s.append(answer["prompt_s"])
-        print(f"round {number} of {runs}{'' if number else ', to warm up'}", file=sys.stderr, flush=True)
-    return [value for value in figures.values() if value.token_s and value.side not in errors], noted, memory
-
-
-def _wait_for_quiet(anyway: bool) -> list[str]:
-    time.sleep(_SETTLE_S)
-    end = time.monotonic() + _WAIT_S
-    while True:
-        try:
-            line = check_quiet(anyway=anyway)
-            return [line] if line else []
-        except MedReasonerError:
+                self.errors[value.side] = str(err)
+                return None
+            share = watch.share_of_others() or 0.0
+            if share <= LIMIT or number == 0:
+                return answer
+            if self.anyway:
+                self.noted.append(f"BUSY: {busy_sentence(share)} during a run of {value.label}")
+                return answer
             if time.monotonic() > end:
-                raise
+                raise MedReasonerError(busy_sentence(share))
 
 
 def spread(values: Sequence[float]) -> str:
@@ -299,6 +320,7 @@ def main() -> None:
         "--only", action="append", choices=sorted(PEER_SIDES), help="may be repeated; default: all peers"
     )
     parser.add_argument("--keep", action="store_true", help="leave the models for the next time")
+    parser.add_argument("--wait", type=float, default=600.0, help="seconds that a run waits for idle cores, at most")
     parser.add_argument("--anyway", action="store_true", help="measure even while other processes load the cores")
     parser.add_argument("--json", type=Path, help="file for every single figure")
     options = parser.parse_args()
@@ -334,24 +356,19 @@ def _run(options: argparse.Namespace) -> None:
         size = sum(path.stat().st_size for path in (work / "ours" / "reasoner").glob("decoder*"))
         commands[READ] = [sys.executable, str(PEERS / "read_bound.py"), str(size), str(options.threads)]
         with opened(commands, work, errors) as sides:
-            figures, more, memory = take_turns(sides, runs=options.runs, anyway=options.anyway, errors=errors)
-            noted += more
-            print_report(options, text, sides, figures, memory, errors, noted)
+            turns = Turns(sides=sides, wait_s=options.wait, anyway=options.anyway, errors=errors, noted=noted)
+            figures = turns.take(options.runs)
+            print_report(options, text, turns, figures)
     finally:
         if not options.keep:
             shutil.rmtree(work)
 
 
 def print_report(
-    options: argparse.Namespace,
-    text: Mapping[str, Any],
-    sides: Mapping[str, Side],
-    figures: Sequence[Measured],
-    memory: Mapping[str, Mapping[str, int]],
-    errors: Mapping[str, str],
-    noted: Sequence[str],
+    options: argparse.Namespace, text: Mapping[str, Any], turns: Turns, figures: Sequence[Measured]
 ) -> None:
     """Everything that was found, and how."""
+    sides, noted, memory = turns.sides, turns.noted, turns.memory
     print("\nTEXT DECODERS ALONE, random weights in four bits: no image is read and no mask drawn")
     print(
         f"{text['num_hidden_layers']} layers, hidden {text['hidden_size']}, mlp {text['intermediate_size']}, "
@@ -364,16 +381,17 @@ def print_report(
         versions = ", ".join(f"{key} {value}" for key, value in side.facts["versions"].items())
         print(f"  {name}: {versions}; {side.facts['settings']}")
     if noted:
-        print(f"  {len(noted)} times, the worst: {max(noted, key=_percent)}")
+        print(f"  {len(noted)} notes, the worst: {max(noted, key=_percent)}")
+        print("".join(f"  {line}\n" for line in noted if line.startswith("STOPPED")), end="")
     print("\n" + "\n".join(table(figures, sides, memory, options.prompt)) + "\n")
     print("\n".join(verdicts(figures, sides)))
-    for name, error in errors.items():
+    for name, error in turns.errors.items():
         print(f"{name}: NOT MEASURED: {error}")
     if options.json:
         facts = {
             "shape": dict(text), "prompt": options.prompt, "steps": options.steps, "processor": _processor(),
-            "threads": options.threads, "load": os.getloadavg(), "busy": list(noted), "errors": dict(errors),
-            "sides": {name: side.facts for name, side in sides.items()}, "memory_mib": dict(memory),
+            "threads": options.threads, "load": os.getloadavg(), "notes": noted, "errors": dict(turns.errors),
+            "sides": {name: side.facts for name, side in sides.items()}, "memory_mib": memory,
             "seconds": {
                 value.label: {"token": value.token_s, "prompt": value.prompt_s, "read": value.ways} for value in figures
             },

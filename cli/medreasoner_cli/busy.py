@@ -20,18 +20,29 @@ class CoreWatch:
     """Counts from its making on what others take of the cores that this process may use.
 
     Time that a hypervisor gave to other machines counts as theirs.
+
+    Parameters
+    ----------
+    ours
+        Ids of processes that are not others, besides this one.
     """
 
-    def __init__(self) -> None:
-        self._ticks, self._own = _core_ticks(), _own_ticks()
+    def __init__(self, *ours: int) -> None:
+        self._ours = ours
+        self._ticks, self._own = _core_ticks(), self._own_ticks()
 
     def share_of_others(self) -> float | None:
         """0 to 1; None where no /proc/stat tells."""
-        now, own = _core_ticks(), _own_ticks()
+        now, own = _core_ticks(), self._own_ticks()
         if self._ticks is None or now is None:
             return None
         total, busy = now[0] - self._ticks[0], now[1] - self._ticks[1]
         return min(1.0, max(0.0, busy - (own - self._own)) / total) if total > 0 else 0.0
+
+    def _own_ticks(self) -> float:
+        spent = os.times()
+        this = (spent.user + spent.system) * float(os.sysconf("SC_CLK_TCK"))
+        return this + sum(_process_ticks(process) for process in self._ours)
 
 
 def busy_sentence(share: float) -> str:
@@ -83,6 +94,10 @@ def _core_ticks() -> tuple[int, int] | None:
     return (total, busy) if total else None
 
 
-def _own_ticks() -> float:
-    spent = os.times()
-    return (spent.user + spent.system) * float(os.sysconf("SC_CLK_TCK"))
+def _process_ticks(process: int) -> int:
+    """Clock ticks of a process in user mode and in the kernel; 0 once it has ended."""
+    try:
+        columns = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return int(columns[11]) + int(columns[12])
