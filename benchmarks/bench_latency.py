@@ -114,6 +114,13 @@ class Threads:
         self._report.note(f"peer, {name}: {best} torch threads (tried {measured})")
         return best
 
+    def take_all(self, name: str) -> None:
+        """Set torch to the cores that this process may use."""
+        import torch
+
+        torch.set_num_threads(usable_cores())
+        self._report.note(f"peer, {name}: {usable_cores()} torch threads")
+
 
 @pytest.fixture(scope="module")
 def threads(report: Report) -> Threads:
@@ -211,6 +218,19 @@ def either_peer(request: pytest.FixtureRequest, peer: "Pipeline | None") -> "tup
     return ", compiled peer", compiled
 
 
+def _settle(threads: Threads, name: str, theirs: Callable[[int], object], *, is_compiled: bool) -> None:
+    """Find the peer's number of threads; a compiled one, which compiles anew for each number, gets all the cores.
+
+    It also compiles anew for some lengths, and has seen each round's work before.
+    """
+    if not is_compiled:
+        threads.tune(name, theirs)
+        return
+    threads.take_all(name)
+    for number in range(len(QUERIES)):
+        theirs(number)
+
+
 def test_first_query_on_an_image(
     benchmark: Any,
     grounder: Grounder,
@@ -233,7 +253,7 @@ def test_first_query_on_an_image(
             study._embedded.result()  # on another image the answer may be absent, and nobody waits for the segmenter
 
     if peer is not None:
-        threads.tune(f"first query{named}", theirs)
+        _settle(threads, f"first query{named}", theirs, is_compiled=bool(named))
     turns = TakingTurns(ours, theirs if peer else None)
     goal = report.goal("peer / ours", 4)
     report.rows.append(turns.run(benchmark, name=f"first query{named}", goal=goal, rounds=ROUNDS, warmup_rounds=2))
@@ -257,7 +277,7 @@ def test_next_query_on_the_image(
         peer.ask(peer_study, asked[number % len(asked)])
 
     if peer is not None:
-        threads.tune(f"next query{named}", theirs)
+        _settle(threads, f"next query{named}", theirs, is_compiled=bool(named))
     with grounder.open(pixels) as study:
         study.ground(QUERY)
         turns = TakingTurns(lambda number: study.ground(asked[number % len(asked)]), theirs if peer else None)

@@ -153,10 +153,12 @@ def compiled_peer(
     """The peer once more, compiled by torch; None, with the reason in the report, where that does not work."""
     if peer is None:
         return None
+    import torch
     from benchmarks.peers.transformers_pipeline import Pipeline
 
     compiled = Pipeline(models.reasoner, models.segmenter)
     compiled.compile()
+    torch.set_num_threads(usable_cores())
     start = time.perf_counter()
     try:
         study = compiled.open(pixels)
