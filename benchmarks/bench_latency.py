@@ -75,6 +75,11 @@ def image_file(pixels: Pixels, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture(scope="module")
 def peer_study(peer: "Pipeline | None", pixels: Pixels) -> "PipelineStudy | None":
+    return _opened(peer, pixels)
+
+
+def _opened(peer: "Pipeline | None", pixels: Pixels) -> "PipelineStudy | None":
+    """A study that has been asked once."""
     if peer is None:
         return None
     study = peer.open(pixels)
@@ -108,6 +113,13 @@ class Threads:
         measured = ", ".join(f"{n}: {1000 * spent:.1f} ms" for n, spent in times.items())
         self._report.note(f"peer, {name}: {best} torch threads (tried {measured})")
         return best
+
+    def take_all(self, name: str) -> None:
+        """Set torch to the cores that this process may use."""
+        import torch
+
+        torch.set_num_threads(usable_cores())
+        self._report.note(f"peer, {name}: {usable_cores()} torch threads")
 
 
 @pytest.fixture(scope="module")
@@ -195,15 +207,40 @@ def asked(
     return queries or list(QUERIES)  # random weights may answer nothing
 
 
+@pytest.fixture(params=["eager", "compiled"])
+def either_peer(request: pytest.FixtureRequest, peer: "Pipeline | None") -> "tuple[str, Pipeline | None]":
+    """How its row is called, and the peer as it is or compiled."""
+    if request.param == "eager":
+        return "", peer
+    compiled = request.getfixturevalue("compiled_peer")
+    if compiled is None:
+        pytest.skip("there is no compiled peer; the report says why")
+    return ", compiled peer", compiled
+
+
+def _settle(threads: Threads, name: str, theirs: Callable[[int], object], *, is_compiled: bool) -> None:
+    """Find the peer's number of threads; a compiled one, which compiles anew for each number, gets all the cores.
+
+    It also compiles anew for some lengths, and has seen each round's work before.
+    """
+    if not is_compiled:
+        threads.tune(name, theirs)
+        return
+    threads.take_all(name)
+    for number in range(len(QUERIES)):
+        theirs(number)
+
+
 def test_first_query_on_an_image(
     benchmark: Any,
     grounder: Grounder,
-    peer: "Pipeline | None",
+    either_peer: "tuple[str, Pipeline | None]",
     report: Report,
     pixels: Pixels,
     threads: Threads,
     asked: list[str],
 ) -> None:
+    named, peer = either_peer
     image = _new_images(pixels)
 
     def theirs(number: int) -> None:
@@ -216,34 +253,36 @@ def test_first_query_on_an_image(
             study._reading.embedded.result()  # if the answer is absent, nobody waits for the segmenter
 
     if peer is not None:
-        threads.tune("first query", theirs)
+        _settle(threads, f"first query{named}", theirs, is_compiled=bool(named))
     turns = TakingTurns(ours, theirs if peer else None)
     goal = report.goal("peer / ours", 4)
-    report.rows.append(turns.run(benchmark, name="first query", goal=goal, rounds=ROUNDS, warmup_rounds=2))
+    report.rows.append(turns.run(benchmark, name=f"first query{named}", goal=goal, rounds=ROUNDS, warmup_rounds=2))
 
 
 def test_next_query_on_the_image(
     benchmark: Any,
     grounder: Grounder,
-    peer: "Pipeline | None",
-    peer_study: "PipelineStudy | None",
+    either_peer: "tuple[str, Pipeline | None]",
     report: Report,
     pixels: Pixels,
     threads: Threads,
     asked: list[str],
 ) -> None:
+    named, peer = either_peer
+    peer_study = _opened(peer, pixels)
+
     def theirs(number: int) -> None:
         assert peer is not None
         assert peer_study is not None
         peer.ask(peer_study, asked[number % len(asked)])
 
     if peer is not None:
-        threads.tune("next query", theirs)
+        _settle(threads, f"next query{named}", theirs, is_compiled=bool(named))
     with grounder.open(pixels) as study:
         study.ground(QUERY)
         turns = TakingTurns(lambda number: study.ground(asked[number % len(asked)]), theirs if peer else None)
         goal = report.goal("peer / ours", 10)
-        report.rows.append(turns.run(benchmark, name="next query", goal=goal, rounds=ROUNDS, warmup_rounds=2))
+        report.rows.append(turns.run(benchmark, name=f"next query{named}", goal=goal, rounds=ROUNDS, warmup_rounds=2))
 
 
 def test_sixteen_queries_on_an_image(

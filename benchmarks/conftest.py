@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 CHECKPOINTS = Path(__file__).parent.parent / "models" / "nano"
 ROUNDS = int(os.environ.get("MEDREASONER_BENCH_ROUNDS", "30"))
+COMPILED_WITH = ("Which paired organs fill with air on every breath?", "Which muscular organ pumps the blood?")
 REPORT = pytest.StashKey[Report]()
 
 # Libraries of the peer deprecate things as they load; that is no fault of what is measured.
@@ -45,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if "peer" in getattr(item, "fixturenames", ()):
+        if {"peer", "compiled_peer"} & set(getattr(item, "fixturenames", ())):
             for line in PEER_WARNINGS:
                 item.add_marker(pytest.mark.filterwarnings(line))
 
@@ -142,6 +144,35 @@ def peer(models: Models, report: Report) -> "Pipeline | None":
     transformers.utils.logging.disable_progress_bar()
     report.note(f"peer: {SETTINGS}")
     return Pipeline(models.reasoner, models.segmenter)
+
+
+@pytest.fixture(scope="session")
+def compiled_peer(
+    models: Models, peer: "Pipeline | None", pixels: npt.NDArray[np.uint8], report: Report
+) -> "Pipeline | None":
+    """The peer once more, compiled by torch; None, with the reason in the report, where that does not work."""
+    if peer is None:
+        return None
+    import torch
+    from benchmarks.peers.transformers_pipeline import Pipeline
+
+    compiled = Pipeline(models.reasoner, models.segmenter)
+    compiled.compile()
+    torch.set_num_threads(usable_cores())
+    start = time.perf_counter()
+    try:
+        study = compiled.open(pixels)
+        for query in COMPILED_WITH:
+            text = compiled.ask(study, query).text
+    except Exception as err:  # a compiler missing, or one that gives up: both are kinds of torch's own
+        report.note(f"compiled peer: skipped, {type(err).__name__}: {' '.join(str(err).split())[:200]}")
+        return None
+    same = "the same" if text == peer.ask(peer.open(pixels), COMPILED_WITH[-1]).text else "ANOTHER"
+    report.note(
+        f"compiled peer: torch.compile(dynamic=True) of all four networks; {time.perf_counter() - start:.0f} s until "
+        f"its second answer, {same} as uncompiled"
+    )
+    return compiled
 
 
 @pytest.fixture(scope="session")

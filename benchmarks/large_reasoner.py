@@ -27,7 +27,7 @@ from medreasoner_export import ReasonerOptions, build_bundle, export_reasoner, e
 from medreasoner_export.toy import make_toy_reasoner, make_toy_segmenter
 
 SHARD_BYTES = 4 * 2**30
-VISION = {
+VISION: dict[str, Any] = {
     "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "window_size": 112,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }  # fmt: skip
@@ -44,13 +44,11 @@ TEXT = {
 }  # fmt: skip
 
 
-def shapes(text: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(text: dict[str, Any], vision: dict[str, Any] = VISION) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the published layout."""
-    wide, dim, out = VISION["intermediate_size"], VISION["hidden_size"], text["hidden_size"]
-    assert isinstance(wide, int)
-    assert isinstance(dim, int)
+    wide, dim, out = vision["intermediate_size"], vision["hidden_size"], text["hidden_size"]
     yield "visual.patch_embed.proj.weight", (dim, 3, 2, 14, 14)
-    for index in range(VISION["depth"]):  # type: ignore[call-overload]
+    for index in range(vision["depth"]):
         block = f"visual.blocks.{index}."
         yield from ((block + name, (dim,)) for name in ("norm1.weight", "norm2.weight"))
         for name, rows, columns in (
@@ -80,19 +78,19 @@ def shapes(text: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (text["vocab_size"], out)
 
 
-def write_checkpoint(folder: Path, text: dict[str, Any]) -> None:
+def write_checkpoint(folder: Path, text: dict[str, Any], vision: dict[str, Any] = VISION) -> None:
     """Random weights, tensor by tensor, with the toy's tokenizer and prompt."""
     make_toy_reasoner(folder, tied=text["tie_word_embeddings"])
     (folder / "model.safetensors").unlink()
     config = json.loads((folder / "config.json").read_text())
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     config["text_config"] |= text | {"rope_parameters": rope, "max_position_embeddings": 128000}
-    config["vision_config"] |= VISION | {"out_hidden_size": text["hidden_size"]}
+    config["vision_config"] |= vision | {"out_hidden_size": text["hidden_size"]}
     config["tie_word_embeddings"] = text["tie_word_embeddings"]
     (folder / "config.json").write_text(json.dumps(config))
     shards: list[list[tuple[str, tuple[int, ...]]]] = [[]]
     size = 0
-    for name, shape in shapes(text):
+    for name, shape in shapes(text, vision):
         if size > SHARD_BYTES:
             shards.append([])
             size = 0
@@ -119,7 +117,7 @@ def write_checkpoint(folder: Path, text: dict[str, Any]) -> None:
                     part = values[first : first + left]
                     out.write(part.data.cast("B"))
                     left, first = left - len(part), 0
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
 def export(work: Path, precision: str) -> None:

@@ -114,6 +114,19 @@ class Pipeline:
             use_cache=True,
         )
 
+    def compile(self) -> None:
+        """Let torch compile the four networks; lengths change from query to query, so that shapes are dynamic.
+
+        What is left of Python is `generate` itself. The first calls compile, which takes minutes.
+        """
+        for network in (
+            self.model.model.visual,
+            self.model.model.language_model,
+            self.sam.vision_encoder,
+            self.sam.mask_decoder,
+        ):
+            network.compile(dynamic=True)
+
     @torch.inference_mode()
     def open(self, pixels: Pixels) -> PipelineStudy:
         """Prepare an image (H, W) or (H, W, 3) for both models, and let SAM read it; Qwen reads it with a query."""
