@@ -13,7 +13,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,19 +78,12 @@ def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 def fit(concord: Floats, values: Floats) -> list[tuple[float, float]]:
     """Knots of a rising line: means of equal shares of the answers, neighbours that fall joined (isotonic)."""
     order = np.argsort(concord, kind="stable")
-    parts = [part for part in np.array_split(order, N_KNOTS) if part.size]
-    blocks: list[list[Any]] = []
-    for part in parts:
-        blocks.append([list(part)])
-        while len(blocks) > 1 and _mean(values, blocks[-2]) >= _mean(values, blocks[-1]):
-            last = blocks.pop()
-            blocks[-1] += last
-    knots = [(float(concord[sum(block, [])].mean()), _mean(values, block)) for block in blocks]
-    return [(round(x, 4), round(y, 4)) for x, y in knots]
-
-
-def _mean(values: Floats, block: list[list[int]]) -> float:
-    return float(values[sum(block, [])].mean())
+    blocks: list[npt.NDArray[np.intp]] = []
+    for part in np.array_split(order, N_KNOTS):
+        blocks += [part] if part.size else []
+        while len(blocks) > 1 and values[blocks[-2]].mean() >= values[blocks[-1]].mean():
+            blocks[-2:] = [np.concatenate(blocks[-2:])]
+    return [(round(float(concord[block].mean()), 4), round(float(values[block].mean()), 4)) for block in blocks]
 
 
 def correlation(a: Floats, b: Floats) -> float:
@@ -187,13 +179,10 @@ def main() -> None:
         at = int(share * len(values)) - 1
         names = list(curves)[:2]
         print(f"| Dice of the first {share:.0%} | " + " | ".join(f"{curves[name][at]:.3f}" for name in names) + " |")
-    print(
-        f"\nconfidence is {apart:.3f} from Dice on average over tenths; mean {confidence.mean():.3f}, Dice {values.mean():.3f}"
-    )
-    greedy = np.array([row.greedy_dice for row in rows])
-    print(
-        f"Dice of what the samples agree on {np.mean([row.dice for row in rows]):.4f}, of the likeliest {greedy.mean():.4f}"
-    )
+    print(f"\nconfidence is {apart:.3f} from Dice on average over tenths; ", end="")
+    print(f"mean {confidence.mean():.3f}, Dice {values.mean():.3f}")
+    agreeing, greedy = (float(np.mean([getattr(row, name) for row in rows])) for name in ("dice", "greedy_dice"))
+    print(f"Dice of what the samples agree on {agreeing:.4f}, of the likeliest answer {greedy:.4f}")
 
 
 if __name__ == "__main__":
