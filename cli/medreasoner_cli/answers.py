@@ -127,5 +127,8 @@ def _long(name: str, result: "Grounding", written: Sequence[Path]) -> list[str]:
         if result.area_mm2 is not None:
             lines.append(f"  area     {result.area_mm2:,.0f} mm2")
         lines.append(f"  score    {result.score:.2f}   (predicted IoU of the mask, not a probability)")
+    if result.concord is not None:
+        sure = "" if result.confidence is None else f"; such masks have a Dice of {result.confidence:.2f} on average"
+        lines.append(f"  samples  {result.n_samples} agree by {result.concord:.2f}{sure}")
     lines.append(f"  time     {result.timings_ms['total']:.0f} ms   ({result.model_name} {result.model_version})")
     return [*lines, *(f"  wrote    {printable(str(path))}" for path in written)]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from medreasoner_cli.answers import Printer
 from medreasoner_cli.failures import ABSENT, FOUND, exit_code, is_debugging
@@ -26,6 +26,9 @@ class Question:
     bundle: str
     device: str
     think: bool
+    samples: int
+    seed: int
+    timeout_s: float | None
     frame: int | None
     max_pixels: int
     unconstrained: bool
@@ -41,11 +44,15 @@ class Question:
 
         for target in targets:
             target.check(image)
-        for event in grounder.stream(image, self.query, think=self.think, unconstrained=self.unconstrained):
-            if isinstance(event, Thought):
-                printer.thought(event.text)
-            elif isinstance(event, Grounding):
-                result = event
+        options: dict[str, Any] = {"think": self.think, "timeout_s": self.timeout_s}
+        if self.samples > 1:
+            result = grounder.ground(image, self.query, samples=self.samples, seed=self.seed, **options)
+        else:
+            for event in grounder.stream(image, self.query, unconstrained=self.unconstrained, **options):
+                if isinstance(event, Thought):
+                    printer.thought(event.text)
+                elif isinstance(event, Grounding):
+                    result = event
         for target in targets:
             target.write(result)
             written.append(target.path)

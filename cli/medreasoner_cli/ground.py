@@ -33,6 +33,11 @@ def ground(
     form: Annotated[Form | None, typer.Option("--format", help="Form of the outputs, whatever their ending.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
     think: Annotated[bool, typer.Option("--think/--no-think", help="Whether to reason in words first.")] = False,
+    samples: Annotated[
+        int, typer.Option(min=1, max=64, help="Draw so many answers: the mask they agree on, and how sure that is.")
+    ] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    timeout: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up on an image after this.")] = None,
     frame: Annotated[int | None, typer.Option(min=0, help="Frame, page or slice, from 0.")] = None,
     max_pixels: Annotated[
         int, typer.Option(min=1, help="Largest image, height times width, that is decoded.")
@@ -44,6 +49,7 @@ def ground(
     \b
     medreasoner-cli ground chest.dcm "Which organs fill with air?" -o chest.png
     medreasoner-cli ground ct.nii.gz "Where is bile made?" --frame 40 -o m.nii.gz
+    medreasoner-cli ground chest.dcm "Which organs fill with air?" --samples 8
     medreasoner-cli ground study/ "Where is the lesion?" -o out/ --format mask
     medreasoner-cli ground 'in/*.dcm' "Where is it?" -o 'out/{stem}.seg.dcm' --json
 
@@ -57,6 +63,8 @@ def ground(
 
     if not images or query is None:
         raise typer.BadParameter("give one image or more, and then the question in quotes")
+    if timeout is not None and not timeout > 0:
+        raise typer.BadParameter("--timeout takes a positive number of seconds")
     if form is not None and not output:
         raise typer.BadParameter("--format says how an output is written: name one with --output")
     show_warnings()
@@ -66,6 +74,9 @@ def ground(
         bundle=bundle,
         device=device,
         think=think,
+        samples=samples,
+        seed=seed,
+        timeout_s=timeout,
         frame=frame,
         max_pixels=max_pixels,
         unconstrained=unconstrained,

@@ -60,7 +60,8 @@ class Grounding:
     timings_ms
         Milliseconds by stage; stages overlap, so that they may sum to more than ``total``.
     tokens
-        Counts by kind: ``prompt``, ``image``, ``thought``, ``answer``, and ``decoder_runs``.
+        Counts by kind: ``prompt``, ``image``, ``thought``, ``answer``, of which ``forced`` had no alternative and cost
+        no run of their own; ``cached``, those of the prompt that had been read before; and ``decoder_runs``.
     pixel_spacing_mm
         (row, column) distance between pixel centres in the patient; None if unknown.
     area_mm2

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medreasoner import telemetry
 from medreasoner.consensus import concord, expected_dice
 from medreasoner.engine import Engine
 from medreasoner.errors import MedReasonerError, QueryError
@@ -212,9 +213,11 @@ class Study:
             warnings = (*warnings, "no confidence: this bundle was not calibrated for answers drawn like this")
         elif nearest.corners is not None:  # it says what a mask is worth
             confidence = expected_dice(value, calibrated.knots)
-        return replace(
+        agreed = replace(
             result, n_samples=ask.samples, votes=votes, concord=value, confidence=confidence, warnings=warnings
         )
+        telemetry.tell(agreed)
+        return agreed
 
     def _decode_found(
         self, found: list[Decoded], embedded: Embedded
@@ -269,7 +272,9 @@ class Study:
             timings[stage] = timings.get(stage, 0.0) + spent
         mask, score = self._segment(decoded, timings)
         timings["total"] = timings.get("total", 0.0) + watch.lap()
-        return self._result(query, decoded, mask, score, timings)
+        result = self._result(query, decoded, mask, score, timings)
+        telemetry.tell(result)
+        return result
 
     def segment(self, *, box: Box, points: tuple[Point, Point]) -> tuple[NDArray[np.bool_], float]:
         """Mask for a box and two points of your own: the segmenter without the reasoner.
@@ -344,7 +349,7 @@ class Study:
             answer=decoded.text,
             absent_probability=decoded.absent_probability,
             timings_ms=timings,
-            tokens=decoded.tokens,
+            tokens=decoded.tokens | {"cached": 0 if "vision" in timings else len(self._reading.prefix.ids)},
             pixel_spacing_mm=spacing,
             area_mm2=None if spacing is None else float(np.count_nonzero(mask)) * spacing[0] * spacing[1],
             warnings=(*self.image.warnings, *engine.warnings, *decoded.warnings, *empty),

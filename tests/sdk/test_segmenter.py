@@ -17,6 +17,8 @@ class Recorder:
 
     providers = ("NumPy",)
 
+    max_rows = None
+
     def __init__(self, outputs: Mapping[str, Any]) -> None:
         self.inputs: dict[str, Any] = {}
         self.outputs = outputs

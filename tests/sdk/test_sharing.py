@@ -52,7 +52,7 @@ def test_threads_get_what_they_would_get_alone(load: Loader, plain: Callable[...
         for future, one in zip(asked, expected, strict=True):
             found = future.result(60)
             assert same(found, one)
-            assert found.tokens == one.tokens
+            assert {**found.tokens, "cached": 0} == one.tokens
         decoder = grounder._engine.reasoner._decoder
         assert bool(decoder._batches) == (think and decoder._step is None)  # several rows in a run of the graph
 
@@ -303,6 +303,76 @@ def test_a_reading_that_failed_is_not_kept() -> None:
         with pytest.raises(mr.GenerationError):
             cache.find_or_read(pixels, fail)
     assert len(cache) == 0
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_drawn_answers_are_the_same_again_whatever_runs_beside(load: Loader, think: bool) -> None:
+    image, options = picture(), {"samples": 5, "seed": 3, "think": think}
+    with load(cache_bytes=0) as grounder:
+        alone = grounder.ground(image, QUERIES[0], **options)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            asked = [pool.submit(grounder.ground, image, query, **options) for query in QUERIES[:4]]
+            beside = [future.result(60) for future in asked]
+        other = grounder.ground(image, QUERIES[0], samples=5, seed=4, think=think)
+    with load(n_slots=2, cache_bytes=0) as grounder:  # in three groups
+        slow = grounder.ground(image, QUERIES[0], **options)
+    for found in (beside[0], slow):
+        assert same(found, alone)
+        assert found.concord == alone.concord
+        np.testing.assert_array_equal(found.votes, alone.votes)
+    assert other.concord != alone.concord
+
+
+def test_drawn_answers_agree_on_a_mask(load: Loader) -> None:
+    image = picture()
+    with load() as grounder, grounder.open(image) as study:
+        found = study.ground(QUERIES[0], samples=7)
+        assert found.votes is not None
+        assert found.agreement is not None
+        assert found.concord is not None
+        assert (found.n_samples, found.votes.dtype, found.votes.shape) == (7, np.uint8, image.shape)
+        assert 0 < found.concord < 1
+        assert found.votes.max() <= 7
+        np.testing.assert_array_equal(found.mask, found.votes >= 4)
+        np.testing.assert_allclose(found.agreement, found.votes / 7, rtol=1e-6)
+        assert found.confidence is None
+        assert any("not calibrated" in warning for warning in found.warnings)
+        assert found.to_dict()["samples"] == 7
+        cold = study.ground(QUERIES[0], samples=7, temperature=1e-4)  # as good as the likeliest
+        assert cold.concord == 1
+        assert same(cold, study.ground(QUERIES[0]))
+        assert (one := study.ground(QUERIES[0])).votes is None
+        assert (one.n_samples, one.concord, one.agreement, one.confidence) == (1, None, None, None)
+        several = grounder.ground(image, QUERIES[:2], samples=7)
+        assert same(several[0], found)
+
+
+def test_drawn_answers_share_the_question(load: Loader) -> None:
+    with load() as grounder, grounder.open(picture()) as study:
+        one, many = study.ground(QUERIES[0]), study.ground(QUERIES[0], samples=8)
+        assert many.tokens["prompt"] == one.tokens["prompt"]
+        counted = Slow(grounder, 0.0, monkeypatch := pytest.MonkeyPatch())
+        study.ground(QUERIES[0], samples=8)
+        monkeypatch.undo()
+        assert counted.rows[0] == 1  # the question is read in one slot
+        assert max(counted.rows) == 8
+        assert len(counted.rows) <= one.tokens["decoder_runs"] + 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samples": 0}, "samples: expected 1 to 64"),
+        ({"samples": 65}, "samples: expected 1 to 64"),
+        ({"samples": 2, "temperature": 0.0}, "temperature: expected a positive"),
+        ({"samples": 2, "temperature": float("nan")}, "temperature: expected a positive"),
+        ({"samples": 2, "seed": -1}, "seed: expected at least 0"),
+        ({"samples": 2, "unconstrained": True}, "leave out 'unconstrained'"),
+    ],
+)
+def test_draws_out_of_range_are_refused(load: Loader, options: dict[str, Any], message: str) -> None:
+    with load() as grounder, pytest.raises(mr.QueryError, match=message):
+        grounder.ground(picture(), QUERIES[0], **options)
 
 
 @pytest.mark.parametrize(("name", "value"), [("n_slots", 0), ("max_waiting", -1), ("cache_bytes", -1)])

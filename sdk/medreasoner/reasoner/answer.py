@@ -30,13 +30,18 @@ Writing: TypeAlias = Generator[Thought | Answer | Step, States, "Written"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Written:
-    """What the reasoner wrote; `values` are x1, y1, x2, y2 and two points x, y in its own numbers, None if absent."""
+    """What the reasoner wrote.
+
+    `values` are x1, y1, x2, y2 and two points x, y in its own numbers, None if absent. Of the tokens of the
+    answer `n_forced` had no alternative.
+    """
 
     values: tuple[float, ...] | None
     thought: str | None
     text: str
     n_thought: int
     n_answer: int
+    n_forced: int = 0
     absent_probability: float | None = None
     warnings: tuple[str, ...] = ()
 
@@ -114,11 +119,13 @@ class AnswerWriter:
         """The rest of `write`; an opening may be gone on with several times."""
         thought, state, ids = opening.thought, opening.state.copy(), list(opening.ids)
         hidden, pending = opening.hidden, opening.pending
+        n_chosen = int(opening.absent_probability is not None)
         while not state.done:
             if hidden is None:
                 hidden = (yield from sequencer.feed(pending))[-1]
             token, _ = choose(state, hidden, self._lm_head, self._spec.absent_threshold, sampler)
             state.accept(token)
+            n_chosen += 1
             pending, hidden = [token, *state.forced()], None  # those behind it ride along in one run
             ids += pending
         sequencer.lap("answer")
@@ -130,6 +137,7 @@ class AnswerWriter:
             text=text,
             n_thought=thought.n_tokens,
             n_answer=len(ids),
+            n_forced=len(ids) - n_chosen,
             absent_probability=opening.absent_probability,
             warnings=thought.warnings,
         )

@@ -333,6 +333,7 @@ class Reasoner:
                 "image": prefix.grid.n_tokens,
                 "thought": written.n_thought,
                 "answer": written.n_answer,
+                "forced": written.n_forced,
                 "decoder_runs": sequencer.n_runs,
             },
             timings_ms=sequencer.timings_ms,
