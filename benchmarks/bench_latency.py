@@ -255,7 +255,7 @@ def test_first_query_on_an_image(
     if peer is not None:
         _settle(threads, f"first query{named}", theirs, is_compiled=bool(named))
     turns = TakingTurns(ours, theirs if peer else None)
-    goal = report.goal("peer / ours", 4)
+    goal = report.goal("peer / ours", 8)
     report.rows.append(turns.run(benchmark, name=f"first query{named}", goal=goal, rounds=ROUNDS, warmup_rounds=2))
 
 
@@ -281,7 +281,7 @@ def test_next_query_on_the_image(
     with grounder.open(pixels) as study:
         study.ground(QUERY)
         turns = TakingTurns(lambda number: study.ground(asked[number % len(asked)]), theirs if peer else None)
-        goal = report.goal("peer / ours", 10)
+        goal = report.goal("peer / ours", 25)
         report.rows.append(turns.run(benchmark, name=f"next query{named}", goal=goal, rounds=ROUNDS, warmup_rounds=2))
 
 
@@ -350,5 +350,5 @@ def test_command_line(
     floor = [sys.executable, "-c", "import numpy, onnxruntime, pydicom"]
     turns = TakingTurns(lambda _: _process(command, accepted=(0, 1)), lambda _: _process(floor))
     name = f"medreasoner-cli ground{' -o overlay.png' * draws} / imports"
-    goal = report.goal("ours / peer", 2.5)
+    goal = report.goal("ours / peer", 1.8)
     report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=PROCESS_ROUNDS, warmup_rounds=1))

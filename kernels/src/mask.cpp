@@ -24,12 +24,32 @@ std::vector<Sample> sample_axis(double crop, int64_t size) {
     return samples;
 }
 
-enum class Cell : uint8_t { outside, inside, mixed };
+enum class Kind : uint8_t { outside, inside, mixed };
 
-// A stretch of output columns whose input cells are all of one kind.
+// Output columns between the same two input samples.
+struct Cell {
+    int64_t from, to, low, high;
+};
+
+// Neighbouring cells of one kind.
 struct Span {
-    int64_t from, to;
-    Cell kind;
+    size_t first, end;
+    Kind kind;
+};
+
+// How output columns lie between input samples.
+struct Columns {
+    std::vector<Cell> cells;
+    std::vector<float> weights;
+
+    explicit Columns(const std::vector<Sample>& samples) {
+        for (size_t x = 0; x < samples.size(); ++x) {
+            const auto at = static_cast<int64_t>(x);
+            if (x == 0 || samples[x].low != samples[x - 1].low) cells.push_back({at, at, samples[x].low, samples[x].high});
+            cells.back().to = at + 1;
+            weights.push_back(samples[x].weight);
+        }
+    }
 };
 
 }  // namespace
@@ -38,43 +58,38 @@ struct Span {
 // outline crosses are interpolated, the rest is filled.
 class BandOfRows {
 public:
-    BandOfRows(std::vector<Sample> columns, float threshold) : columns_(std::move(columns)), threshold_(threshold) {
-        row_.resize(static_cast<size_t>(columns_.back().high) + 1);
-    }
+    BandOfRows(const Columns& columns, float threshold) : columns_(&columns), threshold_(threshold) {}
 
     void enter(const float* top, const float* bottom) {
         top_ = top;
         bottom_ = bottom;
         spans_.clear();
-        for (size_t x = 0; x < columns_.size();) {
-            const Sample& s = columns_[x];
-            const size_t from = x;
-            while (x < columns_.size() && columns_[x].low == s.low) ++x;
-            const Cell kind = classify(s.low, s.high);
+        for (size_t i = 0; i < columns_->cells.size(); ++i) {
+            const Kind kind = classify(columns_->cells[i]);
             if (!spans_.empty() && spans_.back().kind == kind) {
-                spans_.back().to = static_cast<int64_t>(x);
+                spans_.back().end = i + 1;
             } else {
-                spans_.push_back({static_cast<int64_t>(from), static_cast<int64_t>(x), kind});
+                spans_.push_back({i, i + 1, kind});
             }
         }
     }
 
-    void write(float weight, uint8_t* out) {
+    void write(float weight, uint8_t* out) const {
         for (const Span& span : spans_) {
-            if (span.kind == Cell::mixed) {
+            if (span.kind == Kind::mixed) {
                 interpolate(span, weight, [out](int64_t x, bool is_set) { out[x] = is_set; });
             } else {
-                std::memset(out + span.from, span.kind == Cell::inside, static_cast<size_t>(span.to - span.from));
+                std::memset(out + from(span), span.kind == Kind::inside, static_cast<size_t>(to(span) - from(span)));
             }
         }
     }
 
-    void count(float weight, uint8_t* out) {
+    void count(float weight, uint8_t* out) const {
         for (const Span& span : spans_) {
-            if (span.kind == Cell::mixed) {
+            if (span.kind == Kind::mixed) {
                 interpolate(span, weight, [out](int64_t x, bool is_set) { out[x] = static_cast<uint8_t>(out[x] + is_set); });
-            } else if (span.kind == Cell::inside) {
-                add_one(out + span.from, span.to - span.from);
+            } else if (span.kind == Kind::inside) {
+                add_one(out + from(span), to(span) - from(span));
             }
         }
     }
@@ -84,37 +99,41 @@ private:
         for (int64_t i = 0; i < n; ++i) ++to[i];
     }
 
-    Cell classify(int64_t low, int64_t high) const {
-        const int above = (top_[low] > threshold_) + (top_[high] > threshold_) + (bottom_[low] > threshold_) +
-                          (bottom_[high] > threshold_);
-        return above == 4 ? Cell::inside : above == 0 ? Cell::outside : Cell::mixed;
+    int64_t from(const Span& span) const { return columns_->cells[span.first].from; }
+    int64_t to(const Span& span) const { return columns_->cells[span.end - 1].to; }
+
+    Kind classify(const Cell& cell) const {
+        const int above = (top_[cell.low] > threshold_) + (top_[cell.high] > threshold_) +
+                          (bottom_[cell.low] > threshold_) + (bottom_[cell.high] > threshold_);
+        return above == 4 ? Kind::inside : above == 0 ? Kind::outside : Kind::mixed;
     }
 
     template <class Put>
-    void interpolate(const Span& span, float weight, Put put) {
-        const Sample* columns = columns_.data();
-        for (int64_t i = columns[span.from].low; i <= columns[span.to - 1].high; ++i) {
-            row_[static_cast<size_t>(i)] = top_[i] * (1 - weight) + bottom_[i] * weight;
-        }
-        const float* row = row_.data();
-        for (int64_t x = span.from; x < span.to; ++x) {
-            const Sample& s = columns[x];
-            put(x, row[s.low] * (1 - s.weight) + row[s.high] * s.weight > threshold_);
+    void interpolate(const Span& span, float weight, Put put) const {
+        const float* weights = columns_->weights.data();
+        const float threshold = threshold_;
+        for (size_t i = span.first; i < span.end; ++i) {
+            const Cell cell = columns_->cells[i];
+            const float left = top_[cell.low] * (1 - weight) + bottom_[cell.low] * weight;
+            const float right = top_[cell.high] * (1 - weight) + bottom_[cell.high] * weight;
+            for (int64_t x = cell.from; x < cell.to; ++x) {
+                put(x, left * (1 - weights[x]) + right * weights[x] > threshold);
+            }
         }
     }
 
-    std::vector<Sample> columns_;
+    const Columns* columns_;
     float threshold_;
     const float* top_ = nullptr;
     const float* bottom_ = nullptr;
     std::vector<Span> spans_;
-    std::vector<float> row_;
 };
 
 void mask_from_logits(const float* logits, int64_t logits_width, double crop_height, double crop_width, float threshold,
                       int64_t height, int64_t width, uint8_t* out) {
     const std::vector<Sample> rows = sample_axis(crop_height, height);
-    BandOfRows band(sample_axis(crop_width, width), threshold);
+    const Columns columns(sample_axis(crop_width, width));
+    BandOfRows band(columns, threshold);
     int64_t entered = -1;
     for (int64_t y = 0; y < height; ++y) {
         const Sample& row = rows[static_cast<size_t>(y)];
@@ -127,7 +146,7 @@ void mask_from_logits(const float* logits, int64_t logits_width, double crop_hei
 void count_masks(const float* logits, int64_t n, int64_t logits_height, int64_t logits_width, double crop_height,
                  double crop_width, float threshold, int64_t height, int64_t width, uint8_t* out) {
     const std::vector<Sample> rows = sample_axis(crop_height, height);
-    const std::vector<Sample> columns = sample_axis(crop_width, width);
+    const Columns columns(sample_axis(crop_width, width));
     std::vector<BandOfRows> bands(static_cast<size_t>(n), BandOfRows(columns, threshold));
     int64_t entered = -1;
     for (int64_t y = 0; y < height; ++y, out += width) {
