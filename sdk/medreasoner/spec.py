@@ -351,7 +351,7 @@ class ConfidenceSpec:
     knots: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
-        _need_positive(self, "temperature")
+        _need(self.temperature > 0, "temperature", "a positive number", self.temperature)
         xs, ys = [x for x, _ in self.knots], [y for _, y in self.knots]
         is_fine = len(xs) > 0 and xs == sorted(set(xs)) and ys == sorted(ys) and all(0 <= v <= 1 for v in (*xs, *ys))
         _need(is_fine, "knots", "ascending pairs within [0, 1]", self.knots)

@@ -435,3 +435,22 @@ def test_help_and_version_do_not_import_the_runtime():
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
         loaded = set(done.stdout.splitlines()[-1].split())
         assert not loaded & {"numpy", "onnxruntime", "medreasoner", "rich"}, arguments
+
+
+def test_samples_say_how_sure_an_answer_is(cli, picture, finding_bundle):
+    done = cli("ground", picture, "Where?", "-b", finding_bundle, "--samples", "4")
+    assert done.code == 0
+    assert "samples  4 agree by " in done.out
+    printed = cli("ground", picture, "Where?", "-b", finding_bundle, "--samples", "4", "--seed", "1", "--json")
+    result = json.loads(printed.out)
+    assert (result["samples"], result["confidence"]) == (4, None)
+    assert 0 < result["concord"] <= 1
+    assert json.loads(cli("ground", picture, "Where?", "-b", finding_bundle, "--json").out)["concord"] is None
+
+
+def test_a_timeout_ends_an_answer_with_one_line(cli, picture, finding_bundle):
+    done = cli("ground", picture, "Where?", "-b", finding_bundle, "--timeout", "0.000001")
+    assert done.code == 4
+    assert "not ready by its deadline" in done.err
+    assert cli("ground", picture, "Where?", "-b", finding_bundle, "--timeout", "0").code == 2
+    assert cli("ground", picture, "Where?", "-b", finding_bundle, "--timeout", "60").code == 0

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medreasoner.errors import BundleError
-from medreasoner.manifest import parse_manifest
-from medreasoner.spec import BundleSpec, PadResize, SmartResize, StretchResize
+from medreasoner.manifest import parse_manifest, read_record
+from medreasoner.spec import BundleSpec, ConfidenceSpec, PadResize, SmartResize, StretchResize
 
 
 def at(data: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
@@ -145,3 +145,24 @@ def test_text_that_is_no_manifest_is_a_bundle_error(text: str | bytes) -> None:
 def test_hostile_json_is_a_bundle_error(text: str) -> None:
     with pytest.raises(BundleError):
         parse_manifest(text)
+
+
+@pytest.mark.parametrize(
+    "confidence",
+    [
+        {"temperature": 0.0, "knots": [[0.5, 0.5]]},
+        {"temperature": 0.7, "knots": []},
+        {"temperature": 0.7, "knots": [[0.5, 0.5], [0.5, 0.6]]},
+        {"temperature": 0.7, "knots": [[0.5, 0.6], [0.7, 0.5]]},
+        {"temperature": 0.7, "knots": [[0.5, 1.1]]},
+        {"temperature": 0.7, "knots": [[0.5]]},
+    ],
+)
+def test_a_confidence_that_is_no_rising_line_is_refused(confidence: dict[str, Any]) -> None:
+    with pytest.raises(BundleError, match=r"^confidence"):
+        read_record(ConfidenceSpec, confidence, "confidence")
+
+
+def test_a_confidence_is_read() -> None:
+    found = read_record(ConfidenceSpec, {"temperature": 0.7, "knots": [[0.2, 0.1], [0.9, 0.8]]}, "confidence")
+    assert found == ConfidenceSpec(temperature=0.7, knots=((0.2, 0.1), (0.9, 0.8)))
