@@ -19,14 +19,21 @@ void pack_block(const T* from, int64_t cols, uint8_t* out) {
         }
     }
     for (int64_t j = 0; j < kPanel; ++j) inverse[j] = largest[j] > 0 ? 127.f / largest[j] : 0.f;
-    for (int64_t i = 0; i < kBlockRows; ++i) {
+    for (int64_t i = 0; i < kBlockRows; i += 4, out += 4 * kPanel) {
         for (int64_t j = 0; j < kPanel; ++j) {
-            const int level = static_cast<int>(std::nearbyintf(block[i][j] * inverse[j]));
-            out[i / 4 * (4 * kPanel) + 4 * j + i % 4] = static_cast<uint8_t>(level + 128);
+            uint32_t four = 0;
+            for (int64_t k = 0; k < 4; ++k) {
+                // Added to 1.5 * 2^23, the nearest integer is in the last bits: 128 more of it in the last byte.
+                const float shifted = block[i + k][j] * inverse[j] + (12582912.f + 128.f);
+                uint32_t bits;
+                std::memcpy(&bits, &shifted, sizeof bits);
+                four |= (bits & 0xff) << 8 * k;
+            }
+            std::memcpy(out + 4 * j, &four, sizeof four);
         }
     }
     for (float& each : largest) each /= 127.f;
-    std::memcpy(out + kBlockRows * kPanel, largest, sizeof largest);
+    std::memcpy(out, largest, sizeof largest);
 }
 
 template <class T>

@@ -30,6 +30,8 @@ class SavedPrefix:
 
     rows: dict[str, NDArray[np.floating]] = field(repr=False)
     length: int
+    key: object = field(default_factory=object, repr=False)
+    """By which a slot remembers what it holds, without keeping it alive."""
 
     @property
     def n_bytes(self) -> int:
@@ -74,19 +76,21 @@ class KvCache:
         in_reach = len(hosts) == len(buffers)
         self.sequence = step.decoder.open(hosts[::2], hosts[1::2]) if step is not None and in_reach else None
         self.length = 0
-        self.holds: SavedPrefix | None = None  # what its first positions still are
+        self.holds: object = None  # the key of what its first positions still are
 
     def save(self) -> SavedPrefix:
         """Copy of everything up to `length`."""
         rows = {name: buffer.save(self.length) for name, buffer in self._buffers.items()}
-        return SavedPrefix(rows=rows, length=self.length)
+        saved = SavedPrefix(rows=rows, length=self.length)
+        self.holds = saved.key
+        return saved
 
     def restore(self, prefix: SavedPrefix, length: int) -> None:
         """Begin with the first `length` positions of a saved prefix; nothing is copied if they are still there."""
-        if self.holds is not prefix:
+        if self.holds is not prefix.key:
             for name, buffer in self._buffers.items():
                 buffer.restore(prefix.rows[name])
-        self.holds = prefix if length == prefix.length else None  # what is cut off will be written over
+        self.holds = prefix.key if length == prefix.length else None  # what is cut off will be written over
         self.length = length
 
 
@@ -151,7 +155,7 @@ class Decoder:
         GenerationError
             If all are in use.
         """
-        held = [index for index in self._free if self._slots[index].holds is prefix] if prefix is not None else []
+        held = [index for index in self._free if self._slots[index].holds is prefix.key] if prefix is not None else []
         fresh = [index for index in self._free if self._slots[index].holds is None]
         if held:
             index = min(held)

@@ -170,9 +170,7 @@ class Reasoner:
             inputs[start : start + grid.n_tokens] = own
             cache.length, cache.holds = 0, None
             yield self._decoder.step(cache, inputs, positions)
-            saved = cache.save()
-            cache.holds = saved
-            return saved
+            return cache.save()
 
         deadline, cancellation = (None, None) if limits is None else (limits.deadline, limits.cancellation)
         saved: list[SavedPrefix] = []
@@ -268,9 +266,7 @@ class Reasoner:
         def opening(cache: KvCache) -> Stream[tuple[Opening, SavedPrefix, Sequencer]]:
             sequencer, rest = self._resumed(prefix, whole, cache)
             opened = yield from self._writer.open(sequencer, rest, limits=limits, think=False, sampler=None)
-            saved = cache.save()
-            cache.holds = saved
-            return opened, saved, sequencer
+            return opened, cache.save(), sequencer
 
         def answering(cache: KvCache, sampler: Sampler | None) -> Stream[Decoded]:
             cache.restore(saved, saved.length)
