@@ -10,16 +10,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias, overload
 
+from medreasoner.ask import Ask
 from medreasoner.bundle import Bundle, Verify, load_bundle
 from medreasoner.engine import Engine, Sharing, load_engine
 from medreasoner.errors import QueryError
 from medreasoner.image import Image, ImageSource, read_image
+from medreasoner.opening import open_studies
 from medreasoner.providers import Device, RuntimeOptions, require_runtime
 from medreasoner.readings import CACHE_BYTES
 from medreasoner.reasoner import Cancellation
 from medreasoner.reasoner.model import MAX_WAITING
 from medreasoner.result import Answer, Grounding, Thought
-from medreasoner.study import Ask, Study, answer_all, open_studies
+from medreasoner.study import Study, answer_all
 from medreasoner.timing import Stopwatch
 
 __all__ = ["Grounder", "ground"]

@@ -1,81 +1,34 @@
 """One image with many questions: what was worked out for the image is kept from query to query."""
 
-import math
-import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import groupby
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner import telemetry
+from medreasoner.ask import Ask
 from medreasoner.consensus import concord, expected_dice
 from medreasoner.engine import Engine
-from medreasoner.errors import MedReasonerError, QueryError
-from medreasoner.geometry import Box, Placement, Point
+from medreasoner.errors import MedReasonerError
+from medreasoner.geometry import Box, Point
 from medreasoner.image.record import Image
 from medreasoner.readings import Reading
-from medreasoner.reasoner import Cancellation, Decoded, Ticket
+from medreasoner.reasoner import Decoded, Ticket
 from medreasoner.reasoner.generate import Sampler
 from medreasoner.reasoner.scheduler import gather
 from medreasoner.result import Answer, Grounding, Thought
-from medreasoner.segmenter import Embedded, Segmenter
+from medreasoner.segmenter import Embedded
 from medreasoner.timing import Stopwatch
 
-__all__ = ["Ask", "Study", "answer_all", "open_studies"]
+__all__ = ["Study", "answer_all"]
 
 _CLOSED = "this Study is closed"
-_MOST_SAMPLES = 64
 _TEMPERATURE = 1.0  # where a bundle was not calibrated at another one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """How a question is to be answered, and when to give up: `deadline` by `time.monotonic`, seconds.
-
-    Raises
-    ------
-    QueryError
-        If a number is out of range, or free text was asked for together with samples.
-    """
-
-    think: bool = False
-    unconstrained: bool = False
-    samples: int = 1
-    temperature: float | None = None
-    seed: int = 0
-    deadline: float | None = None
-    cancellation: Cancellation | None = None
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.samples <= _MOST_SAMPLES:
-            raise QueryError(f"samples: expected 1 to {_MOST_SAMPLES}, got {self.samples!r:.40}")
-        if self.temperature is not None and not 0 < self.temperature < math.inf:
-            raise QueryError(f"temperature: expected a positive number, got {self.temperature!r:.40}")
-        if self.seed < 0:
-            raise QueryError(f"seed: expected at least 0, got {self.seed!r:.40}")
-        if self.samples > 1 and self.unconstrained:
-            raise QueryError("samples are drawn within the grammar of answers: leave out 'unconstrained'")
-
-    @classmethod
-    def within(cls, timeout_s: float | None, **options: Any) -> "Ask":
-        """With a deadline so many seconds from now.
-
-        Raises
-        ------
-        QueryError
-            If it is no positive number.
-        """
-        if timeout_s is not None and not timeout_s > 0:
-            raise QueryError(f"timeout_s: expected a positive number of seconds, got {timeout_s!r:.40}")
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        return cls(deadline=deadline, **options)
 
 
 class Study:
@@ -427,85 +380,3 @@ def answer_all(engine: Engine, questions: "Sequence[tuple[Study, str, bool]]", a
     finally:  # after an error
         for each in asked:
             each.drop()
-
-
-def open_studies(engine: Engine, images: Sequence[tuple[Image, float]], ask: Ask) -> list[Study]:
-    """Studies of images, each given with the milliseconds that reading it took, in the same order.
-
-    Images of one grid share a run of the vision tower. The segmenter reads them meanwhile, in threads. What both made
-    of an image is kept for the next time.
-
-    Raises
-    ------
-    ImageReadError
-        If a model cannot take an image of this shape.
-    GenerationError
-        If an image has more tokens than the reasoner holds.
-    QueueFullError, DeadlineError
-        As `Study.ground`.
-    """
-    engine.check()
-    if len(images) == 1:
-        (image, read), watch = images[0], Stopwatch()
-        reading, was_kept = engine.readings.find_or_read(image.pixels, lambda: _read(engine, [image], ask)[0])
-        spent = {"cache": watch.lap()} if was_kept else reading.timings_ms
-        return [_study(engine, image, reading, {"read": read, **spent})]
-    watch, found = Stopwatch(), []
-    for image, _ in images:
-        found.append((engine.readings.find(image.pixels), watch.lap()))
-    missing = [image for (image, _), (reading, _) in zip(images, found, strict=True) if reading is None]
-    made = iter(_read(engine, missing, ask)) if missing else iter(())
-    studies = []
-    for (image, read), (known, spent_ms) in zip(images, found, strict=True):
-        reading = known or next(made)
-        if known is None:
-            engine.readings.keep(image.pixels, reading)
-        stages = {"cache": spent_ms} if known else reading.timings_ms
-        studies.append(_study(engine, image, reading, {"read": read, **stages}))
-    return studies
-
-
-def _study(engine: Engine, image: Image, reading: Reading, timings_ms: dict[str, float]) -> Study:
-    return Study(engine, image, reading, {**timings_ms, "total": sum(timings_ms.values())})
-
-
-def _read(engine: Engine, images: Sequence[Image], ask: Ask) -> list[Reading]:
-    """Let both models read images."""
-    placements = [engine.reasoner.place(image) for image in images]
-    embedded = [engine.submit(_encode, engine.segmenter, image) for image in images]
-    try:
-        return _readings(engine, images, placements, embedded, ask)
-    except BaseException:
-        for future in embedded:  # nobody will ask for them
-            future.cancel()
-        raise
-
-
-def _readings(
-    engine: Engine,
-    images: Sequence[Image],
-    placements: Sequence[Placement],
-    embedded: "Sequence[Future[tuple[Embedded, float]]]",
-    ask: Ask,
-) -> list[Reading]:
-    reasoner = engine.reasoner
-    grids = [(placement.grid_height, placement.grid_width) for placement in placements]
-    readings: dict[int, Reading] = {}
-    for _, group in groupby(sorted(range(len(images)), key=grids.__getitem__), key=grids.__getitem__):
-        members = list(group)
-        watch = Stopwatch()
-        patches = np.stack([reasoner.preprocess(images[i], placements[i]) for i in members])
-        preprocess = watch.lap() / len(members)
-        embeds = reasoner.encode(patches, placements[members[0]])
-        vision = watch.lap() / len(members)
-        prefixes = reasoner.read_prefixes(embeds, [placements[i] for i in members], ask)
-        prefill = watch.lap() / len(members)
-        for i, prefix in zip(members, prefixes, strict=True):
-            timings = {"preprocess": preprocess, "vision": vision, "prefill": prefill}
-            readings[i] = Reading(prefix=prefix, embedded=embedded[i], timings_ms=timings)
-    return [readings[i] for i in range(len(images))]
-
-
-def _encode(segmenter: Segmenter, image: Image) -> tuple[Embedded, float]:
-    watch = Stopwatch()
-    return segmenter.encode(image), watch.lap()
