@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from medreasoner import ops
 from tests.kernels.test_decoder_step import (
     EPSILON,
     caches,
@@ -21,6 +19,8 @@ from tests.kernels.test_decoder_step import (
     tokens,
     toy,
 )
+
+from medreasoner import ops
 
 FORMS = ["float16", "int8", "int4"]
 
