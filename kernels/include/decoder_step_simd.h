@@ -44,10 +44,22 @@ MR_TARGET inline void add_panel(const T* w, int64_t panel, int64_t in, int64_t o
     for (; j < end; j += MR_LANES) add_column<1>(w + j, in, out, n, x, y + j);
 }
 
+// Calls work(panel) for the panels of `cols` columns, each of them the products of n tokens with `weights` numbers. Few of
+// little work are taken at once, since each starts with waiting for its first weights.
+template <class Work>
+MR_TARGET inline void each_panel(int64_t cols, int64_t weights, int64_t n, Crew& crew, const Work& work) {
+    const int64_t panels = (cols + kPanel - 1) / kPanel;
+    const int64_t at_once = std::max<int64_t>(1, kShare / (weights * n));
+    crew.each((panels + at_once - 1) / at_once, [&](int64_t item, int) MR_TARGET {
+        const int64_t end = std::min(panels, (item + 1) * at_once);
+        for (int64_t panel = item * at_once; panel < end; ++panel) work(panel);
+    });
+}
+
 // y (n, out) += x (n, in) @ w (in, out), the panels shared out among the threads.
 template <class T, class X>
 MR_TARGET void add_product(const void* w, int64_t in, int64_t out, int64_t n, const X& x, float* y, Crew& crew) {
-    crew.each((out + kPanel - 1) / kPanel, [&](int64_t panel, int) MR_TARGET {
+    each_panel(out, in * kPanel, n, crew, [&](int64_t panel) MR_TARGET {
         add_panel(static_cast<const T*>(w), panel, in, out, n, x, y);
     });
 }
@@ -235,7 +247,7 @@ MR_TARGET void step_layer(const DecoderShape& s, const DecoderLayer& layer, size
         normalise(x + t * s.hidden, layer.attention_norm, s.hidden, s.epsilon, h + t * s.hidden);
         round_input<T>(h, t, s.hidden, scratch);
     });
-    crew.each((s.mlp + kPanel - 1) / kPanel, [&](int64_t panel, int) MR_TARGET {
+    each_panel(s.mlp, 2 * s.hidden * kPanel, n, crew, [&](int64_t panel) MR_TARGET {
         gated_panel<T>(s, layer, panel, n, scratch);
     });
     crew.each(n, [&](int64_t t, int) MR_TARGET { round_input<T>(scratch.wide, t, s.mlp, scratch); });

@@ -1,7 +1,7 @@
 // Products with matrices in four bits (packed_matrix.h), for the bodies of for_each_level.h. As in packed_simd.h, but
 // with blocks of 32, and the zero points are multiplied with the sum of a block's activations.
 
-constexpr int64_t kNibbleAhead = 3 * kNibbleBytes;  // asked for in advance
+constexpr int64_t kNibbleAhead = 8 * kNibbleBytes;  // asked for in advance: with half of it 5 % of the speed are lost
 
 // As dot4, with weights below 16.
 MR_TARGET inline VecI dot4_small(VecI total, VecI weights, VecI levels) {

@@ -20,6 +20,7 @@ namespace medreasoner {
 
 // How the matrices are read; measured on AVX-512 with weights that fit the third cache only.
 constexpr int kTokens = 5, kColumns = 4;  // sums that stay in registers: tokens times vectors of columns
+constexpr int64_t kShare = 1 << 18;       // products that a thread takes at once, at least
 constexpr int64_t kRowsAhead = 12;        // asked for in advance: a row's part of the columns is but a line or two
 
 // In the place of an element type: how many rows share a scale, and what a weight of zero is in the levels.
