@@ -31,7 +31,9 @@ from large_reasoner import TEXT, VISION, bundle, export, measured, shapes, write
 from peers.install import find_python
 
 from medreasoner import MedReasonerError
+from medreasoner.manifest import parse_manifest
 from medreasoner.providers import usable_cores
+from medreasoner.reasoner.step import needs_no_graph
 from medreasoner_cli.busy import LIMIT, CoreWatch, busy_sentence, check_quiet
 
 PEERS = Path(__file__).parent / "peers"
@@ -347,13 +349,13 @@ def _run(options: argparse.Namespace) -> None:
         failed = prepare(work, text, pythons)
         errors |= {name: failed[PEER_SIDES[name].model] for name in pythons if PEER_SIDES[name].model in failed}
         counts = [str(each) for each in (options.threads, options.prompt, options.steps)]
-        commands = {OURS: [sys.executable, str(PEERS / "own_decode.py"), str(work / "ours"), *counts]}
+        size = decoder_bytes(work / "ours", text)
+        commands = {OURS: [sys.executable, str(PEERS / "own_decode.py"), str(work / "ours"), *counts, str(size)]}
         for name, python in pythons.items():
             if name not in errors:
                 peer = PEER_SIDES[name]
                 script = [str(python), str(PEERS / peer.script), "serve", str(work / peer.model)]
                 commands[name] = [*script, *counts, *peer.extra]
-        size = sum(path.stat().st_size for path in (work / "ours" / "reasoner").glob("decoder*"))
         commands[READ] = [sys.executable, str(PEERS / "read_bound.py"), str(size), str(options.threads)]
         with opened(commands, work, errors) as sides:
             turns = Turns(sides=sides, wait_s=options.wait, anyway=options.anyway, errors=errors, noted=noted)
@@ -362,6 +364,14 @@ def _run(options: argparse.Namespace) -> None:
     finally:
         if not options.keep:
             shutil.rmtree(work)
+
+
+def decoder_bytes(folder: Path, text: Mapping[str, Any]) -> int:
+    """What our side reads for a token: the decoder's file, or its matrices as the kernel packs them."""
+    if needs_no_graph(parse_manifest((folder / "manifest.json").read_bytes()).reasoner.step):
+        matrices = (shape for name, shape in shapes(dict(text), SMALL_VISION) if "layers." in name and len(shape) == 2)
+        return sum(math.prod(shape) for shape in matrices) * 37 // 64  # 4.625 bits a weight
+    return sum(path.stat().st_size for path in (folder / "reasoner").glob("decoder*"))
 
 
 def print_report(

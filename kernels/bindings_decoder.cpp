@@ -2,11 +2,14 @@
 
 #include "bindings.h"
 
+#include <atomic>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "decoder_step.h"
 #include "packed_matrix.h"
+#include "pages.h"
 
 static Dtype checked_dtype(const py::array& weight, const std::string& dtype) {
     const bool is_float = weight.dtype().kind() == 'f', is_unsigned = weight.dtype().kind() == 'u';
@@ -32,52 +35,124 @@ Matrix view_matrix(const py::array& weight, const std::string& dtype) {
 
 namespace {
 
-// The weights of a small decoder, kept alive as long as they are pointed to.
+constexpr size_t kMatrices = 5, kArraysInBits = 3;  // of a layer; of a matrix in four bits
+
+// The weights of a decoder, kept alive as long as they are pointed to, and the threads that run it.
 class DecoderStep {
    public:
-    DecoderStep(const std::string& dtype, int64_t heads, int64_t kv_heads, float epsilon,
-                const std::vector<std::vector<py::array>>& matrices, const std::vector<std::vector<Array<float>>>& vectors,
-                const Array<float>& final_norm, bool pack) {
-        weights_.packed = pack;
-        require(!matrices.empty() && matrices.size() == vectors.size(), "matrices and vectors must be of one number of layers");
+    DecoderStep(const std::string& dtype, int64_t heads, int64_t kv_heads, float epsilon, const py::iterable& matrices,
+                const std::vector<std::vector<Array<float>>>& vectors, const Array<float>& final_norm, bool pack,
+                int n_threads)
+        : crew_(checked_threads(n_threads)) {
+        const bool four = dtype == "int4";
+        weights_.form = four ? MatrixForm::four_bits : pack ? MatrixForm::eight_bits : MatrixForm::plain;
         require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0, "heads must be a multiple of kv_heads");
-        require(matrices[0].size() == 5 && matrices[0][2].ndim() == 2, "a layer has the matrices qkv, output, gate, up, down");
-        const int64_t hidden = final_norm.size(), mlp = matrices[0][2].shape(1);
-        require(matrices[0][1].ndim() == 2 && matrices[0][1].shape(0) % heads == 0, "output must be (heads * head_dim, hidden)");
-        weights_.shape = {hidden, heads, kv_heads, matrices[0][1].shape(0) / heads, mlp, epsilon};
-        const DecoderShape& s = weights_.shape;
-        require(hidden > 0 && hidden % kStepAlign == 0 && mlp > 0 && mlp % kStepAlign == 0 && s.head_dim > 0 &&
-                    s.head_dim % kStepAlign == 0,
-                "sizes must be multiples of 16");
-        for (size_t i = 0; i < matrices.size(); ++i) add_layer(dtype, matrices[i], vectors[i]);
-        weights_.final_norm = vector(final_norm, hidden);
+        weights_.shape = {final_norm.size(), heads, kv_heads, 0, 0, epsilon};
+        for (const py::handle layer : matrices) {  // one by one: whoever makes them need not hold them all
+            const auto arrays = layer.cast<std::vector<py::array>>();
+            require(arrays.size() == kMatrices * (four ? kArraysInBits : 1), "a layer has the matrices qkv, output, gate, up, down");
+            require(weights_.layers.size() < vectors.size(), "matrices and vectors must be of one number of layers");
+            if (weights_.layers.empty()) begin(arrays, vectors.size());
+            add_layer(dtype, arrays, vectors[weights_.layers.size()]);
+        }
+        require(!vectors.empty() && weights_.layers.size() == vectors.size(), "matrices and vectors must be of one number of layers");
+        weights_.final_norm = vector(final_norm, weights_.shape.hidden);
     }
 
     const DecoderWeights& weights() const { return weights_; }
+    Crew& crew() { return crew_; }
 
    private:
+    static int checked_threads(int n_threads) {
+        require(n_threads > 0 && n_threads <= 1024, "n_threads must be from 1 to 1024");
+        return n_threads;
+    }
+
+    // Sizes, from the first layer; and room for what will be packed of all.
+    void begin(const std::vector<py::array>& m, size_t n_layers) {
+        DecoderShape& s = weights_.shape;
+        const bool four = weights_.form == MatrixForm::four_bits;
+        if (four) {
+            require(m[3].ndim() == 3 && m[6].ndim() == 3, "levels must be (out, in / 32, 16)");
+            s.head_dim = m[3].shape(1) * kNibbleRows / s.heads;
+            s.mlp = m[6].shape(0);
+        } else {
+            require(m[1].ndim() == 2 && m[1].shape(0) % s.heads == 0, "output must be (heads * head_dim, hidden)");
+            require(m[2].ndim() == 2, "gate must be (hidden, mlp)");
+            s.head_dim = m[1].shape(0) / s.heads;
+            s.mlp = m[2].shape(1);
+        }
+        require(s.hidden > 0 && s.hidden % kStepAlign == 0 && s.mlp > 0 && s.mlp % kStepAlign == 0 && s.head_dim > 0 &&
+                    s.head_dim % kStepAlign == 0,
+                "sizes must be multiples of 16");
+        if (weights_.form == MatrixForm::plain) return;
+        const int64_t width = s.q_dim() + 2 * s.kv_dim();
+        require(s.hidden % 64 == 0 && s.mlp % 64 == 0 && s.q_dim() % 64 == 0 && width % 64 == 0,
+                "sizes must be multiples of 64 to be packed");
+        const auto bytes = four ? nibble_bytes : packed_bytes;
+        const int64_t layer = bytes(s.hidden, width) + bytes(s.q_dim(), s.hidden) + 2 * bytes(s.hidden, s.mlp) +
+                              bytes(s.mlp, s.hidden);
+        packed_ = allocate_pages(layer * static_cast<int64_t>(n_layers));
+        free_ = packed_.get();
+    }
+
     void add_layer(const std::string& dtype, const std::vector<py::array>& m, const std::vector<Array<float>>& v) {
         const DecoderShape& s = weights_.shape;
         const int64_t width = s.q_dim() + 2 * s.kv_dim();
-        require(m.size() == 5 && v.size() == 3, "a layer has five matrices and three vectors");
-        weights_.layers.push_back({vector(v[0], s.hidden), matrix(m[0], dtype, s.hidden, width), vector(v[1], width),
-                                   matrix(m[1], dtype, s.q_dim(), s.hidden), vector(v[2], s.hidden),
-                                   matrix(m[2], dtype, s.hidden, s.mlp), matrix(m[3], dtype, s.hidden, s.mlp),
-                                   matrix(m[4], dtype, s.mlp, s.hidden)});
+        const std::pair<int64_t, int64_t> sizes[kMatrices] = {
+            {s.hidden, width}, {s.q_dim(), s.hidden}, {s.hidden, s.mlp}, {s.hidden, s.mlp}, {s.mlp, s.hidden}};
+        require(v.size() == 3, "a layer has five matrices and three vectors");
+        const void* found[kMatrices];
+        for (size_t i = 0; i < kMatrices; ++i) {
+            const auto [rows, cols] = sizes[i];
+            found[i] = dtype == "int4" ? in_bits(&m[kArraysInBits * i], rows, cols) : matrix(m[i], dtype, rows, cols);
+        }
+        weights_.layers.push_back({vector(v[0], s.hidden), found[0], vector(v[1], width), found[1], vector(v[2], s.hidden),
+                                   found[2], found[3], found[4]});
     }
 
     const void* matrix(const py::array& array, const std::string& dtype, int64_t rows, int64_t cols) {
         const Matrix view = view_matrix(array, dtype);
         require(view.rows == rows && view.cols == cols, "a matrix does not fit the others");
         weights_.dtype = view.dtype;
-        if (weights_.packed) {
-            require(rows % kBlockRows == 0 && cols % kPanel == 0, "sizes must be multiples of 64 to be packed");
-            packed_.emplace_back(static_cast<size_t>(packed_bytes(rows, cols)));
-            pack_matrix(view, packed_.back().data());
-            return packed_.back().data();
+        if (weights_.form == MatrixForm::plain) {
+            kept_.push_back(array);
+            return view.data;
         }
-        kept_.push_back(array);
-        return view.data;
+        uint8_t* const to = taken(packed_bytes(rows, cols));
+        pack_matrix(view, to);
+        return to;
+    }
+
+    // Of levels, scales and zero points as MatMulNBits has them.
+    const void* in_bits(const py::array* m, int64_t rows, int64_t cols) {
+        const int64_t blocks = rows / kNibbleRows;
+        const auto is = [](const py::array& array, char kind, std::vector<int64_t> shape) {
+            const bool typed = array.dtype().kind() == kind && array.itemsize() == (kind == 'f' ? 4 : 1);
+            return typed && (array.flags() & py::array::c_style) &&
+                   std::vector<int64_t>(array.shape(), array.shape() + array.ndim()) == shape;
+        };
+        require(is(m[0], 'u', {cols, blocks, kNibbleRows / 2}) && is(m[1], 'f', {cols, blocks}) &&
+                    is(m[2], 'u', {cols, (blocks + 1) / 2}),
+                "a matrix does not fit the others");
+        const BlockMatrix view{static_cast<const uint8_t*>(m[0].data()), static_cast<const float*>(m[1].data()),
+                               static_cast<const uint8_t*>(m[2].data()), rows, cols};
+        uint8_t* const to = taken(nibble_bytes(rows, cols));
+        std::atomic<bool> fits{true};
+        {
+            py::gil_scoped_release release;
+            crew_.each(cols / kPanel, [&](int64_t panel, int) {
+                if (!pack_nibbles(view, panel, to + panel * nibble_bytes(rows, kPanel))) fits = false;
+            });
+        }
+        require(fits, "a scale is larger than float16 holds");
+        return to;
+    }
+
+    uint8_t* taken(int64_t n_bytes) {
+        uint8_t* const first = free_;
+        free_ += n_bytes;
+        return first;
     }
 
     const float* vector(const Array<float>& array, int64_t size) {
@@ -88,7 +163,9 @@ class DecoderStep {
 
     DecoderWeights weights_;
     std::vector<py::object> kept_;
-    std::vector<std::vector<uint8_t>> packed_;
+    Pages packed_;
+    uint8_t* free_ = nullptr;
+    Crew crew_;
 };
 
 // One sequence: a decoder and the buffers of its keys and values, which are written in place.
@@ -129,7 +206,8 @@ Array<float> run_step(const std::vector<DecoderSequence*>& sequences, const std:
                       const Array<float>& sin) {
     require(!sequences.empty() && pasts.size() == sequences.size() && counts.size() == sequences.size(),
             "there must be a past and a count for each sequence");
-    const DecoderWeights& weights = sequences[0]->step()->weights();
+    const std::shared_ptr<DecoderStep> step = sequences[0]->step();
+    const DecoderWeights& weights = step->weights();
     std::vector<StepPart> parts;
     int64_t n = 0;
     for (size_t i = 0; i < sequences.size(); ++i) {
@@ -151,18 +229,18 @@ Array<float> run_step(const std::vector<DecoderSequence*>& sequences, const std:
     const float *from = embeds.data(), *c = cos.data(), *i = sin.data();
     float* to = out.mutable_data();
     py::gil_scoped_release release;
-    decoder_step(weights, parts, from, c, i, to);
+    decoder_step(weights, parts, from, c, i, to, step->crew());
     return out;
 }
 
 }  // namespace
 
 void bind_decoder(py::module_& m) {
-    py::class_<DecoderStep, std::shared_ptr<DecoderStep>>(m, "DecoderStep", "The weights of a small decoder.")
-        .def(py::init<const std::string&, int64_t, int64_t, float, const std::vector<std::vector<py::array>>&,
-                      const std::vector<std::vector<Array<float>>>&, const Array<float>&, bool>(),
+    py::class_<DecoderStep, std::shared_ptr<DecoderStep>>(m, "DecoderStep", "The weights of a decoder, and the threads that run it.")
+        .def(py::init<const std::string&, int64_t, int64_t, float, const py::iterable&,
+                      const std::vector<std::vector<Array<float>>>&, const Array<float>&, bool, int>(),
              py::arg("dtype"), py::arg("heads"), py::arg("kv_heads"), py::arg("epsilon"), py::arg("matrices"),
-             py::arg("vectors"), py::arg("final_norm"), py::arg("pack") = false)
+             py::arg("vectors"), py::arg("final_norm"), py::arg("pack") = false, py::arg("n_threads") = 1)
         .def("open",
              [](const std::shared_ptr<DecoderStep>& step, std::vector<py::array> keys, std::vector<py::array> values) {
                  return DecoderSequence(step, std::move(keys), std::move(values));

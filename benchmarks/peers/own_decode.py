@@ -12,6 +12,7 @@ from serving import run_number, serve, versions
 
 from medreasoner import Grounder
 from medreasoner.ops import AnswerState, simd_level
+from medreasoner.reasoner.decoder import Decoder
 from medreasoner.reasoner.generate import Sequencer, choose
 from medreasoner.reasoner.grammar import GrammarBook
 
@@ -34,7 +35,18 @@ def first_number(grammars: GrammarBook) -> AnswerState:
     return state
 
 
-def main(folder: str, threads: int, n_prompt: int, n_steps: int) -> None:
+def last_state(sequencer: Sequencer, decoder: Decoder, tokens: list[int]) -> Any:
+    """Hidden state of the last of some tokens, which are run at once."""
+    feeding = sequencer.feed(tokens)
+    (states,) = decoder.run([next(feeding)])
+    try:
+        feeding.send(states)
+    except StopIteration as end:
+        return end.value[-1]
+    raise AssertionError("tokens are one step")
+
+
+def main(folder: str, threads: int, n_prompt: int, n_steps: int, weight_bytes: int) -> None:
     def start() -> tuple[Mapping[str, Any], Callable[[str], Mapping[str, Any]]]:
         grounder = Grounder.load(Path(folder), device="cpu", n_threads=threads, cache_dir=Path(folder).parent / "cache")
         reasoner = grounder._engine.reasoner
@@ -46,9 +58,10 @@ def main(folder: str, threads: int, n_prompt: int, n_steps: int) -> None:
             mode = line.partition(" ")[2]
             prompt = random_prompt(n_prompt, reasoner.spec.vocab_size, run_number(line))
             cache = decoder.open_cache()
+            cache.length, cache.holds = 0, None
             at = perf_counter()
             sequencer = Sequencer(decoder, embedding, cache, 0)
-            hidden = sequencer.feed(prompt)[-1]
+            hidden = last_state(sequencer, decoder, prompt)
             steps: list[float] = []
             while len(steps) <= n_steps:
                 if mode == "full logits":
@@ -59,19 +72,19 @@ def main(folder: str, threads: int, n_prompt: int, n_steps: int) -> None:
                 steps.append(now - at)
                 at = now
                 if len(steps) <= n_steps:
-                    hidden = sequencer.feed([token])[-1]
+                    hidden = last_state(sequencer, decoder, [token])
             decoder.close_cache(cache)
             return {"prompt_s": steps[0], "steps_s": steps[1:]}
 
-        graphs = sorted(path for path in (Path(folder) / "reasoner").iterdir() if path.name.startswith("decoder"))
         head = lm_head.values
         facts = {
             "versions": versions(["medreasoner", "onnxruntime", "numpy"]),
-            "settings": f"{threads} threads, {simd_level()}; decoder {grounder.bundle.spec.precision}, "
+            "settings": f"{threads} threads, {simd_level()}; decoder {grounder.bundle.spec.precision} "
+            f"{'by its graph' if decoder._step is None else 'by a kernel'}, "
             f"language head {lm_head.dtype} outside of the graph; {n_rows} rows allowed of {len(head)}",
             "weight_bytes": {
-                "allowed rows": sum(path.stat().st_size for path in graphs),
-                "full logits": sum(path.stat().st_size for path in graphs) + head.nbytes,
+                "allowed rows": weight_bytes,
+                "full logits": weight_bytes + head.nbytes,
             },
         }
         return facts, run
@@ -80,4 +93,4 @@ def main(folder: str, threads: int, n_prompt: int, n_steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *map(int, sys.argv[2:5]))
+    main(sys.argv[1], *map(int, sys.argv[2:6]))

@@ -182,7 +182,7 @@ def _multiply_integers(source: Path, section: dict[str, Any]) -> None:
     step = section.get("step")
     width = section["head_dim"] * section["n_heads"]
     sizes = (section["hidden_dim"], width, width + 2 * section["head_dim"] * section["n_kv_heads"])
-    if step is None or any(size % STEP_BLOCK for size in (*sizes, step["mlp_dim"])):
+    if step is None or step["matrices"] == "int4" or any(size % STEP_BLOCK for size in (*sizes, step["mlp_dim"])):
         raise BundleError(
             f"{source}: steps in integers are for decoders of up to 64 MiB in fp32 or fp16, "
             f"whose sizes are multiples of {STEP_BLOCK}"

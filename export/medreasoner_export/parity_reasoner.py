@@ -17,7 +17,7 @@ from medreasoner._extras import require
 from medreasoner.bundle import Bundle
 from medreasoner.reasoner.prompt import Prompt, load_tokenizer
 from medreasoner.reasoner.rotary import prompt_positions, rotary_tables, text_positions
-from medreasoner.reasoner.step import StepKernel, load_step
+from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph
 from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
@@ -292,6 +292,8 @@ class _Check:
         kernel = None
         if self.spec.step is not None:
             kernel = load_step(self.bundle.path(self.spec.step.file), self.spec, self.spec.step)
+            if needs_no_graph(self.spec.step):
+                ways["prefill without the graph"] = [n]
             ways["decode steps without the graph"] = [half, *[1] * (n - half - 3), 3]
         session = self.session(self.spec.graphs.decoder)
         for name, sizes in ways.items():

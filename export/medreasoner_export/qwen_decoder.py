@@ -34,28 +34,26 @@ TEXT_PREFIXES = ("model.language_model.", "model.")
 LARGEST_STEP_BYTES = 64 * 2**20
 """Of a decoder that a step is worth: one thread reads the weights of a larger one longer than a session takes."""
 STEP_ALIGNMENT = 16  # of all sizes, for the kernel's vectors
+STEP_BLOCK = 64  # of all sizes, for matrices that the kernel packs
 
 
 def step_section(text: QwenTextConfig, storage: Storage, precision: Precision) -> dict[str, Any] | None:
     """A manifest's ``reasoner.step`` for a decoder whose weights all are in the file beside its graph, in its order.
 
-    None for a large decoder, for one in few bits, and for sizes that do not divide into vectors.
+    None for a large decoder that is not in four bits, for one in eight, and for sizes that do not divide into vectors.
     """
-    if precision in BITS:
-        return None
     q, kv = text.hidden_dim, text.n_kv_heads * text.head_dim
+    section = {"file": "decoder.onnx.data", "mlp_dim": text.mlp_dim, "rms_norm_eps": text.rms_norm_eps}
+    if precision in BITS:
+        sizes = (text.hidden_dim, text.mlp_dim, q + 2 * kv)
+        has_kernel = precision == "int4" and not any(size % STEP_BLOCK for size in sizes)
+        return section | {"matrices": "int4", "vectors": "float32"} if has_kernel else None
     n_weights = text.n_layers * (text.hidden_dim * (2 * q + 2 * kv) + 3 * text.hidden_dim * text.mlp_dim)
     matrices: Storage = "float16" if precision == "fp16" else storage
     sizes = (text.hidden_dim, text.head_dim, text.mlp_dim)
     if n_weights * width(matrices) > LARGEST_STEP_BYTES or any(size % STEP_ALIGNMENT for size in sizes):
         return None
-    return {
-        "file": "decoder.onnx.data",
-        "matrices": matrices,
-        "vectors": "float16" if precision == "fp16" else "float32",
-        "mlp_dim": text.mlp_dim,
-        "rms_norm_eps": text.rms_norm_eps,
-    }
+    return section | {"matrices": matrices, "vectors": "float16" if precision == "fp16" else "float32"}
 
 
 def decoder_graph(

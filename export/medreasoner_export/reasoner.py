@@ -149,8 +149,10 @@ def export_reasoner(
         "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"},
         "tokenizer": "tokenizer.json",
         **_sizes(config, settings),
-        "step": None if external else step_section(config.text, storage, options.precision),
+        "step": None,
     }
+    if not external or options.precision == "int4":
+        section["step"] = step_section(config.text, storage, options.precision)
     matrix = {"file": "embedding.bin", "dtype": storage, "shape": [config.text.vocab_size, config.text.hidden_dim]}
     check_section(ReasonerSpec, {**section, "embedding": matrix, "lm_head": matrix}, folder)
     checkpoint.expect(embedding, (config.text.vocab_size, config.text.hidden_dim))  # else it were told at the very end

@@ -1,10 +1,12 @@
-// A few tokens of one or more sequences through a small Qwen2 decoder, over the key-value buffers that ONNX Runtime uses
-// too. A session of the same graph spends most of such a step between its operators.
+// Tokens of one or more sequences through a Qwen2 decoder, over the key-value buffers that ONNX Runtime uses too. A session
+// of the same graph spends most of a small one's step between its operators, and streams a large one's weights at half
+// of the memory's speed.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "crew.h"
 #include "rows.h"
 
 namespace medreasoner {
@@ -32,10 +34,12 @@ struct DecoderLayer {
     const void* down;             // (mlp, hidden)
 };
 
+enum class MatrixForm { plain, eight_bits, four_bits };
+
 struct DecoderWeights {
     DecoderShape shape;
-    bool packed;  // all matrices are
-    Dtype dtype;  // of the matrices that are not
+    MatrixForm form;  // of all matrices
+    Dtype dtype;      // of plain ones
     std::vector<DecoderLayer> layers;
     const float* final_norm;  // (hidden,)
 };
@@ -60,8 +64,8 @@ struct StepPart {
 
 // embeds (n, hidden) and the tables cos, sin (n, head_dim / 2) of the n tokens of all parts -> out (n, hidden) after the
 // last normalisation; their keys and values are appended. The caches are of one type, and no two parts have the same.
-// What a token gives does not depend on which others go along, to the last bit.
+// What a token gives does not depend on which others go along, nor on the number of threads, to the last bit.
 void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& parts, const float* embeds, const float* cos,
-                  const float* sin, float* out);
+                  const float* sin, float* out, Crew& crew);
 
 }  // namespace medreasoner

@@ -3,6 +3,7 @@
 
 #include "vectors_simd.h"
 #include "packed_simd.h"
+#include "nibble_simd.h"
 
 // y (N, out) += x (N, in) @ w (in, out) for C vectors of columns; the sums stay in registers.
 template <int N, int C, class T>
@@ -34,11 +35,33 @@ MR_TARGET inline void add_column(const T* w, int64_t in, int64_t out, int64_t n,
     if (n == 1) add_columns<1, C>(w, in, out, x, y);
 }
 
+// y (n, 64) of the rows' `out` numbers += x (n, in) @ a panel of w (in, out); the last panel may be narrower.
 template <class T>
-MR_TARGET void add_product(const T* w, int64_t in, int64_t out, int64_t n, const float* x, float* y) {
-    int64_t j = 0;
-    for (; j + kColumns * MR_LANES <= out; j += kColumns * MR_LANES) add_column<kColumns>(w + j, in, out, n, x, y + j);
-    for (; j < out; j += MR_LANES) add_column<1>(w + j, in, out, n, x, y + j);
+MR_TARGET inline void add_panel(const T* w, int64_t panel, int64_t in, int64_t out, int64_t n, const float* x, float* y) {
+    const int64_t end = std::min(out, (panel + 1) * kPanel);
+    int64_t j = panel * kPanel;
+    for (; j + kColumns * MR_LANES <= end; j += kColumns * MR_LANES) add_column<kColumns>(w + j, in, out, n, x, y + j);
+    for (; j < end; j += MR_LANES) add_column<1>(w + j, in, out, n, x, y + j);
+}
+
+// Calls work(panel) for the panels of `cols` columns, each of them the products of n tokens with `weights` numbers. Few of
+// little work are taken at once, since each starts with waiting for its first weights.
+template <class Work>
+MR_TARGET inline void each_panel(int64_t cols, int64_t weights, int64_t n, Crew& crew, const Work& work) {
+    const int64_t panels = (cols + kPanel - 1) / kPanel;
+    const int64_t at_once = std::max<int64_t>(1, kShare / (weights * n));
+    crew.each((panels + at_once - 1) / at_once, [&](int64_t item, int) MR_TARGET {
+        const int64_t end = std::min(panels, (item + 1) * at_once);
+        for (int64_t panel = item * at_once; panel < end; ++panel) work(panel);
+    });
+}
+
+// y (n, out) += x (n, in) @ w (in, out), the panels shared out among the threads.
+template <class T, class X>
+MR_TARGET void add_product(const void* w, int64_t in, int64_t out, int64_t n, const X& x, float* y, Crew& crew) {
+    each_panel(out, in * kPanel, n, crew, [&](int64_t panel) MR_TARGET {
+        add_panel(static_cast<const T*>(w), panel, in, out, n, x, y);
+    });
 }
 
 // e^x to about 1e-7 of it; below -87 and above 88 as there.
@@ -134,85 +157,111 @@ MR_TARGET inline void gate_with(float* gate, const float* up, int64_t n) {
     }
 }
 
-// What a product takes of x (n, in): itself, or its levels where the matrices are packed.
 template <class T>
-MR_TARGET inline auto input_of(const float* x, int64_t n, int64_t in, const StepScratch& scratch) {
-    if constexpr (std::is_same_v<T, Packed>) {
-        round_rows(x, n, in, scratch.rounded);
+constexpr bool kRounds = std::is_same_v<T, Packed> || std::is_same_v<T, Nibbles>;
+
+// What a product takes of x (n, in): itself, or the levels that it was rounded to.
+template <class T>
+MR_TARGET inline auto input_of(const float* x, const StepScratch& scratch) {
+    if constexpr (kRounds<T>) {
         return scratch.rounded;
     } else {
         return x;
     }
 }
 
-// The new tokens of a sequence: their keys and values go to the cache, and each looks at all up to itself.
+// One token's input of a product, x (n, in), as levels where the matrices are packed.
+template <class T>
+MR_TARGET inline void round_input(const float* x, int64_t token, int64_t in, const StepScratch& scratch) {
+    if constexpr (kRounds<T>) round_row<T>(x + token * in, in, scratch.rounded.from<T>(token, in));
+}
+
+// Keys and values of one new token go to its cache; row (q_dim + 2 * kv_dim,) is turned in place.
 template <class C>
-MR_TARGET void attend_part(const DecoderShape& s, const StepPart& part, size_t index, float* qkv, const float* cos,
-                           const float* sin, const StepScratch& scratch, float* attended) {
-    const int64_t q = s.q_dim(), kv = s.kv_dim(), width = q + 2 * kv, dim = s.head_dim;
-    const LayerCache& own = part.cache->layers[index];
-    for (int64_t t = 0; t < part.n; ++t) {
-        for (int64_t head = 0; head < s.heads + s.kv_heads; ++head) {
-            rotate(qkv + t * width + head * dim, cos + t * dim / 2, sin + t * dim / 2, dim / 2);
-        }
-    }
-    for (int64_t kv_head = 0; kv_head < s.kv_heads; ++kv_head) {
-        C* keys = static_cast<C*>(own.keys) + kv_head * part.cache->capacity * dim;
-        C* values = static_cast<C*>(own.values) + kv_head * part.cache->capacity * dim;
-        for (int64_t t = 0; t < part.n; ++t) {
-            const float* row = qkv + t * width + q + kv_head * dim;
-            for (int64_t i = 0; i < dim; ++i) {
-                narrow(row[i], keys + (part.past + t) * dim + i);
-                narrow(row[kv + i], values + (part.past + t) * dim + i);
-            }
-        }
-        const int64_t group = s.heads / s.kv_heads;
-        for (int64_t t = 0; t < part.n; ++t) {
-            for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-                attend(qkv + t * width + head * dim, keys, values, part.past + t + 1, dim, scratch.scores,
-                       attended + t * q + head * dim);
-            }
+MR_TARGET void keep_token(const DecoderShape& s, const NewToken& token, size_t index, float* row, const float* cos,
+                          const float* sin) {
+    const int64_t dim = s.head_dim, kv = s.kv_dim();
+    for (int64_t head = 0; head < s.heads + s.kv_heads; ++head) rotate(row + head * dim, cos, sin, dim / 2);
+    const LayerCache& own = token.cache->layers[index];
+    for (int64_t head = 0; head < s.kv_heads; ++head) {
+        const float* from = row + s.q_dim() + head * dim;
+        const int64_t to = (head * token.cache->capacity + token.place) * dim;
+        for (int64_t i = 0; i < dim; ++i) {
+            narrow(from[i], static_cast<C*>(own.keys) + to + i);
+            narrow(from[kv + i], static_cast<C*>(own.values) + to + i);
         }
     }
 }
 
-template <class T, class C>
-MR_TARGET void step_layer(const DecoderShape& s, const DecoderLayer& layer, size_t index, const std::vector<StepPart>& parts,
-                          int64_t n, const float* cos, const float* sin, const StepScratch& scratch) {
-    const int64_t q = s.q_dim(), width = q + 2 * s.kv_dim();
-    float *x = scratch.residual, *h = scratch.normed, *qkv = scratch.wide, *attended = scratch.attended;
-    for (int64_t t = 0; t < n; ++t) {
-        normalise(x + t * s.hidden, layer.input_norm, s.hidden, s.epsilon, h + t * s.hidden);
-        std::copy(layer.qkv_bias, layer.qkv_bias + width, qkv + t * width);
-    }
-    add_product(static_cast<const T*>(layer.qkv), s.hidden, width, n, input_of<T>(h, n, s.hidden, scratch), qkv);
-    int64_t first = 0;
-    for (const StepPart& part : parts) {
-        const int64_t table = first * s.head_dim / 2;
-        attend_part<C>(s, part, index, qkv + first * width, cos + table, sin + table, scratch, attended + first * q);
-        first += part.n;
-    }
-    add_product(static_cast<const T*>(layer.output), q, s.hidden, n, input_of<T>(attended, n, q, scratch), x);
+// Each new token keeps its keys and values, and then each head of each looks at all up to itself.
+template <class C>
+MR_TARGET void attend_all(const DecoderShape& s, size_t index, const std::vector<NewToken>& tokens, const float* cos,
+                          const float* sin, const StepScratch& scratch, Crew& crew) {
+    const int64_t n = static_cast<int64_t>(tokens.size()), dim = s.head_dim, width = s.q_dim() + 2 * s.kv_dim();
+    float* qkv = scratch.wide;
+    crew.each(n, [&](int64_t t, int) MR_TARGET {
+        keep_token<C>(s, tokens[t], index, qkv + t * width, cos + t * dim / 2, sin + t * dim / 2);
+    });
+    crew.each(n * s.heads, [&](int64_t item, int who) MR_TARGET {
+        const int64_t t = item / s.heads, head = item % s.heads;
+        const NewToken& token = tokens[t];
+        const LayerCache& own = token.cache->layers[index];
+        const int64_t start = head / (s.heads / s.kv_heads) * token.cache->capacity * dim;
+        attend(qkv + t * width + head * dim, static_cast<const C*>(own.keys) + start,
+               static_cast<const C*>(own.values) + start, token.place + 1, dim, scratch.scores + who * scratch.n_scores,
+               scratch.attended + t * s.q_dim() + head * dim);
+    });
+}
+
+// A panel of gate (n, mlp) = silu(h @ gate) * (h @ up).
+template <class T>
+MR_TARGET void gated_panel(const DecoderShape& s, const DecoderLayer& layer, int64_t panel, int64_t n,
+                           const StepScratch& scratch) {
+    const auto input = input_of<T>(scratch.normed, scratch);
+    const int64_t first = panel * kPanel, size = std::min(kPanel, s.mlp - first);
     float *gate = scratch.wide, *up = scratch.wide + n * s.mlp;
-    std::fill(gate, gate + 2 * n * s.mlp, 0.f);
-    for (int64_t t = 0; t < n; ++t) {
-        normalise(x + t * s.hidden, layer.attention_norm, s.hidden, s.epsilon, h + t * s.hidden);
+    for (float* each : {gate, up}) {
+        for (int64_t t = 0; t < n; ++t) std::fill_n(each + t * s.mlp + first, size, 0.f);
     }
-    const auto input = input_of<T>(h, n, s.hidden, scratch);
-    add_product(static_cast<const T*>(layer.gate), s.hidden, s.mlp, n, input, gate);
-    add_product(static_cast<const T*>(layer.up), s.hidden, s.mlp, n, input, up);
-    gate_with(gate, up, n * s.mlp);
-    add_product(static_cast<const T*>(layer.down), s.mlp, s.hidden, n, input_of<T>(gate, n, s.mlp, scratch), x);
+    add_panel(static_cast<const T*>(layer.gate), panel, s.hidden, s.mlp, n, input, gate);
+    add_panel(static_cast<const T*>(layer.up), panel, s.hidden, s.mlp, n, input, up);
+    for (int64_t t = 0; t < n; ++t) gate_with(gate + t * s.mlp + first, up + t * s.mlp + first, size);
 }
 
 template <class T, class C>
-MR_TARGET void step(const DecoderWeights& weights, const std::vector<StepPart>& parts, int64_t n, const float* cos,
-                    const float* sin, const StepScratch& scratch, float* out) {
+MR_TARGET void step_layer(const DecoderShape& s, const DecoderLayer& layer, size_t index,
+                          const std::vector<NewToken>& tokens, const float* cos, const float* sin,
+                          const StepScratch& scratch, Crew& crew) {
+    const int64_t n = static_cast<int64_t>(tokens.size()), q = s.q_dim(), width = q + 2 * s.kv_dim();
+    float *x = scratch.residual, *h = scratch.normed, *qkv = scratch.wide, *attended = scratch.attended;
+    crew.each(n, [&](int64_t t, int) MR_TARGET {
+        normalise(x + t * s.hidden, layer.input_norm, s.hidden, s.epsilon, h + t * s.hidden);
+        round_input<T>(h, t, s.hidden, scratch);
+        std::copy(layer.qkv_bias, layer.qkv_bias + width, qkv + t * width);
+    });
+    add_product<T>(layer.qkv, s.hidden, width, n, input_of<T>(h, scratch), qkv, crew);
+    attend_all<C>(s, index, tokens, cos, sin, scratch, crew);
+    crew.each(n, [&](int64_t t, int) MR_TARGET { round_input<T>(attended, t, q, scratch); });
+    add_product<T>(layer.output, q, s.hidden, n, input_of<T>(attended, scratch), x, crew);
+    crew.each(n, [&](int64_t t, int) MR_TARGET {
+        normalise(x + t * s.hidden, layer.attention_norm, s.hidden, s.epsilon, h + t * s.hidden);
+        round_input<T>(h, t, s.hidden, scratch);
+    });
+    each_panel(s.mlp, 2 * s.hidden * kPanel, n, crew, [&](int64_t panel) MR_TARGET {
+        gated_panel<T>(s, layer, panel, n, scratch);
+    });
+    crew.each(n, [&](int64_t t, int) MR_TARGET { round_input<T>(scratch.wide, t, s.mlp, scratch); });
+    add_product<T>(layer.down, s.mlp, s.hidden, n, input_of<T>(scratch.wide, scratch), x, crew);
+}
+
+template <class T, class C>
+MR_TARGET void step(const DecoderWeights& weights, const std::vector<NewToken>& tokens, const float* cos,
+                    const float* sin, const StepScratch& scratch, float* out, Crew& crew) {
     const DecoderShape& s = weights.shape;
     for (size_t i = 0; i < weights.layers.size(); ++i) {
-        step_layer<T, C>(s, weights.layers[i], i, parts, n, cos, sin, scratch);
+        step_layer<T, C>(s, weights.layers[i], i, tokens, cos, sin, scratch, crew);
     }
-    for (int64_t t = 0; t < n; ++t) {
+    for (size_t t = 0; t < tokens.size(); ++t) {
         normalise(scratch.residual + t * s.hidden, weights.final_norm, s.hidden, s.epsilon, out + t * s.hidden);
     }
 }

@@ -1,5 +1,5 @@
-// Products with packed matrices (packed_matrix.h) in integers, for the bodies of for_each_level.h. The activations are
-// rounded too, a block of 64 of a token at a time, so that few large ones do not blur the others.
+// Products with matrices in eight bits (packed_matrix.h), for the bodies of for_each_level.h. The activations are rounded
+// too, a block of a token at a time, so that few large ones do not blur the others.
 
 typedef int32_t VecI __attribute__((vector_size(4 * MR_LANES)));
 typedef int8_t Bytes __attribute__((vector_size(MR_LANES)));
@@ -26,36 +26,38 @@ MR_TARGET inline VecI dot4(VecI total, VecI weights, VecI levels) {
 #endif
 }
 
-// x (n, in) as levels; of each block the scale, and what makes up for the 128 that the weights have too much.
-MR_TARGET inline void round_rows(const float* x, int64_t n, int64_t in, const RoundedRows& rows) {
-    for (int64_t b = 0; b < n * in / kBlockRows; ++b, x += kBlockRows) {
+// x (in,) as levels, blocks of T::kRows; of each block the scale, and what makes up for the zero point of the weights.
+template <class T>
+MR_TARGET inline void round_row(const float* x, int64_t in, const RoundedRows& rows) {
+    constexpr int64_t size = T::kRows;
+    for (int64_t b = 0; b < in / size; ++b, x += size) {
         VecF largest = VecF{}, poison = VecF{};
-        for (int64_t i = 0; i < kBlockRows; i += MR_LANES) {
-            const VecF v = load_float(x + i), size = v < 0.f ? -v : v;
-            largest = size > largest ? size : largest;
+        for (int64_t i = 0; i < size; i += MR_LANES) {
+            const VecF v = load_float(x + i), magnitude = v < 0.f ? -v : v;
+            largest = magnitude > largest ? magnitude : largest;
             poison += v * 0.f;  // not a number or infinite: the whole block must become that
         }
         float top = 0.f;
         for (int i = 0; i < MR_LANES; ++i) top = std::max(top, largest[i]);
         const float inverse = top > 0.f ? 127.f / top : 0.f;
         VecI total = VecI{};
-        for (int64_t i = 0; i < kBlockRows; i += MR_LANES) {
+        for (int64_t i = 0; i < size; i += MR_LANES) {
             const VecF shifted = load_float(x + i) * inverse + 12582912.f;  // 1.5 * 2^23: the nearest integer
             const VecI level = (VecI)shifted - 0x4b400000;
             const Bytes narrow = __builtin_convertvector(level, Bytes);
-            std::memcpy(rows.levels + b * kBlockRows + i, &narrow, sizeof narrow);
+            std::memcpy(rows.levels + b * size + i, &narrow, sizeof narrow);
             total += level;
         }
         int32_t all = 0;
         for (int i = 0; i < MR_LANES; ++i) all += total[i];
         rows.scales[b] = top / 127.f + sum(poison);
-        rows.offsets[b] = -128 * all;
+        rows.offsets[b] = -T::kZero * all;
     }
 }
 
 // y (N, out) += levels (N, in) @ one panel, of which C vectors of columns at a time.
 template <int N>
-MR_TARGET inline void add_panel(const uint8_t* panel, int64_t in, int64_t out, const RoundedRows& rows, float* y) {
+MR_TARGET inline void add_tokens(const uint8_t* panel, int64_t in, int64_t out, const RoundedRows& rows, float* y) {
     constexpr int C = 4;
     constexpr int64_t width = C * MR_LANES;
     const int64_t blocks = in / kBlockRows;
@@ -90,20 +92,20 @@ MR_TARGET inline void add_panel(const uint8_t* panel, int64_t in, int64_t out, c
     }
 }
 
-// y (n, out) += x (n, in) @ w (in, out), with x as levels.
-MR_TARGET inline void add_product(const Packed* w, int64_t in, int64_t out, int64_t n, const RoundedRows& x, float* y) {
+// y (n, 64) of the rows' `out` numbers += x (n, in) @ a panel of w (in, out), with x as levels.
+MR_TARGET inline void add_panel(const Packed* w, int64_t j, int64_t in, int64_t out, int64_t n, const RoundedRows& x,
+                                float* y) {
     constexpr int64_t most = MR_LANES == 16 ? 6 : 2;  // as many sums as there are registers for
-    const uint8_t* panel = reinterpret_cast<const uint8_t*>(w);
-    for (int64_t j = 0; j < out; j += kPanel, panel += packed_bytes(in, kPanel)) {
-        int64_t t = 0;
-        for (; t + most <= n; t += most) add_panel<most>(panel, in, out, x.from(t, in), y + t * out + j);
-        switch (n - t) {
-            case 5: add_panel<5>(panel, in, out, x.from(t, in), y + t * out + j); break;
-            case 4: add_panel<4>(panel, in, out, x.from(t, in), y + t * out + j); break;
-            case 3: add_panel<3>(panel, in, out, x.from(t, in), y + t * out + j); break;
-            case 2: add_panel<2>(panel, in, out, x.from(t, in), y + t * out + j); break;
-            case 1: add_panel<1>(panel, in, out, x.from(t, in), y + t * out + j); break;
-            default: break;
-        }
+    const uint8_t* panel = reinterpret_cast<const uint8_t*>(w) + j * packed_bytes(in, kPanel);
+    y += j * kPanel;
+    int64_t t = 0;
+    for (; t + most <= n; t += most) add_tokens<most>(panel, in, out, x.from<Packed>(t, in), y + t * out);
+    switch (n - t) {
+        case 5: add_tokens<5>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
+        case 4: add_tokens<4>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
+        case 3: add_tokens<3>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
+        case 2: add_tokens<2>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
+        case 1: add_tokens<1>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
+        default: break;
     }
 }

@@ -20,19 +20,35 @@ namespace medreasoner {
 
 // How the matrices are read; measured on AVX-512 with weights that fit the third cache only.
 constexpr int kTokens = 5, kColumns = 4;  // sums that stay in registers: tokens times vectors of columns
+constexpr int64_t kShare = 1 << 18;       // products that a thread takes at once, at least
 constexpr int64_t kRowsAhead = 12;        // asked for in advance: a row's part of the columns is but a line or two
 
-struct Packed {};  // in the place of an element type
+// In the place of an element type: how many rows share a scale, and what a weight of zero is in the levels.
+struct Packed {
+    static constexpr int64_t kRows = kBlockRows;
+    static constexpr int32_t kZero = 128;
+};
+struct Nibbles {
+    static constexpr int64_t kRows = kNibbleRows;
+    static constexpr int32_t kZero = 1;  // times the zero point of each block and column
+};
 
-// Activations as levels, a scale and an offset for each block of 64.
+// Activations as levels, and of each block a scale and an offset.
 struct RoundedRows {
     int8_t* levels;
     float* scales;
     int32_t* offsets;
 
+    template <class T>
     RoundedRows from(int64_t row, int64_t width) const {
-        return {levels + row * width, scales + row * width / kBlockRows, offsets + row * width / kBlockRows};
+        return {levels + row * width, scales + row * width / T::kRows, offsets + row * width / T::kRows};
     }
+};
+
+// Where a token goes.
+struct NewToken {
+    const DecoderCache* cache;
+    int64_t place;
 };
 
 // What a step needs beside its inputs, for n tokens.
@@ -41,7 +57,8 @@ struct StepScratch {
     float* normed;        // (n, hidden)
     float* wide;          // (n, q_dim + 2 * kv_dim), then twice (n, mlp)
     float* attended;      // (n, q_dim)
-    float* scores;        // as many as there are places, rounded up to whole vectors
+    float* scores;        // (threads, n_scores)
+    int64_t n_scores;     // as many as there are places, rounded up to whole vectors
     RoundedRows rounded;  // for the widest input of a product
 };
 
@@ -54,43 +71,53 @@ namespace medreasoner {
 namespace {
 
 template <class T>
-void step_over(const DecoderWeights& weights, const std::vector<StepPart>& parts, int64_t n, const float* cos,
-               const float* sin, const StepScratch& scratch, float* out) {
-    if (parts[0].cache->dtype == Dtype::float16) {
-        MR_DISPATCH(step<T, Float16>)(weights, parts, n, cos, sin, scratch, out);
+void step_over(const DecoderWeights& weights, const std::vector<NewToken>& tokens, const float* cos, const float* sin,
+               const StepScratch& scratch, float* out, Crew& crew) {
+    if (tokens[0].cache->dtype == Dtype::float16) {
+        MR_DISPATCH(step<T, Float16>)(weights, tokens, cos, sin, scratch, out, crew);
     } else {
-        MR_DISPATCH(step<T, float>)(weights, parts, n, cos, sin, scratch, out);
+        MR_DISPATCH(step<T, float>)(weights, tokens, cos, sin, scratch, out, crew);
+    }
+}
+
+void step_with(const DecoderWeights& weights, const std::vector<NewToken>& tokens, const float* cos, const float* sin,
+               const StepScratch& scratch, float* out, Crew& crew) {
+    if (weights.form == MatrixForm::four_bits) return step_over<Nibbles>(weights, tokens, cos, sin, scratch, out, crew);
+    if (weights.form == MatrixForm::eight_bits) return step_over<Packed>(weights, tokens, cos, sin, scratch, out, crew);
+    switch (weights.dtype) {
+        case Dtype::float32: return step_over<float>(weights, tokens, cos, sin, scratch, out, crew);
+        case Dtype::float16: return step_over<Float16>(weights, tokens, cos, sin, scratch, out, crew);
+        case Dtype::bfloat16: return step_over<Bfloat16>(weights, tokens, cos, sin, scratch, out, crew);
     }
 }
 
 }  // namespace
 
 void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& parts, const float* embeds, const float* cos,
-                  const float* sin, float* out) {
+                  const float* sin, float* out, Crew& crew) {
     const DecoderShape& s = weights.shape;
-    int64_t n = 0, places = 0;
+    std::vector<NewToken> tokens;
+    int64_t places = 0;
     for (const StepPart& part : parts) {
-        n += part.n;
+        for (int64_t i = 0; i < part.n; ++i) tokens.push_back({part.cache, part.past + i});
         places = std::max(places, part.past + part.n);
     }
-    const int64_t wide = std::max(s.q_dim() + 2 * s.kv_dim(), 2 * s.mlp), scores = places + kStepAlign;
-    std::vector<float> room(static_cast<size_t>(n * (2 * s.hidden + wide + s.q_dim()) + scores));
+    const int64_t n = static_cast<int64_t>(tokens.size()), wide = std::max(s.q_dim() + 2 * s.kv_dim(), 2 * s.mlp);
+    const int64_t n_scores = (places / kStepAlign + 1) * kStepAlign;
+    std::vector<float> room(static_cast<size_t>(n * (2 * s.hidden + wide + s.q_dim()) + crew.n_threads() * n_scores));
     float* normed = room.data() + n * s.hidden;
     float* attended = normed + n * s.hidden;
     float* wider = attended + n * s.q_dim();
-    const auto widest = static_cast<size_t>(weights.packed ? n * std::max({s.hidden, s.q_dim(), s.mlp}) : 0);
+    const bool rounds = weights.form != MatrixForm::plain;
+    const auto widest = static_cast<size_t>(rounds ? n * std::max({s.hidden, s.q_dim(), s.mlp}) : 0);
     std::vector<int8_t> levels(widest);
-    std::vector<float> scales(widest / kBlockRows);
-    std::vector<int32_t> offsets(widest / kBlockRows);
+    std::vector<float> scales(widest / kNibbleRows);
+    std::vector<int32_t> offsets(widest / kNibbleRows);
     const RoundedRows rounded{levels.data(), scales.data(), offsets.data()};
-    const StepScratch scratch{room.data(), normed, wider, attended, wider + n * wide, rounded};
+    const StepScratch scratch{room.data(), normed, wider, attended, wider + n * wide, n_scores, rounded};
     std::copy(embeds, embeds + n * s.hidden, scratch.residual);
-    if (weights.packed) return step_over<Packed>(weights, parts, n, cos, sin, scratch, out);
-    switch (weights.dtype) {
-        case Dtype::float32: return step_over<float>(weights, parts, n, cos, sin, scratch, out);
-        case Dtype::float16: return step_over<Float16>(weights, parts, n, cos, sin, scratch, out);
-        case Dtype::bfloat16: return step_over<Bfloat16>(weights, parts, n, cos, sin, scratch, out);
-    }
+    const std::lock_guard<std::mutex> lock(crew.turn());
+    step_with(weights, tokens, cos, sin, scratch, out, crew);
 }
 
 }  // namespace medreasoner

@@ -1,6 +1,6 @@
 """Compiled kernels; use them through medreasoner.ops."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,7 +59,7 @@ class DecoderSequence:
     """A decoder and one sequence's keys and values."""
 
 class DecoderStep:
-    """The weights of a small decoder."""
+    """The weights of a decoder, and the threads that run it."""
 
     def __init__(
         self,
@@ -67,10 +67,11 @@ class DecoderStep:
         heads: int,
         kv_heads: int,
         epsilon: float,
-        matrices: Sequence[Sequence[NDArray[Any]]],
+        matrices: Iterable[Sequence[NDArray[Any]]],
         vectors: Sequence[Sequence[NDArray[np.float32]]],
         final_norm: NDArray[np.float32],
         pack: bool = ...,
+        n_threads: int = ...,
     ) -> None: ...
     def open(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> DecoderSequence: ...
 

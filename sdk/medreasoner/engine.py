@@ -8,15 +8,15 @@ from typing import ParamSpec, TypeVar
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
-from medreasoner.providers import CPU, RuntimeOptions
+from medreasoner.providers import CPU, RuntimeOptions, is_cpu_only, usable_cores
 from medreasoner.readings import CACHE_BYTES, ReadingCache
 from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.model import MAX_WAITING
 from medreasoner.reasoner.prompt import load_tokenizer
-from medreasoner.reasoner.step import load_step, steps_pay
+from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph, no_graph, steps_pay
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
-from medreasoner.sessions import SessionOpener
+from medreasoner.sessions import OpenedSession, SessionOpener
 from medreasoner.spec import ConfidenceSpec
 
 __all__ = ["Engine", "Sharing", "load_engine", "step_options"]
@@ -150,31 +150,26 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     sharing = sharing or Sharing()
     spec = bundle.spec
     reasoner, segmenter = spec.reasoner, spec.segmenter
-    graphs = (
-        (reasoner.graphs.vision, options),
-        (segmenter.graphs.encoder, options),
-        (reasoner.graphs.decoder, step_options(options, splits=reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM)),
-        (segmenter.graphs.decoder, step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)),
-    )
+    decoding = step_options(options, splits=reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM)
+    drawing = step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)
     opener = SessionOpener(bundle, options)
-    with ThreadPoolExecutor(len(graphs) + 1) as pool:
-        opening = [pool.submit(opener.open, name, chosen) for name, chosen in graphs]
+    with ThreadPoolExecutor(5) as pool:
+        vision = pool.submit(opener.open, reasoner.graphs.vision, options)
+        encoder = pool.submit(opener.open, segmenter.graphs.encoder, options)
+        decoder = pool.submit(_open_decoder, bundle, opener, options, decoding)
+        mask_decoder = pool.submit(opener.open, segmenter.graphs.decoder, drawing)
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
         lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)
-        opened = {name: each.result() for (name, _), each in zip(graphs, opening, strict=True)}
-        vision, encoder, decoder, mask_decoder = (each.session for each in opened.values())
-        on_cpu = decoder.providers[0] == CPU
-        step = None
-        if reasoner.step is not None and reasoner.cpu_graphs.decoder is None and on_cpu and steps_pay():
-            step = load_step(bundle.path(reasoner.step.file), reasoner, reasoner.step)
-        warnings = dict.fromkeys(line for each in opened.values() for line in each.warnings)
+        opened_decoder, step = decoder.result()
+        opened = (vision.result(), encoder.result(), opened_decoder, mask_decoder.result())
+        warnings = dict.fromkeys(line for each in opened for line in each.warnings)
         return Engine(
             models=_Models(
                 Reasoner(
                     reasoner,
-                    vision=vision,
-                    decoder=decoder,
+                    vision=opened[0].session,
+                    decoder=opened_decoder.session,
                     tokenizer=tokenizer.result(),
                     embedding=embedding,
                     lm_head=lm_head,
@@ -182,14 +177,32 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
                     n_slots=sharing.n_slots,
                     max_waiting=sharing.max_waiting,
                 ),
-                Segmenter(segmenter, encoder=encoder, decoder=mask_decoder),
+                Segmenter(segmenter, encoder=opened[1].session, decoder=opened[3].session),
             ),
             pool=ThreadPoolExecutor(2, thread_name_prefix="medreasoner"),
             model_name=spec.name,
             model_version=spec.version,
             model_digest=bundle.digest,
-            providers={each.graph: each.session.providers[0] for each in opened.values()},
+            providers={each.graph: each.session.providers[0] for each in opened},
             warnings=tuple(warnings),
             readings=ReadingCache(sharing.cache_bytes),
             confidence=spec.confidence,
         )
+
+
+def _open_decoder(
+    bundle: Bundle, opener: SessionOpener, options: RuntimeOptions, decoding: RuntimeOptions
+) -> tuple[OpenedSession, StepKernel | None]:
+    """The decoder's session, and what runs steps in its place; a kernel that runs all needs no session."""
+    reasoner = bundle.spec.reasoner
+    step = reasoner.step if reasoner.cpu_graphs.decoder is None and steps_pay() else None
+    if step is not None and needs_no_graph(step) and is_cpu_only(options):
+        opened = OpenedSession(session=no_graph(step), graph=reasoner.graphs.decoder, warnings=())
+    else:
+        opened = opener.open(reasoner.graphs.decoder, decoding)
+    if step is None or opened.session.providers[0] != CPU:
+        return opened, None
+    if needs_no_graph(step):  # known now: the graph's memory is let go
+        opened = OpenedSession(session=no_graph(step), graph=opened.graph, warnings=opened.warnings)
+    n_threads = decoding.n_threads or usable_cores()
+    return opened, load_step(bundle.path(step.file), reasoner, step, n_threads=n_threads)

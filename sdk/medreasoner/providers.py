@@ -20,9 +20,11 @@ from medreasoner.session import Buffer
 
 __all__ = [
     "Device",
+    "HostBuffer",
     "OrtSession",
     "RuntimeOptions",
     "fallback_warnings",
+    "is_cpu_only",
     "provider_list",
     "require_runtime",
     "usable_cores",
@@ -168,6 +170,21 @@ def provider_list(options: RuntimeOptions, available: Sequence[str]) -> list[Pro
     return [(name, make[name](options)) for name in chain if name in available]
 
 
+def is_cpu_only(options: RuntimeOptions) -> bool:
+    """Whether nothing but the CPU will be asked to run a graph.
+
+    >>> is_cpu_only(RuntimeOptions(device="cpu"))
+    True
+    """
+    if options.engines_dir is not None or options.device not in ("auto", "cpu"):
+        return False
+    if options.device == "cpu":
+        return True
+    import onnxruntime as ort
+
+    return {TENSORRT, CUDA}.isdisjoint(ort.get_available_providers())
+
+
 def _tensorrt_options(options: RuntimeOptions) -> dict[str, str]:
     chosen = {
         "trt_fp16_enable": str(int(options.fp16)),
@@ -288,6 +305,25 @@ class OrtBuffer:
     def _content(self) -> Array:
         content: Array = self._owner.numpy() if self.host is None else self.host
         return content if self.host is not None else content[self._start : self._start + self.shape[0]]
+
+
+class HostBuffer:
+    """Keys or values in ordinary memory: a `Buffer`."""
+
+    def __init__(self, host: Array) -> None:
+        self.host = host
+
+    def rows(self, start: int, stop: int) -> "HostBuffer":
+        """Some rows of the same memory."""
+        return HostBuffer(self.host[start:stop])
+
+    def save(self, n_positions: int) -> Array:
+        """Copy of the leading positions."""
+        return self.host[:, :, :n_positions].copy()
+
+    def restore(self, saved: Array) -> None:
+        """Write saved positions back."""
+        self.host[:, :, : saved.shape[2]] = saved
 
 
 class OrtSession:

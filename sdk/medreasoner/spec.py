@@ -222,14 +222,14 @@ class ReasonerGraphs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepSpec:
-    """A small decoder's weights in the file beside its graph, for steps without the graph: element types and sizes.
+    """A decoder's weights in the file beside its graph, for steps without the graph: element types and sizes.
 
     `products` says how matrices are multiplied: as they are, or rounded to eight bits when they are loaded, and the
-    activations with them.
+    activations with them. Matrices in four bits are multiplied in integers anyhow.
     """
 
     file: str
-    matrices: WeightDtype
+    matrices: Literal[WeightDtype, "int4"]
     vectors: Literal["float32", "float16"]
     mlp_dim: int
     rms_norm_eps: float
@@ -238,6 +238,8 @@ class StepSpec:
     def __post_init__(self) -> None:
         _need_positive(self, "mlp_dim")
         _need(self.rms_norm_eps > 0, "rms_norm_eps", "a positive number", self.rms_norm_eps)
+        fits = self.matrices != "int4" or (self.products == "float" and self.vectors == "float32")
+        _need(fits, "matrices", "products float and vectors float32 beside int4", self.matrices)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

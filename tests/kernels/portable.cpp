@@ -109,7 +109,7 @@ void decoder() {
         for (auto& v : kept.back()) v = scale * draw_float();
         return kept.back().data();
     };
-    DecoderWeights weights{shape, false, Dtype::float32, {}, nullptr};
+    DecoderWeights weights{shape, MatrixForm::plain, Dtype::float32, {}, nullptr};
     DecoderCache cache{Dtype::float16, capacity, {}};
     std::vector<std::vector<uint16_t>> buffers(4, std::vector<uint16_t>(2 * capacity * 16));
     for (int layer = 0; layer < 2; ++layer) {
@@ -124,7 +124,8 @@ void decoder() {
     const float* embeds = drawn(n * 32, 1);  // one by one: the order of arguments is the compiler's
     const float* cos = drawn(n * 8, 1);
     const float* sin = drawn(n * 8, 1);
-    decoder_step(weights, {{&cache, past, n}}, embeds, cos, sin, out.data());
+    Crew crew(1);
+    decoder_step(weights, {{&cache, past, n}}, embeds, cos, sin, out.data(), crew);
     print_floats("decoder", out);
 }
 
@@ -142,7 +143,7 @@ void packed_decoder() {
         pack_matrix({drawn(rows * cols, 0.2f), Dtype::float32, rows, cols}, packed.back().data());
         return packed.back().data();
     };
-    DecoderWeights weights{shape, true, Dtype::float32, {}, nullptr};
+    DecoderWeights weights{shape, MatrixForm::eight_bits, Dtype::float32, {}, nullptr};
     DecoderLayer layer{};
     layer.input_norm = drawn(64, 1);
     layer.qkv = pack(64, 256);
@@ -160,8 +161,55 @@ void packed_decoder() {
     const float* embeds = drawn(3 * 64, 1);
     const float* cos = drawn(3 * 32, 1);
     const float* sin = drawn(3 * 32, 1);
-    decoder_step(weights, {{&caches[0], 0, 1}, {&caches[1], 0, 2}}, embeds, cos, sin, out.data());
+    Crew crew(2);
+    decoder_step(weights, {{&caches[0], 0, 1}, {&caches[1], 0, 2}}, embeds, cos, sin, out.data(), crew);
     print_floats("packed", out);
+}
+
+void decoder_in_four_bits() {
+    const DecoderShape shape{128, 2, 1, 64, 192, 1e-6f};
+    std::vector<std::vector<float>> kept;
+    std::vector<std::vector<uint8_t>> packed;
+    const auto drawn = [&](int64_t size, float base, float scale) {
+        kept.emplace_back(size);
+        for (auto& v : kept.back()) v = base + scale * draw_float();
+        return kept.back().data();
+    };
+    const auto pack = [&](int64_t rows, int64_t cols) {
+        std::vector<uint8_t> levels(rows * cols / 2), zeros(cols * ((rows / 32 + 1) / 2));
+        for (auto& v : levels) v = static_cast<uint8_t>(draw() >> 24);
+        for (auto& v : zeros) v = static_cast<uint8_t>(0x77 + (draw() >> 31) + (draw() >> 31 << 4));
+        const BlockMatrix matrix{levels.data(), drawn(cols * rows / 32, 0.02f, 0.01f), zeros.data(), rows, cols};
+        packed.emplace_back(nibble_bytes(rows, cols));
+        for (int64_t panel = 0; panel < cols / kPanel; ++panel) {
+            pack_nibbles(matrix, panel, packed.back().data() + panel * nibble_bytes(rows, kPanel));
+        }
+        std::printf("nibbles %llu\n", static_cast<unsigned long long>(digest(packed.back())));
+        return packed.back().data();
+    };
+    DecoderWeights weights{shape, MatrixForm::four_bits, Dtype::float32, {}, nullptr};
+    DecoderLayer layer{};
+    layer.input_norm = drawn(128, 0, 1);
+    layer.qkv = pack(128, 256);
+    layer.qkv_bias = drawn(256, 0, 1);
+    layer.output = pack(128, 128);
+    layer.attention_norm = drawn(128, 0, 1);
+    layer.gate = pack(128, 192);
+    layer.up = pack(128, 192);
+    layer.down = pack(192, 128);
+    weights.layers.push_back(layer);
+    weights.final_norm = drawn(128, 0, 1);
+    std::vector<float> own(2 * 4 * 64), out(3 * 128);
+    const DecoderCache cache{Dtype::float32, 4, {{own.data(), own.data() + 256}}};
+    const float* embeds = drawn(3 * 128, 0, 1);
+    const float* cos = drawn(3 * 32, 0, 1);
+    const float* sin = drawn(3 * 32, 0, 1);
+    for (const int n_threads : {1, 3}) {
+        Crew crew(n_threads);
+        decoder_step(weights, {{&cache, 0, 3}}, embeds, cos, sin, out.data(), crew);
+        std::printf("%d ", n_threads);
+        print_floats("threads, four bits", out);
+    }
 }
 
 void answers() {
@@ -201,5 +249,6 @@ int main() {
     rows();
     decoder();
     packed_decoder();
+    decoder_in_four_bits();
     answers();
 }

@@ -47,10 +47,11 @@ def widened(array, dtype):
     return wide.astype(np.float64)
 
 
-def kernel(model, dtype, *, pack=False):
+def kernel(model, dtype, *, pack=False, n_threads=1):
     matrices = [[stored(matrix, dtype) for matrix in layer] for layer in model.matrices]
-    norm = model.norm
-    return ops.DecoderStep(dtype, model.heads, model.kv_heads, EPSILON, matrices, model.vectors, norm, pack=pack)
+    return ops.DecoderStep(
+        dtype, model.heads, model.kv_heads, EPSILON, matrices, model.vectors, model.norm, pack=pack, n_threads=n_threads
+    )
 
 
 def run(sequence, embeds, cos, sin, past):
@@ -174,9 +175,9 @@ def test_sequences_together_are_those_alone_to_the_last_bit(simd, pack, cache, l
     np.testing.assert_array_equal(np.array(buffers), np.array(own_buffers))
 
 
-def rounded(matrix, axis):
-    """Blocks of 64 along an axis in 255 levels, as float64."""
-    blocks = np.stack(np.split(matrix.astype(np.float32), matrix.shape[axis] // 64, axis))
+def rounded(matrix, axis, block=64):
+    """Blocks along an axis in 255 levels, as float64."""
+    blocks = np.stack(np.split(matrix.astype(np.float32), matrix.shape[axis] // block, axis))
     scale = np.abs(blocks).max(axis + 1, keepdims=True) / np.float32(127)
     levels = np.rint(blocks / np.where(scale > 0, scale, 1))
     return np.concatenate(list(levels.astype(np.float64) * scale), axis)

@@ -14,7 +14,7 @@ COMPILERS = {"aarch64": "aarch64-linux-gnu-g++", "native": "g++"}
 def _run_built_for(target, folder):
     program = folder / target
     sources = [HERE / "portable.cpp", *sorted((KERNELS / "src").glob("*.cpp"))]
-    flags = ["-std=c++17", "-O2", "-Wall", "-Werror", "-static", f"-I{KERNELS / 'include'}"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Werror", "-static", "-pthread", f"-I{KERNELS / 'include'}"]
     subprocess.run([COMPILERS[target], *flags, *map(str, sources), "-o", str(program)], check=True)
     if target == "aarch64":  # the ARM build also takes the place of one with an older standard library
         flags.append("-DMR_TEST_WITHOUT_FROM_CHARS")

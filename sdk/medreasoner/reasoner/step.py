@@ -1,10 +1,12 @@
-"""A few tokens through a small decoder without its graph: the step of every choice in an answer.
+"""Tokens through a decoder without its graph: the step of every choice in an answer.
 
-A session spends about as long between the operators of a small graph as in them. The weights are those of the graph, in
-the file beside it; the key-value buffers are the session's own, so that both take turns on one sequence.
+A session spends about as long between the operators of a small graph as in them, and reads the four-bit weights of a
+large one at half of the memory's speed. The weights are those of the graph, in the file beside it. The key-value
+buffers of a small one are the session's own, so that both take turns on one sequence; in four bits the kernel runs
+prompts too, and the graph need not be opened at all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +16,18 @@ from numpy.typing import NDArray
 
 from medreasoner import ops
 from medreasoner.errors import BundleError
+from medreasoner.providers import CPU, HostBuffer
 from medreasoner.reasoner.weights import STORED
+from medreasoner.session import Buffer
 from medreasoner.spec import ReasonerSpec, StepSpec
 
-__all__ = ["StepKernel", "load_step", "steps_pay"]
+__all__ = ["NoGraph", "StepKernel", "load_step", "needs_no_graph", "no_graph", "steps_pay"]
 
 _MOST_TOKENS = 32
-_MOST_TOKENS_OF_INTEGERS = 256  # with instructions for them, which only AVX-512 has among the levels here
 
 _LAYER_MATRICES = ("qkv", "output", "gate", "up", "down")
 _ALIGNMENT = 4096  # of every tensor in the file
+_BLOCK = 32  # numbers of a row that share a scale in four bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,18 +38,141 @@ class StepKernel:
     max_tokens: int
 
 
+class NoGraph:
+    """A `Session` for a decoder that a kernel runs: it has buffers of a type, and nothing to run."""
+
+    providers = (CPU,)
+    max_rows = None
+    cuts_rows = False
+
+    def __init__(self, dtype: type[np.generic]) -> None:
+        self._dtype = dtype
+
+    def element_type(self, name: str) -> type[np.generic]:
+        """Of keys and values."""
+        return self._dtype
+
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> HostBuffer:
+        """Zeroed buffer."""
+        return HostBuffer(np.zeros(shape, dtype))
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "NoGraph":
+        """Nothing: the kernel has the buffers."""
+        return self
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Never."""
+        raise AssertionError("there is no graph to run")
+
+
 def steps_pay() -> bool:
     """Whether a step is faster here than the graph: measured on AVX-512, written for AVX2 too."""
     return ops.simd_level() in ("avx2", "avx512")
 
 
-def _most_tokens(step: StepSpec) -> int:
-    has_integers = step.products == "int8" and ops.simd_level() == "avx512"
-    return _MOST_TOKENS_OF_INTEGERS if has_integers else _MOST_TOKENS
+def needs_no_graph(step: StepSpec | None) -> bool:
+    """Whether a kernel runs prompts and steps here, and faster than the graph."""
+    if step is None or not steps_pay():
+        return False
+    return step.matrices == "int4" or (step.products == "int8" and ops.simd_level() == "avx512")
+
+
+def no_graph(step: StepSpec) -> NoGraph:
+    """In the place of the session of a decoder that needs none; keys and values are as the graph has them."""
+    return NoGraph(np.float16 if step.vectors == "float16" else np.float32)
+
+
+def load_step(path: Path, spec: ReasonerSpec, step: StepSpec, *, n_threads: int = 1) -> StepKernel:
+    """The weights mapped from their file, or packed from it.
+
+    Parameters
+    ----------
+    path
+        The file: the norm before the first layer, then the tensors layer by layer, each at a multiple of 4096 bytes.
+    spec, step
+        Sizes and element types.
+    n_threads
+        That share each step.
+
+    Raises
+    ------
+    BundleError
+        If the file is not of these sizes.
+    """
+    tensors = _tensors(spec, step)
+    end, found = tensors[-1].end, path.stat().st_size
+    if end > found:
+        raise BundleError(f"{step.file}: {found} bytes are fewer than its decoder has; export it again")
+    if end != found:
+        raise BundleError(f"{step.file}: {found} bytes, expected {end}; export it again")
+    per_layer = (len(tensors) - 1) // spec.n_layers
+    layers = [tensors[start : start + per_layer] for start in range(1, len(tensors), per_layer)]
+    content = np.memmap(path, np.uint8, mode="r")
+    vectors, norm = [], tensors[0].vector(content)
+    for layer in layers:
+        own = {each.name: each.vector(content) for each in layer if each.is_vector}
+        vectors.append([norm, own["qkv_bias"], own["attention_norm"]])
+        norm = own["next_norm"]
+    try:
+        decoder = ops.DecoderStep(
+            step.matrices,
+            spec.n_heads,
+            spec.n_kv_heads,
+            step.rms_norm_eps,
+            _matrices(path, layers),
+            vectors,
+            final_norm=norm,
+            pack=step.products == "int8",
+            n_threads=n_threads,
+        )
+    except ValueError as err:
+        raise BundleError(f"{step.file}: {err}") from err
+    return StepKernel(decoder, _most_tokens(spec, step))
+
+
+def _most_tokens(spec: ReasonerSpec, step: StepSpec) -> int:
+    if needs_no_graph(step):
+        return spec.max_length
+    return _MOST_TOKENS
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """A place in the file; of a vector, or a part of a matrix."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def is_vector(self) -> bool:
+        return len(self.shape) == 1
+
+    @property
+    def end(self) -> int:
+        return self.start + int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def view(self, content: NDArray[np.uint8]) -> NDArray[Any]:
+        return content[self.start : self.end].view(self.dtype).reshape(self.shape)
+
+    def vector(self, content: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.view(content).astype(np.float32)
+
+
+def _tensors(spec: ReasonerSpec, step: StepSpec) -> list[_Tensor]:
+    """All in their order; bfloat16 is read as its bit patterns."""
+    found: list[_Tensor] = []
+    end = 0
+    for name, shape in [("norm", (spec.hidden_dim,)), *spec.n_layers * list(_layer_shapes(spec, step.mlp_dim).items())]:
+        for part, dtype, size in _parts(name, shape, step):
+            found.append(_Tensor(part, np.dtype(dtype), size, -(-end // _ALIGNMENT) * _ALIGNMENT))
+            end = found[-1].end
+    return found
 
 
 def _layer_shapes(spec: ReasonerSpec, mlp_dim: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a layer's tensors in the order of the file; matrices are (in, out)."""
+    """Shapes of a layer's weights in the order of the file; matrices are (in, out)."""
     q, kv, hidden = spec.n_heads * spec.head_dim, spec.n_kv_heads * spec.head_dim, spec.hidden_dim
     return {
         "qkv": (hidden, q + 2 * kv),
@@ -59,58 +186,24 @@ def _layer_shapes(spec: ReasonerSpec, mlp_dim: int) -> dict[str, tuple[int, ...]
     }
 
 
-def load_step(path: Path, spec: ReasonerSpec, step: StepSpec) -> StepKernel:
-    """The weights mapped from their file, or packed from it.
-
-    Parameters
-    ----------
-    path
-        The file: the norm before the first layer, then `_layer_shapes` layer by layer, each tensor at a multiple of
-        4096 bytes.
-    spec, step
-        Sizes and element types.
-
-    Raises
-    ------
-    BundleError
-        If the file is not of these sizes.
-    """
-    tensors = list(_tensors(np.memmap(path, np.uint8, mode="r"), spec, step))
-    (_, first_norm), rest = tensors[0], tensors[1:]
-    per_layer = len(rest) // spec.n_layers
-    matrices, vectors, norm = [], [], first_norm
-    for start in range(0, len(rest), per_layer):
-        layer = dict(rest[start : start + per_layer])
-        matrices.append([layer[name] for name in _LAYER_MATRICES])
-        vectors.append([norm, layer["qkv_bias"], layer["attention_norm"]])
-        norm = layer["next_norm"]
-    try:
-        decoder = ops.DecoderStep(
-            step.matrices,
-            spec.n_heads,
-            spec.n_kv_heads,
-            step.rms_norm_eps,
-            matrices,
-            vectors,
-            final_norm=norm,
-            pack=step.products == "int8",
-        )
-    except ValueError as err:
-        raise BundleError(f"{step.file}: {err}") from err
-    return StepKernel(decoder, _most_tokens(step))
+def _parts(name: str, shape: tuple[int, ...], step: StepSpec) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, type and shape of the tensors that a weight is stored as."""
+    if len(shape) == 1:
+        return [(name, STORED[step.vectors], shape)]
+    if step.matrices != "int4":
+        return [(name, STORED[step.matrices], shape)]
+    rows, columns = shape
+    blocks = rows // _BLOCK
+    return [
+        (f"{name}.levels", "u1", (columns, blocks, _BLOCK // 2)),
+        (f"{name}.scales", "<f4", (columns, blocks)),
+        (f"{name}.zeros", "u1", (columns, -(-blocks // 2))),
+    ]
 
 
-def _tensors(content: NDArray[np.uint8], spec: ReasonerSpec, step: StepSpec) -> Iterator[tuple[str, NDArray[Any]]]:
-    """The tensors in their order; vectors as float32, bfloat16 as its bit patterns."""
-    shapes = [("norm", (spec.hidden_dim,)), *spec.n_layers * list(_layer_shapes(spec, step.mlp_dim).items())]
-    end = 0
-    for name, shape in shapes:
-        dtype = np.dtype(STORED[step.matrices if len(shape) == 2 else step.vectors])
-        start = -(-end // _ALIGNMENT) * _ALIGNMENT
-        end = start + int(np.prod(shape)) * dtype.itemsize
-        if end > content.size:
-            raise BundleError(f"{step.file}: {content.size} bytes are fewer than its decoder has; export it again")
-        tensor = content[start:end].view(dtype).reshape(shape)
-        yield name, tensor if len(shape) == 2 else tensor.astype(np.float32)
-    if end != content.size:
-        raise BundleError(f"{step.file}: {content.size} bytes, expected {end}; export it again")
+def _matrices(path: Path, layers: list[list[_Tensor]]) -> Iterator[list[NDArray[Any]]]:
+    """Those of each layer; mapped anew, so that what was packed of one need not stay in memory."""
+    for layer in layers:
+        content = np.memmap(path, np.uint8, mode="r")
+        by_name = [(each.name.partition(".")[0], each) for each in layer if not each.is_vector]
+        yield [each.view(content) for name in _LAYER_MATRICES for own, each in by_name if own == name]

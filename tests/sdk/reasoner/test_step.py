@@ -160,6 +160,8 @@ def test_integers_stay_close_to_the_graph(integers: Path) -> None:
 def test_verify_allows_integers_what_they_round(integers: Path) -> None:
     report = verify_bundle(integers / "bundle", integers / "reasoner", integers / "segmenter")
     steps = [stage for stage in report.stages if "without the graph" in stage.name]
-    assert [stage.tolerance for stage in steps] == [0.05]
+    assert {stage.tolerance for stage in steps} == {0.05}
     assert all(stage.passed for stage in steps)
-    assert all(stage.tolerance < 1e-3 for stage in report.stages if stage.name.startswith("hidden states, prefill"))
+    through_the_graph = [stage for stage in report.stages if stage.name.startswith("hidden") and stage not in steps]
+    assert through_the_graph
+    assert all(stage.tolerance < 1e-3 for stage in through_the_graph)

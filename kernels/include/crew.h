@@ -1,0 +1,61 @@
+// Threads that share the work of one call in many short phases.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace medreasoner {
+
+// The caller and n_threads - 1 others, who spin for a short while after a phase, and then sleep. One caller at a time:
+// take the `turn` for a row of phases.
+class Crew {
+   public:
+    explicit Crew(int n_threads);
+    ~Crew();
+    Crew(const Crew&) = delete;
+    Crew& operator=(const Crew&) = delete;
+
+    int n_threads() const { return static_cast<int>(others_->size()) + 1; }
+    std::mutex& turn() { return turn_; }
+
+    // Calls work(item, who) for the items 0 .. count - 1, `who` below n_threads, and returns when all are done.
+    template <class Work>
+    void each(int64_t count, Work&& work) {
+        if (count < 2 || others_->empty()) {
+            for (int64_t i = 0; i < count; ++i) work(i, 0);
+            return;
+        }
+        using Plain = std::remove_reference_t<Work>;
+        share(count, [](void* context, int64_t item, int who) { (*static_cast<Plain*>(context))(item, who); }, &work);
+    }
+
+   private:
+    using Call = void (*)(void* context, int64_t item, int who);
+
+    void share(int64_t count, Call call, void* context);
+    bool take(int who);
+    void serve(int who);
+    void sleep(uint64_t phase);
+
+    // A phase's number in the upper half and its next item in the lower. What the phase is may be read by whoever saw
+    // it open, and holds if his item is then still the next: the caller closes a phase before he makes another.
+    std::atomic<uint64_t> next_;
+    std::atomic<uint32_t> count_{0};
+    std::atomic<Call> call_{nullptr};
+    std::atomic<void*> context_{nullptr};
+    std::atomic<uint32_t> done_{0};
+    std::atomic<bool> over_{false};
+    std::atomic<int> sleepers_{0};
+    std::mutex door_, turn_;
+    std::condition_variable bell_;
+    std::unique_ptr<std::vector<std::thread>> others_;
+    int64_t process_;
+};
+
+}  // namespace medreasoner
