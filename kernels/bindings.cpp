@@ -128,8 +128,9 @@ std::pair<int32_t, float> select_token_py(const Array<float>& hidden, const py::
 }
 
 Array<float> project_rows_py(const Array<float>& hidden, const py::array& weight, const std::string& dtype,
-                             const std::optional<Array<int32_t>>& rows) {
+                             const std::optional<Array<int32_t>>& rows, int n_threads) {
     const Matrix matrix = view_head(weight, dtype, hidden);
+    require(n_threads > 0 && n_threads <= 1024, "n_threads must be from 1 to 1024");
     require(!rows || rows->ndim() == 1, "rows must be (K,)");
     const int64_t n = rows ? rows->size() : matrix.rows;
     Array<float> out(n);
@@ -138,7 +139,7 @@ Array<float> project_rows_py(const Array<float>& hidden, const py::array& weight
     float* to = out.mutable_data();
     py::gil_scoped_release release;
     if (r) check_indices(r, n, matrix.rows);
-    project_rows(matrix, h, r, n, to);
+    project_rows(matrix, h, r, n, to, n_threads);
     return out;
 }
 
@@ -274,7 +275,8 @@ void bind_rows(py::module_& m) {
     m.def("select_token", &select_token_py, py::arg("hidden").noconvert(), py::arg("weight"), py::arg("dtype"),
           py::arg("rows").noconvert(), "The best of `rows` (K,) int32 and its log-probability among them.");
     m.def("project_rows", &project_rows_py, py::arg("hidden").noconvert(), py::arg("weight"), py::arg("dtype"),
-          py::arg("rows").noconvert().none(true), "Logits (K,) float32 of `rows`, or of all rows.");
+          py::arg("rows").noconvert().none(true), py::arg("n_threads") = 1,
+          "Logits (K,) float32 of `rows`, or of all rows.");
     m.def("gather_rows", &gather_rows_py, py::arg("weight"), py::arg("dtype"), py::arg("ids").noconvert(),
           "Rows `ids` (...) int64 of weight (V, D) -> (..., D) float32.");
 }

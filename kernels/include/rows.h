@@ -8,6 +8,8 @@ namespace medreasoner {
 // Element type of a weight matrix; both 16-bit forms are stored as their bit patterns.
 enum class Dtype { float32, float16, bfloat16 };
 
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
 struct Matrix {
     const void* data;  // row-major (rows, cols)
     Dtype dtype;
@@ -16,7 +18,8 @@ struct Matrix {
 };
 
 // out[k] = matrix[rows[k]] . hidden; `rows` null means the rows 0 .. n - 1. Indices are the caller's to check.
-void project_rows(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n, float* out);
+// Many are shared out among up to n_threads, which changes no bit.
+void project_rows(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n, float* out, int n_threads = 1);
 
 // out (n, cols) = the rows `ids`, as float32.
 void gather_rows(const Matrix& matrix, const int64_t* ids, int64_t n, float* out);

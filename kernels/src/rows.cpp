@@ -1,5 +1,6 @@
 #include "rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -11,6 +12,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "crew.h"
 #include "floats.h"
 #include "simd.h"
 
@@ -19,12 +21,25 @@
 
 namespace medreasoner {
 
-void project_rows(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n, float* out) {
+static void project_part(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n, float* out) {
     switch (matrix.dtype) {
         case Dtype::float32: return MR_DISPATCH(project<float>)(matrix, hidden, rows, n, out);
         case Dtype::float16: return MR_DISPATCH(project<Float16>)(matrix, hidden, rows, n, out);
         case Dtype::bfloat16: return MR_DISPATCH(project<Bfloat16>)(matrix, hidden, rows, n, out);
     }
+}
+
+void project_rows(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n, float* out, int n_threads) {
+    constexpr int64_t least = 1 << 22;  // numbers that are worth a thread, which takes tens of microseconds to start
+    const int64_t some = std::max<int64_t>(1, least / std::max<int64_t>(1, matrix.cols));
+    if (n_threads < 2 || n < 2 * some) return project_part(matrix, hidden, rows, n, out);
+    Crew crew(static_cast<int>(std::min<int64_t>(n_threads, n / some)));
+    crew.each((n + some - 1) / some, [&](int64_t part, int) {
+        const int64_t first = part * some, count = std::min(some, n - first);
+        const Matrix own{static_cast<const char*>(matrix.data) + (rows ? 0 : first * matrix.cols * size_of(matrix.dtype)),
+                         matrix.dtype, matrix.rows, matrix.cols};
+        project_part(own, hidden, rows ? rows + first : nullptr, count, out + first);
+    });
 }
 
 template <class T, class Widen>

@@ -150,17 +150,19 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     sharing = sharing or Sharing()
     spec = bundle.spec
     reasoner, segmenter = spec.reasoner, spec.segmenter
-    decoding = step_options(options, splits=reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM)
+    splits = reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM
+    decoding = step_options(options, splits=splits)
+    n_threads = options.n_threads or usable_cores() if splits else 1  # of what runs without a session
     drawing = step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)
     opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(5) as pool:
         vision = pool.submit(opener.open, reasoner.graphs.vision, options)
         encoder = pool.submit(opener.open, segmenter.graphs.encoder, options)
-        decoder = pool.submit(_open_decoder, bundle, opener, options, decoding)
+        decoder = pool.submit(_open_decoder, bundle, opener, decoding, n_threads)
         mask_decoder = pool.submit(opener.open, segmenter.graphs.decoder, drawing)
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
-        lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head)
+        lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head, n_threads=n_threads)
         opened_decoder, step = decoder.result()
         opened = (vision.result(), encoder.result(), opened_decoder, mask_decoder.result())
         warnings = dict.fromkeys(line for each in opened for line in each.warnings)
@@ -191,7 +193,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
 
 
 def _open_decoder(
-    bundle: Bundle, opener: SessionOpener, options: RuntimeOptions, decoding: RuntimeOptions
+    bundle: Bundle, opener: SessionOpener, options: RuntimeOptions, n_threads: int
 ) -> tuple[OpenedSession, StepKernel | None]:
     """The decoder's session, and what runs steps in its place; a kernel that runs all needs no session."""
     reasoner = bundle.spec.reasoner
@@ -199,10 +201,9 @@ def _open_decoder(
     if step is not None and needs_no_graph(step) and is_cpu_only(options):
         opened = OpenedSession(session=no_graph(step), graph=reasoner.graphs.decoder, warnings=())
     else:
-        opened = opener.open(reasoner.graphs.decoder, decoding)
+        opened = opener.open(reasoner.graphs.decoder, options)
     if step is None or opened.session.providers[0] != CPU:
         return opened, None
     if needs_no_graph(step):  # known now: the graph's memory is let go
         opened = OpenedSession(session=no_graph(step), graph=opened.graph, warnings=opened.warnings)
-    n_threads = decoding.n_threads or usable_cores()
     return opened, load_step(bundle.path(step.file), reasoner, step, n_threads=n_threads)

@@ -276,7 +276,7 @@ def decoder_step(
     cos: NDArray[np.float32],
     sin: NDArray[np.float32],
 ) -> NDArray[np.float32]:
-    """Run more tokens of one or more sequences through a small decoder; their keys and values are appended.
+    """Run more tokens of one or more sequences through a decoder; their keys and values are appended.
 
     Parameters
     ----------
@@ -294,7 +294,7 @@ def decoder_step(
     Returns
     -------
     NDArray[np.float32]
-        (n, hidden_dim) float32. What a sequence gets does not depend on the others, to the last bit.
+        (n, hidden_dim) float32. What a sequence gets depends neither on the others nor on threads, to the last bit.
     """
     try:
         return _kernels.decoder_step(sequences, pasts, counts, embeds, cos, sin)
@@ -303,7 +303,12 @@ def decoder_step(
 
 
 def project_rows(
-    hidden: NDArray[np.float32], weight: NDArray[Any], dtype: WeightDtype, rows: NDArray[np.int32] | None = None
+    hidden: NDArray[np.float32],
+    weight: NDArray[Any],
+    dtype: WeightDtype,
+    rows: NDArray[np.int32] | None = None,
+    *,
+    n_threads: int = 1,
 ) -> NDArray[np.float32]:
     """Compute the logits of some tokens, or of all.
 
@@ -313,6 +318,8 @@ def project_rows(
         As in `select_token`; 16-bit elements are widened on the fly, sums are float32.
     rows
         (K,) int32 token ids; None for all V.
+    n_threads
+        That share the rows of a large matrix.
 
     Returns
     -------
@@ -324,7 +331,7 @@ def project_rows(
     if rows is not None:
         check_array(rows, "rows", "(K,)", 1, _I32)
     try:
-        return _kernels.project_rows(hidden, weight, dtype, rows)
+        return _kernels.project_rows(hidden, weight, dtype, rows, n_threads)
     except ValueError as err:  # a row outside the matrix
         raise ArrayError(f"rows: {err}") from err
 

@@ -151,3 +151,19 @@ def test_no_rows_project_to_nothing_and_select_nothing():
 def test_gather_refuses_ids_outside_the_matrix(ids):
     with pytest.raises(ArrayError, match="ids"):
         ops.gather_rows(GOOD["weight"], "float32", ids)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_threads", [2, 3])
+def test_threads_that_share_a_large_matrix_change_no_bit(dtype, n_threads):
+    hidden, weight = problem(4099, 2048, dtype, 0)  # four shares and a bit
+    rows = np.random.default_rng(1).permutation(4099).astype(np.int32)
+    alone = ops.project_rows(hidden, weight, dtype)
+    np.testing.assert_array_equal(ops.project_rows(hidden, weight, dtype, n_threads=n_threads), alone)
+    np.testing.assert_array_equal(ops.project_rows(hidden, weight, dtype, rows, n_threads=n_threads), alone[rows])
+
+
+def test_a_number_of_threads_that_is_none_is_refused():
+    hidden, weight = problem(3, 16, "float32", 0)
+    with pytest.raises(ArrayError, match="n_threads"):
+        ops.project_rows(hidden, weight, "float32", n_threads=0)

@@ -32,10 +32,11 @@ class LanguageHead(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightMatrix:
-    """A matrix (vocab_size, hidden_dim); bfloat16 is held as uint16 bit patterns."""
+    """A matrix (vocab_size, hidden_dim); bfloat16 is held as uint16 patterns. `n_threads` share a large one's rows."""
 
     values: NDArray[Any] = field(repr=False)
     dtype: WeightDtype
+    n_threads: int = 1
 
     def embed(self, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """(n,) token ids as (n, hidden_dim) float32."""
@@ -43,7 +44,7 @@ class WeightMatrix:
 
     def logits(self, hidden: NDArray[np.float32], rows: NDArray[np.int32] | None = None) -> NDArray[np.float32]:
         """Logits of some tokens, or of all, for one hidden state (hidden_dim,)."""
-        return ops.project_rows(hidden, self.values, self.dtype, rows)
+        return ops.project_rows(hidden, self.values, self.dtype, rows, n_threads=self.n_threads)
 
     def likeliest(self, hidden: NDArray[np.float32], rows: NDArray[np.int32]) -> int:
         """Token of the largest logit among `rows`, the first of equals.
@@ -56,7 +57,7 @@ class WeightMatrix:
         return ops.select_token(hidden, self.values, self.dtype, rows)[0]
 
 
-def load_weight(path: Path, spec: WeightSpec) -> WeightMatrix:
+def load_weight(path: Path, spec: WeightSpec, *, n_threads: int = 1) -> WeightMatrix:
     """Matrix mapped from its file, so that only the rows in use come into memory.
 
     Raises
@@ -70,4 +71,6 @@ def load_weight(path: Path, spec: WeightSpec) -> WeightMatrix:
         raise BundleError(
             f"{spec.file}: {path.stat().st_size} bytes, expected {expected} for {spec.dtype} {spec.shape}"
         )
-    return WeightMatrix(values=np.memmap(path, dtype, mode="r", shape=spec.shape), dtype=spec.dtype)
+    return WeightMatrix(
+        values=np.memmap(path, dtype, mode="r", shape=spec.shape), dtype=spec.dtype, n_threads=n_threads
+    )
