@@ -1,7 +1,6 @@
 """`bench` beyond its table: files, the refusal on a busy machine, stages of any name."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -61,23 +60,21 @@ def test_own_work_is_not_that_of_others():
     while os.times().user - own.user < 0.5:
         sum(range(10_000))
     before = watch.share_of_others()
-    others = [multiprocessing.get_context("spawn").Process(target=_spin) for _ in os.sched_getaffinity(0)]
-    for each in others:
-        each.start()
-    watch, knowing = busy.CoreWatch(), busy.CoreWatch(*(each.pid for each in others))
-    time.sleep(1.0)
-    told, told_knowing = watch.share_of_others(), knowing.share_of_others()
-    for each in others:
-        each.terminate()
-        each.join()
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in os.sched_getaffinity(0)]
+    try:
+        for _ in range(20):  # on a crowded machine they may have to wait for their share
+            watch, knowing = busy.CoreWatch(), busy.CoreWatch(*(each.pid for each in others))
+            time.sleep(1.0)
+            told, told_knowing = watch.share_of_others(), knowing.share_of_others()
+            if told > 0.3 and told_knowing < told - 0.2:
+                break
+    finally:
+        for each in others:
+            each.kill()
+            each.wait()
     assert before is not None
     assert told > 0.3
     assert told_knowing < told - 0.2
-
-
-def _spin() -> None:
-    while True:
-        sum(range(10_000))
 
 
 def test_a_busy_machine_is_refused_in_one_sentence(loaded):
