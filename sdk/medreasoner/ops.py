@@ -359,6 +359,11 @@ def gather_rows(weight: NDArray[Any], dtype: WeightDtype, ids: NDArray[np.int64]
         raise ArrayError(f"ids: {err}") from err
 
 
+def _check_crop(crop: tuple[float, float], shape: tuple[int, ...]) -> None:
+    if not (0 < crop[0] <= shape[0] and 0 < crop[1] <= shape[1]):
+        raise ArrayError(f"crop: expected a size within {shape}, got {crop}")
+
+
 def mask_from_logits(
     logits: NDArray[np.float32], *, crop: tuple[float, float], height: int, width: int, threshold: float = 0.0
 ) -> NDArray[np.bool_]:
@@ -392,8 +397,7 @@ def mask_from_logits(
     """
     check_array(logits, "logits", "(h, w)", 2, _F32)
     check_size(height, width)
-    if not (0 < crop[0] <= logits.shape[0] and 0 < crop[1] <= logits.shape[1]):
-        raise ArrayError(f"crop: expected a size within {logits.shape}, got {crop}")
+    _check_crop(crop, logits.shape)
     return _kernels.mask_from_logits(logits, crop=crop, height=height, width=width, threshold=threshold)
 
 
@@ -421,8 +425,7 @@ def count_masks(
     """
     check_array(logits, "logits", "(n, h, w)", 3, _F32)
     check_size(height, width)
-    if not (0 < crop[0] <= logits.shape[1] and 0 < crop[1] <= logits.shape[2]):
-        raise ArrayError(f"crop: expected a size within {logits.shape[1:]}, got {crop}")
+    _check_crop(crop, logits.shape[1:])
     try:
         return _kernels.count_masks(logits, crop=crop, height=height, width=width, threshold=threshold)
     except ValueError as err:  # too many

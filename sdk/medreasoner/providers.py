@@ -303,8 +303,10 @@ class OrtBuffer:
         self._owner.update_inplace(whole)
 
     def _content(self) -> Array:
-        content: Array = self._owner.numpy() if self.host is None else self.host
-        return content if self.host is not None else content[self._start : self._start + self.shape[0]]
+        if self.host is not None:
+            return self.host
+        whole: Array = self._owner.numpy()
+        return whole[self._start : self._start + self.shape[0]]
 
 
 class HostBuffer:

@@ -1,8 +1,9 @@
 """The promptable segmenter: an image once, then masks for boxes and points."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from medreasoner.session import Session
 from medreasoner.spec import SegmenterSpec
 
 __all__ = ["Embedded", "Segmenter", "encoder_input"]
+
+T = TypeVar("T")
 
 _SMALLEST_RANGE = 1e-8  # of an image of one grey, as MedSAM has it
 _PROMPTS_AT_ONCE = 4  # more gain nothing on a CPU
@@ -147,18 +150,15 @@ class Segmenter:
 
     def mask(self, logits: NDArray[np.float32], image: Embedded) -> NDArray[np.bool_]:
         """(height, width) mask in the image's own grid."""
-        placement = image.placement
-        return ops.mask_from_logits(
-            logits,
-            crop=placement.mask_crop(self._spec.mask_size),
-            height=placement.image_height,
-            width=placement.image_width,
-        )
+        return self._enlarged(ops.mask_from_logits, logits, image)
 
     def votes(self, logits: NDArray[np.float32], image: Embedded) -> NDArray[np.uint8]:
         """(height, width) uint8: in how many masks of `decode_batch` each pixel of the image is."""
+        return self._enlarged(ops.count_masks, logits, image)
+
+    def _enlarged(self, enlarge: Callable[..., T], logits: NDArray[np.float32], image: Embedded) -> T:
         placement = image.placement
-        return ops.count_masks(
+        return enlarge(
             logits,
             crop=placement.mask_crop(self._spec.mask_size),
             height=placement.image_height,

@@ -101,9 +101,13 @@ class Ticket(Generic[T]):
 
     def result(self) -> T:
         """The result, without the events."""
-        for _ in (run := _Returning(self.run())):
-            pass
-        return run.value
+        events = self.run()
+        while True:
+            try:
+                next(events)
+            except StopIteration as stop:
+                value: T = stop.value
+                return value
 
     def drop(self) -> None:
         """Give it up if it is not done: its caller will not ask for it."""
@@ -185,18 +189,6 @@ def gather(tickets: Sequence[Ticket[T]]) -> list[T]:
     finally:
         for ticket in tickets:
             ticket.drop()
-
-
-class _Returning(Generic[T]):
-    """An iterator over a generator that keeps what it returns."""
-
-    value: T
-
-    def __init__(self, generator: Generator[Event, None, T]) -> None:
-        self._generator = generator
-
-    def __iter__(self) -> Generator[Event, None, None]:
-        self.value = yield from self._generator
 
 
 class Scheduler:
