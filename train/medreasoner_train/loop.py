@@ -70,7 +70,10 @@ class LoopOptions:
 
 
 class Optimiser:
-    """Muon for the matrices inside the layers, AdamW for the rest (embeddings, norms, biases, heads)."""
+    """Muon for the matrices inside the layers, AdamW for the rest (embeddings, norms, biases, heads).
+
+    With a `matrix_lr` of 0, AdamW for all.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], options: LoopOptions) -> None:
         matrices: list[nn.Parameter] = []
@@ -81,7 +84,7 @@ class Optimiser:
                 if not parameter.requires_grad or id(parameter) in seen:
                     continue
                 seen.add(id(parameter))
-                inner = parameter.ndim == 2 and ("blocks." in name or "layers." in name)
+                inner = options.matrix_lr > 0 and parameter.ndim == 2 and ("blocks." in name or "layers." in name)
                 (matrices if inner else rest).append(parameter)
         self._options = options
         self._parameters = matrices + rest
@@ -114,11 +117,21 @@ class Optimiser:
                 group["weight_decay"] = self._options.weight_decay
 
 
-def save_checkpoint(path: Path, *, step: int, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> None:
-    """Write a checkpoint beside and rename it, so that a killed run never leaves half a file."""
+def save_checkpoint(
+    path: Path,
+    *,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimiser: Optimiser,
+    extra: Mapping[str, int] | None = None,
+) -> None:
+    """Write a checkpoint beside and rename it, so that a killed run never leaves half a file.
+
+    `extra`: what else the stage must know to go on.
+    """
     state = {name: module.state_dict() for name, module in modules.items()}
     with appearing(path) as beside:
-        torch.save({"step": step, "modules": state, "optimiser": optimiser.state_dict()}, beside)
+        torch.save({"step": step, "modules": state, "optimiser": optimiser.state_dict(), **(extra or {})}, beside)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

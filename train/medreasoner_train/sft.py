@@ -31,7 +31,17 @@ from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id
 from medreasoner_train.validation import validate
 from medreasoner_train.vocabulary import Vocabulary, make_tokenizer
 
-__all__ = ["LoopOptions", "Passes", "SftHeads", "SftOptions", "SftRun", "run", "sft_loss", "start_embeddings"]
+__all__ = [
+    "LoopOptions",
+    "Passes",
+    "SftHeads",
+    "SftOptions",
+    "SftRun",
+    "nano_model",
+    "run",
+    "sft_loss",
+    "start_embeddings",
+]
 
 
 class Passes(NamedTuple):
@@ -181,7 +191,7 @@ def run(settings: SftRun) -> None:
     tokenizer = _tokenizer(settings)
     vocabulary = Vocabulary(tokenizer, NANO.image_size)
     data, val, meaning_dim = _data(settings, vocabulary)
-    model = _model(tokenizer)
+    model = nano_model(tokenizer)
     start_embeddings(model, vocabulary)
     heads = SftHeads(NANO.hidden_dim, len(data.categories), meaning_dim)
     dense_heads = DenseHeads(NANO.hidden_dim, len(data.categories))
@@ -240,7 +250,7 @@ def _data(settings: SftRun, vocabulary: Vocabulary) -> tuple[SftData, SftData, i
     return data, val, 0 if meanings is None else len(next(iter(meanings.values())))
 
 
-def _model(tokenizer: Tokenizer) -> Any:
+def nano_model(tokenizer: Tokenizer) -> Any:
     """An untrained nano reasoner with this vocabulary."""
     tokens = {name: token_id(tokenizer, name) for name in SPECIAL_TOKENS}
     return build_reasoner(NANO, vocab_size=tokenizer.get_vocab_size(), tokens=tokens)

@@ -20,7 +20,7 @@ from medreasoner_train.pretrain import DenseData, ImageTargets, stack
 from medreasoner_train.store import DRAWS, Stored, redraws
 from medreasoner_train.vocabulary import Vocabulary
 
-__all__ = ["IGNORED", "Mark", "SftBatch", "SftData", "SftOptions"]
+__all__ = ["IGNORED", "Asked", "Mark", "SftBatch", "SftData", "SftOptions"]
 
 IGNORED = -100
 
@@ -99,6 +99,11 @@ class SftData(DenseData):
         self._options = options
         self._end = vocabulary.tokenizer.encode("<|im_end|>").ids
 
+    @property
+    def largest(self) -> int:
+        """The largest coordinate that an answer may name."""
+        return self._vocabulary.largest
+
     def make(self, step: int, seed: int) -> SftBatch:
         """The batch of a step; depends on step and seed alone."""
         options = self._options
@@ -106,7 +111,7 @@ class SftData(DenseData):
         chosen = rng.choice(len(self.stored), size=options.images, p=self.weights)
         images, dense, branches, marks = [], [], [], []
         for drawn in chosen:
-            index, (image, targets, masks) = self._askable(int(drawn), rng)
+            index, (image, targets, masks) = self.askable(int(drawn), rng)
             row = [self.branch(self.stored[index], targets, masks, rng, think=think) for think in self._thinking(rng)]
             images.append(image)
             dense.append(targets)
@@ -119,7 +124,7 @@ class SftData(DenseData):
         batch.label[left_out & (batch.kind == 0)] = IGNORED
         return batch
 
-    def _askable(
+    def askable(
         self, index: int, rng: np.random.Generator
     ) -> tuple[int, tuple[Tensor, ImageTargets, dict[str, npt.NDArray[np.bool_]]]]:
         """An image about which something can be asked: the one drawn, unless its structures vanish at this size."""
@@ -145,23 +150,41 @@ class SftData(DenseData):
         think: bool,
     ) -> tuple[list[int], "Mark"]:
         """Tokens of one question with its answer, and what they mean."""
+        asked = self.question(item, targets, masks, rng)
+        encode = self._vocabulary.tokenizer.encode
+        prompt = self._vocabulary.prompt(asked.query)
+        thought = encode(thought_text(asked.own, asked.mask, rng)).ids if think else []
+        numbers = None if asked.geometry is None else self.integers(asked.geometry)
+        answer = encode(answer_text(numbers)).ids
+        mark = Mark(
+            prompt=len(prompt),
+            thought=len(thought),
+            category=self.column(asked.category),
+            geometry=asked.geometry,
+            query=asked.written,
+        )
+        return [*prompt, *thought, *answer, *self._end], mark
+
+    def question(
+        self, item: Stored, targets: ImageTargets, masks: dict[str, npt.NDArray[np.bool_]], rng: np.random.Generator
+    ) -> "Asked":
+        """A question about something in the image, or absent from it, as someone might type it."""
         category = self._choose(item, masks, rng)
         own_key = f"{item.record.modality}/{category}"
         keys = self._keys[category]
         own = self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
-        asked = own.plain if own.plain and rng.random() < self._options.plain else own.queries
-        query = asked[int(rng.integers(len(asked)))]
+        pool = own.plain if own.plain and rng.random() < self._options.plain else own.queries
+        written = pool[int(rng.integers(len(pool)))]
         mask = masks.get(category)
         geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
-        encode = self._vocabulary.tokenizer.encode
-        prompt = self._vocabulary.prompt(vary(query, rng))
-        thought = encode(thought_text(own, mask, rng)).ids if think else []
-        numbers = None if geometry is None else self.integers(geometry)
-        answer = encode(answer_text(numbers)).ids
-        mark = Mark(
-            prompt=len(prompt), thought=len(thought), category=self.column(category), geometry=geometry, query=query
+        return Asked(
+            category=category,
+            own=own,
+            written=written,
+            query=vary(written, rng),
+            mask=mask,
+            geometry=geometry,
         )
-        return [*prompt, *thought, *answer, *self._end], mark
 
     def integers(self, geometry: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Relative box and points as integer coordinates, kept a valid answer (x2 > x1, y2 > y1)."""
@@ -256,3 +279,17 @@ class Mark:
     category: int
     geometry: npt.NDArray[np.float64] | None
     query: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One question: as it was written and as it is typed, what is asked for, its mask (S, S) and relative geometry (8,)
+    in the picture shown; None if absent.
+    """
+
+    category: str
+    own: Phrasings
+    written: str
+    query: str
+    mask: npt.NDArray[np.bool_] | None
+    geometry: npt.NDArray[np.float64] | None

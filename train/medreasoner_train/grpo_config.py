@@ -1,0 +1,193 @@
+"""The settings of ``medreasoner-cli train grpo``, a TOML file: data, policy, rollouts, reward, loss and train."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from medreasoner_train.config import ConfigError, read_section, read_toml
+from medreasoner_train.grpo import LossOptions
+from medreasoner_train.rollout import Sampling
+
+__all__ = [
+    "DataOptions",
+    "GrpoConfig",
+    "PolicyOptions",
+    "RewardOptions",
+    "RolloutOptions",
+    "TrainOptions",
+    "read_config",
+]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DataOptions:
+    """What is asked.
+
+    Parameters
+    ----------
+    path
+        Folder of the data set.
+    without
+        Sources that are left out, to measure on them later.
+    absent, plain, think
+        Shares of the questions for something that is not there, that merely name their target, and that are answered
+        with a thought first.
+    cache
+        File (.npz) that keeps the masks' key points between runs.
+    """
+
+    path: Path
+    without: tuple[str, ...] = ()
+    absent: float = 0.15
+    plain: float = 0.1
+    think: float = 0.0
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("absent", "plain", "think"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyOptions:
+    """What is trained: the folder of a finished reasoner, which is the frozen reference too."""
+
+    checkpoint: Path
+    frozen_vision: bool = False
+    gradient_checkpointing: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutOptions(Sampling):
+    """Who writes the answers, and how."""
+
+    engine: Literal["torch", "runtime", "transformers", "vllm"] = "torch"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RewardOptions:
+    """What an answer is worth: the paper's rewards, and times `mask` the Dice of the frozen segmenter's mask.
+
+    Parameters
+    ----------
+    mode
+        Of the paper.
+    mask
+        Weight of the mask's Dice; 0: no masks are made.
+    judge
+        ``"runtime"``: the segmenter of the bundle `segmenter`; ``"torch"``: nano's, whose checkpoint folder it is.
+    segmenter
+        Name or folder.
+    compat
+        ``"paper-code"``: with the published code's faults.
+    """
+
+    mode: Literal["base", "soft", "hard"] = "soft"
+    mask: float = 0.0
+    judge: Literal["runtime", "torch"] = "runtime"
+    segmenter: str = "nano"
+    compat: Literal["paper-code"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask < 0:
+            raise ValueError("mask: a weight is not negative")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOptions:
+    """Length, pace and place of the run.
+
+    Parameters
+    ----------
+    out
+        Folder for checkpoints, metrics and pictures.
+    steps, minutes
+        The run ends at whichever comes first.
+    prompts
+        Groups that are answered at a time.
+    mini_batch
+        Groups of an update of the weights; 0: all. Several updates follow one round of answers.
+    micro_batch
+        Groups whose gradient is worked out at a time.
+    lr, warmup, cooldown, weight_decay, clip
+        Of AdamW: peak rate, steps to reach it, share of the run over which it falls to zero, decay, largest norm of
+        the gradient.
+    dynamic
+        Further rounds of prompts that may be drawn until `prompts` groups have answers of different worth (DAPO's
+        dynamic sampling); 0: groups that teach nothing stay in.
+    precision
+        ``"bf16"``: mixed precision.
+    """
+
+    out: Path
+    steps: int
+    minutes: float = float("inf")
+    prompts: int = 32
+    mini_batch: int = 0
+    micro_batch: int = 8
+    lr: float = 1e-4
+    warmup: int = 10
+    cooldown: float = 0.3
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    dynamic: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: str = "cpu"
+    workers: int = 0
+    seed: int = 0
+    save_every: int = 50
+    log_every: int = 1
+    eval_every: int = 0
+    pictures_every: int = 0
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts", "micro_batch", "log_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1")
+        if self.mini_batch and self.prompts % self.mini_batch:
+            raise ValueError(f"mini_batch: {self.prompts} prompts do not divide into parts of {self.mini_batch}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GrpoConfig:
+    """One run."""
+
+    data: DataOptions
+    policy: PolicyOptions
+    train: TrainOptions
+    rollouts: RolloutOptions = dataclasses.field(default_factory=RolloutOptions)
+    reward: RewardOptions = dataclasses.field(default_factory=RewardOptions)
+    loss: LossOptions = dataclasses.field(default_factory=LossOptions)
+
+
+def read_config(path: Path) -> GrpoConfig:
+    """Read the file; relative paths in it are in the working folder.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be read, or a key is unknown, missing or of the wrong kind; the message names it.
+    """
+    tables = read_toml(path)
+    kinds: dict[str, type[Any]] = {
+        "data": DataOptions,
+        "policy": PolicyOptions,
+        "rollouts": RolloutOptions,
+        "reward": RewardOptions,
+        "loss": LossOptions,
+        "train": TrainOptions,
+    }
+    if unknown := sorted(tables.keys() - kinds.keys()):
+        raise ConfigError(f"{path}: unknown table {', '.join(unknown)}; there are {', '.join(kinds)}")
+    needed = {"data", "policy", "train"}
+    if missing := sorted(needed - tables.keys()):
+        raise ConfigError(f"{path}: the tables {', '.join(missing)} must be given")
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name} is a table: write [{name}]")
+    sections: dict[str, Any] = {
+        name: read_section(kinds[name], table, f"{path}: [{name}]") for name, table in tables.items()
+    }
+    return GrpoConfig(**sections)

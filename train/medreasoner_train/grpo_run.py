@@ -1,0 +1,207 @@
+"""Runs GRPO from a settings file: ``medreasoner-cli train grpo CONFIG``."""
+
+import copy
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from medreasoner._extras import require
+from medreasoner.reasoner.prompt import load_tokenizer
+from medreasoner_train.checkpoint import load_weights, save_reasoner
+from medreasoner_train.data import by_image, load_index, split
+from medreasoner_train.files import appearing
+from medreasoner_train.grpo_config import GrpoConfig
+from medreasoner_train.grpo_trainer import Episode, GrpoTrainer
+from medreasoner_train.judge import MaskJudge, RuntimeJudge, TorchJudge
+from medreasoner_train.language import load_phrasings
+from medreasoner_train.loop import LoopOptions, Optimiser, batches, load_modules, save_checkpoint
+from medreasoner_train.model import NANO
+from medreasoner_train.packed_policy import PackedPolicy
+from medreasoner_train.pictures import sheet
+from medreasoner_train.segmenter import build_segmenter
+from medreasoner_train.sft import nano_model
+from medreasoner_train.sft_data import SftData, SftOptions
+from medreasoner_train.store import load_store
+from medreasoner_train.tasks import GroundingTasks
+from medreasoner_train.torch_rollouts import TorchRollouts
+from medreasoner_train.validation import validate
+from medreasoner_train.vocabulary import Vocabulary
+
+__all__ = ["run"]
+
+logger = logging.getLogger(__name__)
+MANY = 1_000_000  # more batches than any run draws
+
+
+class _Log:
+    """``metrics.jsonl`` and, if asked, TensorBoard's files beside it."""
+
+    def __init__(self, out: Path, *, tensorboard: bool) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        self._board: Any = None
+        if tensorboard:
+            require("tensorboard", extra="tensorboard", feature="Writing for TensorBoard")
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(out / "tensorboard"))
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in row.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def run(config: GrpoConfig) -> None:
+    """Train from the last checkpoint (``out/last.pt``), or from the start, to the end; writes ``out/checkpoint``."""
+    options = config.train
+    torch.manual_seed(options.seed)
+    device = torch.device(options.device)
+    tokenizer = load_tokenizer(str(config.policy.checkpoint / "tokenizer.json"))
+    vocabulary = Vocabulary(tokenizer, NANO.image_size)
+    data, val = _data(config, vocabulary)
+    model = nano_model(tokenizer)
+    load_weights(config.policy.checkpoint, model)
+    reference = copy.deepcopy(model).to(device).eval().requires_grad_(False) if config.loss.kl else None
+    model.to(device)
+    model.model.visual.requires_grad_(not config.policy.frozen_vision)
+    policy = PackedPolicy(
+        vocabulary,
+        size=NANO.image_size,
+        frozen_vision=config.policy.frozen_vision,
+        checkpointing=config.policy.gradient_checkpointing,
+    )
+    loop = _loop(config)
+    optimiser = Optimiser({"model": model}, loop)
+    trainer = GrpoTrainer(
+        config,
+        model=model,
+        reference=reference,
+        policy=policy,
+        rollouts=TorchRollouts(policy, model),
+        judge=_judge(config, device),
+        optimiser=optimiser,
+    )
+    source = GroundingTasks(data, think=config.data.think)
+    near = vocabulary.to(device)
+
+    def look() -> dict[str, float]:
+        return validate(model, near, val, size=NANO.image_size)
+
+    _steps(config, trainer, source, model, optimiser, loop, look)
+    save_reasoner(model, tokenizer, options.out / "checkpoint", size=NANO.image_size)
+
+
+def _loop(config: GrpoConfig) -> LoopOptions:
+    options = config.train
+    return LoopOptions(
+        steps=options.steps,
+        out=options.out,
+        minutes=options.minutes,
+        device=options.device,
+        lr=options.lr,
+        matrix_lr=0.0,
+        weight_decay=options.weight_decay,
+        warmup=options.warmup,
+        cooldown=options.cooldown,
+        clip=options.clip,
+        seed=options.seed,
+    )
+
+
+def _data(config: GrpoConfig, vocabulary: Vocabulary) -> tuple[SftData, SftData]:
+    """Images and questions to train on, and those to look at."""
+    samples = [each for each in load_index(config.data.path) if each.source not in config.data.without]
+    mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=NANO.image_size)
+    train, val = (
+        SftData(
+            samples,
+            load_store(by_image(part), cache=config.data.cache),
+            vocabulary=vocabulary,
+            phrasings=load_phrasings("train"),
+            options=mixture,
+        )
+        for part in split(samples)
+    )
+    return train, val
+
+
+def _judge(config: GrpoConfig, device: torch.device) -> MaskJudge | None:
+    options = config.reward
+    if not options.mask:
+        return None
+    if options.judge == "runtime":
+        return RuntimeJudge(options.segmenter)
+    segmenter = build_segmenter()
+    load_weights(Path(options.segmenter), segmenter)
+    return TorchJudge(segmenter, device)
+
+
+def _steps(
+    config: GrpoConfig,
+    trainer: GrpoTrainer,
+    source: GroundingTasks,
+    model: Any,
+    optimiser: Optimiser,
+    loop: LoopOptions,
+    look: Any,
+) -> None:
+    options = config.train
+    last = options.out / "last.pt"
+    start = drawn = 0
+    if last.exists():
+        state = load_modules(last, {"model": model})
+        start, drawn = int(state["step"]), int(state["drawn"])
+        optimiser.load_state_dict(state["optimiser"])
+        logger.info("resumed from %s at step %d", last, start)
+    log = _Log(options.out, tensorboard=options.tensorboard)
+    tasks = batches(
+        lambda number: source.draw(number, count=options.prompts, seed=options.seed),
+        drawn,
+        MANY,
+        workers=options.workers,
+    )
+    began = time.monotonic()
+    try:
+        if start == 0 and options.eval_every:
+            log.write(0, look())
+        for step in range(start, options.steps):
+            spent = time.monotonic() - began
+            episodes, used = trainer.collect(tasks, seed=options.seed * MANY + drawn)
+            drawn += used
+            row = trainer.update(episodes, loop.rate(step, spent))
+            done, spent = step + 1, time.monotonic() - began
+            ended = loop.progress(done, spent) >= 1
+            pace = spent / (done - start)
+            left = max(0.0, min(pace * (options.steps - done) / 60, options.minutes - spent / 60))
+            log.write(done, row | {"s_per_step": pace})
+            if done % options.log_every == 0:
+                shown = ("reward", "iou", "box", "points", "mask", "kl", "norm")
+                text = " ".join(f"{name}={row[name]:.4g}" for name in shown if name in row)
+                logger.info("%d/%d %s %.1f s a step, %.1f min left", done, options.steps, text, pace, left)
+            if options.pictures_every and (done % options.pictures_every == 0 or ended):
+                _picture(options.out, done, episodes)
+            if done % options.save_every == 0 or ended:
+                save_checkpoint(last, step=done, modules={"model": model}, optimiser=optimiser, extra={"drawn": drawn})
+            if options.eval_every and (done % options.eval_every == 0 or ended):
+                log.write(done, look())
+            if ended:
+                break
+    finally:
+        log.close()
+
+
+def _picture(out: Path, step: int, episodes: list[Episode]) -> None:
+    with appearing(out / f"samples-{step:06d}.png") as beside:
+        sheet(episodes[:8]).save(beside, format="PNG")

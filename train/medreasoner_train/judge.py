@@ -1,0 +1,122 @@
+"""What the frozen segmenter makes of an answer: the Dice of its mask, as a reward."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medreasoner import Grounder
+from medreasoner_train.metrics import dice
+from medreasoner_train.segmenter import BOTH, SIZE, Prompts, segment
+from medreasoner_train.tasks import Task
+
+__all__ = ["Geometry", "MaskJudge", "RuntimeJudge", "TorchJudge"]
+
+Geometry = tuple[tuple[float, float, float, float], tuple[tuple[float, float], tuple[float, float]]]
+"""Box and points of an answer, in the grid of ``task.truth.size``."""
+
+
+class MaskJudge(Protocol):
+    """Whatever turns answers into masks."""
+
+    def dice(self, tasks: Sequence[Task], answers: Sequence[Sequence[Geometry | None]]) -> list[list[float]]:
+        """Dice of each answer's mask with its task's, in [0, 1]; 0 where there is no geometry or no true mask."""
+
+    def close(self) -> None:
+        """Give back what it holds."""
+
+
+class RuntimeJudge:
+    """Masks by the bundle's segmenter in the runtime, as users get them: of any architecture, on the CPU or a GPU."""
+
+    def __init__(self, bundle: str, *, device: Literal["auto", "cpu", "cuda", "tensorrt"] = "cpu") -> None:
+        self._grounder = Grounder.load(bundle, device=device)
+
+    def dice(self, tasks: Sequence[Task], answers: Sequence[Sequence[Geometry | None]]) -> list[list[float]]:
+        """See :class:`MaskJudge`."""
+        return [self._one(task, own) for task, own in zip(tasks, answers, strict=True)]
+
+    def _one(self, task: Task, answers: Sequence[Geometry | None]) -> list[float]:
+        if task.mask is None or not any(answers):
+            return [0.0] * len(answers)
+        height, width = task.mask.shape
+        across, down = width / task.truth.size[0], height / task.truth.size[1]
+        found: dict[Geometry, float] = {}  # the same answer is often drawn again
+        with self._grounder.open(task.prompt.pixels) as study:
+            for answer in answers:
+                if answer is None or answer in found:
+                    continue
+                (x1, y1, x2, y2), (first, second) = answer
+                mask, _ = study.segment(
+                    box=(x1 * across, y1 * down, x2 * across, y2 * down),
+                    points=((first[0] * across, first[1] * down), (second[0] * across, second[1] * down)),
+                )
+                found[answer] = dice(mask, task.mask)
+        return [0.0 if answer is None else found[answer] for answer in answers]
+
+    def close(self) -> None:
+        """Close the bundle."""
+        self._grounder.close()
+
+
+class TorchJudge:
+    """Masks by nano's segmenter in torch, all answers of a step at once: for training on a GPU."""
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model.to(device).eval(), device
+
+    @torch.no_grad()
+    def dice(self, tasks: Sequence[Task], answers: Sequence[Sequence[Geometry | None]]) -> list[list[float]]:
+        """See :class:`MaskJudge`."""
+        result = [[0.0] * len(own) for own in answers]
+        places = [
+            (b, k, answer)
+            for b, (task, own) in enumerate(zip(tasks, answers, strict=True))
+            if task.mask is not None
+            for k, answer in enumerate(own)
+            if answer is not None
+        ]
+        for start in range(0, len(places), 512):
+            part = places[start : start + 512]
+            for (b, k, _), value in zip(part, self._dice(tasks, part), strict=True):
+                result[b][k] = value
+        return result
+
+    def _dice(self, tasks: Sequence[Task], places: Sequence[tuple[int, int, Geometry]]) -> list[float]:
+        shown = sorted({b for b, _, _ in places})
+        number = {b: index for index, b in enumerate(shown)}
+        images = torch.stack([_picture(tasks[b].prompt.pixels) for b in shown]).to(self._device)
+        truth = torch.stack([torch.from_numpy(np.asarray(tasks[b].mask)) for b in shown]).to(self._device)
+        scale = np.array([[SIZE / tasks[b].truth.size[0], SIZE / tasks[b].truth.size[1]] for b, _, _ in places])
+        boxes = np.array([answer[0] for _, _, answer in places]) * np.tile(scale, 2)
+        points = np.array([answer[1] for _, _, answer in places]) * scale[:, None]
+        of = torch.tensor([number[b] for b, _, _ in places], device=self._device)
+        given = Prompts(
+            image=of,
+            boxes=torch.tensor(boxes, dtype=torch.float32, device=self._device),
+            points=torch.tensor(points, dtype=torch.float32, device=self._device),
+            form=torch.full_like(of, BOTH),
+            masks=truth[of],
+        )
+        logits, _, order = segment(self._model, images, given)
+        mine = functional.interpolate(logits[:, None], size=truth.shape[1:], mode="bilinear")[:, 0] > 0
+        real = truth[of[order]]
+        shared, total = (mine & real).sum((1, 2)), mine.sum((1, 2)) + real.sum((1, 2))
+        values = torch.empty(len(places), device=self._device)
+        values[order] = 2 * shared / total.clamp(min=1)
+        return [float(value) for value in values.tolist()]
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+def _picture(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """(3, 256, 256) in [-1, 1]."""
+    colour = pixels[..., None].repeat(3, axis=2) if pixels.ndim == 2 else pixels
+    image = torch.from_numpy(colour.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
+    resized: Tensor = functional.interpolate(image[None], size=(SIZE, SIZE), mode="bilinear", antialias=True)[0]
+    return resized

@@ -1,0 +1,278 @@
+"""The policy of small reasoners on square images: a prompt's answers share one pass over its image.
+
+Like :mod:`medreasoner_train.hub_policy`, of which it is the fast form for nano: the image is read once for all answers
+of a prompt, in the trainer's pass and in the torch sampler.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from medreasoner.errors import QueryError
+from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
+from medreasoner_train.loop import moved
+from medreasoner_train.model import to_tensor, tower
+from medreasoner_train.rollout import Completion, Prompt, Sampling
+from medreasoner_train.tokenizer import token_id
+from medreasoner_train.vocabulary import Vocabulary
+
+__all__ = ["PackedPolicy"]
+
+BRANCHES = 8  # answers in a row: attention's mask grows with the square of a row's length
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Row:
+    """Some answers of one prompt: the prompt's number, the answers' places among all, their tokens."""
+
+    prompt: int
+    places: list[int]
+    branches: list[list[int]]
+
+
+class PackedPolicy:
+    """Log-probabilities and samples of a reasoner of :func:`medreasoner_train.model.build_reasoner`.
+
+    Parameters
+    ----------
+    vocabulary
+        Its tokens.
+    size
+        Side in pixels of the square that it sees; prompts come in that size.
+    frozen_vision
+        Whether the vision tower is left as it is: no gradient goes through it.
+    checkpointing
+        Whether the decoder's pass is run again for the gradient instead of being kept.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, *, size: int, frozen_vision: bool = False, checkpointing: bool = False
+    ) -> None:
+        tokenizer = vocabulary.tokenizer
+        self.vocabulary, self.size = vocabulary, size
+        self.end = token_id(tokenizer, "<|im_end|>")
+        self.opening = {True: token_id(tokenizer, "<think>"), False: token_id(tokenizer, "<answer>")}
+        self._frozen, self._checkpointing = frozen_vision, checkpointing
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Width and height of the grid in which answers name places."""
+        return self.vocabulary.largest, self.vocabulary.largest
+
+    def log_probs(
+        self,
+        model: Any,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[Completion]],
+        *,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the completions' tokens.
+
+        Parameters
+        ----------
+        model
+            Whose; on any device.
+        prompts, completions
+            B prompts and the answers to each, N in all.
+        temperature
+            At which they were drawn.
+
+        Returns
+        -------
+        log_probs : (N, L) float32, mask : (N, L) bool
+            N in the order of the prompts, L tokens of the longest; the mask is False behind an answer's end and where
+            a token was not chosen.
+        """
+        device = model.model.language_model.embed_tokens.weight.device
+        rows, lengths, mask = self._rows(prompts, completions)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
+            images = torch.stack([self.shown(prompt) for prompt in prompts]).to(device)
+            embeds = tower(model.model.visual, images)
+        hidden, packed, first = self._hidden(model, embeds, rows)
+        # Where each answer's tokens are predicted from: one place before them.
+        row_of: list[int] = []
+        place_of: list[int] = []
+        at = [(0, 0)] * len(lengths)
+        count = 0
+        for b, row in enumerate(rows):
+            start = first
+            for place, branch in zip(row.places, row.branches, strict=True):
+                begin = start + len(branch) - lengths[place]
+                row_of += [b] * lengths[place]
+                place_of += range(begin - 1, begin - 1 + lengths[place])
+                at[place] = (count, lengths[place])
+                count += lengths[place]
+                start += len(branch)
+        where = torch.tensor([row_of, place_of], device=device)
+        states = hidden[where[0], where[1]]
+        table = model.model.language_model.embed_tokens.weight  # tied: the language head too
+        flat = _chosen(states, table, packed.ids[where[0], where[1] + 1], temperature)
+        longest = max(lengths)
+        index = torch.full((len(lengths), longest), count, dtype=torch.int64)
+        for place, (start, own) in enumerate(at):
+            index[place, :own] = torch.arange(start, start + own)
+        padded = torch.cat([flat, flat.new_zeros(1)])
+        return padded[index.to(device)], mask.to(device)
+
+    def _rows(
+        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
+    ) -> tuple[list[_Row], list[int], Tensor]:
+        """Answers laid out in rows, each one's number of tokens, and which of these count (N, L)."""
+        rows: list[_Row] = []
+        lengths: list[int] = []
+        for number, (prompt, own) in enumerate(zip(prompts, completions, strict=True)):
+            asked = self.vocabulary.prompt(prompt.query)
+            for start in range(0, len(own), BRANCHES):
+                part = own[start : start + BRANCHES]
+                places = list(range(len(lengths), len(lengths) + len(part)))
+                rows.append(_Row(prompt=number, places=places, branches=[[*asked, *each.ids] for each in part]))
+                lengths += [len(each.ids) for each in part]
+        mask = torch.zeros((len(lengths), max(lengths)), dtype=torch.bool)
+        flat = [each for own in completions for each in own]
+        for place, each in enumerate(flat):
+            mask[place, : len(each.ids)] = True if each.free is None else torch.tensor(each.free)
+        return rows, lengths, mask
+
+    def _hidden(self, model: Any, embeds: Tensor, rows: list[_Row]) -> tuple[Tensor, Packed, int]:
+        """Final states (rows, T, D), the rows' tokens, and the place of the first after the shared prefix."""
+        language = model.model.language_model
+        prefix, positions = self._prefix()
+        device = embeds.device
+        packed = moved(
+            pack(prefix, positions, self.vocabulary.image, [row.branches for row in rows], self.vocabulary.pad), device
+        )
+        of = torch.tensor([row.prompt for row in rows], device=device)
+        inputs = language.embed_tokens(packed.ids).masked_scatter(packed.image[..., None], embeds[of])
+        seen = block_mask(packed.branch)
+        if self._checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(language_pass, language, inputs, packed.positions, seen, use_reentrant=False)
+        else:
+            hidden = language_pass(language, inputs, packed.positions, seen)
+        return hidden, packed, len(prefix)
+
+    def _prefix(self) -> tuple[list[int], Tensor]:
+        return self.vocabulary.prefix(self.size // 28)
+
+    def shown(self, prompt: Prompt) -> Tensor:
+        """What the model sees of a prompt's picture: (3, S, S) in [-1, 1].
+
+        Raises
+        ------
+        QueryError
+            If the picture is not of the policy's size.
+        """
+        pixels = prompt.pixels
+        if pixels.shape[:2] != (self.size, self.size):
+            shape = f"{pixels.shape[1]} x {pixels.shape[0]}"
+            raise QueryError(f"{prompt.key}: a picture of {shape}; this policy sees {self.size} x {self.size}")
+        if pixels.ndim == 2:
+            pixels = pixels[..., None].repeat(3, axis=2)
+        return to_tensor(pixels)
+
+    @torch.no_grad()
+    def sample(
+        self, model: Any, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator
+    ) -> list[list[Completion]]:
+        """Draw answers freely, without a grammar, each from its opening tag to its end.
+
+        `generator` is on the model's device. The answers of all prompts are written side by side.
+        """
+        device = model.model.language_model.embed_tokens.weight.device
+        writing = _Writing(self, model, prompts, sampling, device)
+        while writing.step(generator):
+            pass
+        encode = self.vocabulary.tokenizer
+        answers = []
+        for ids in writing.written():
+            finished = ids[-1] == self.end
+            text = encode.decode(ids[:-1] if finished else ids, skip_special_tokens=False)
+            free = (False, *[True] * (len(ids) - 1))  # the opening tag was given
+            answers.append(Completion(ids=tuple(ids), text=text, free=free, finished=finished))
+        return [answers[start : start + sampling.count] for start in range(0, len(answers), sampling.count)]
+
+
+def _chosen(states: Tensor, table: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-probability (M,) of each token after its state (M, D); logits over the vocabulary only a part at a time."""
+    parts = []
+    for start in range(0, len(tokens), 16384):
+        own = states[start : start + 16384]
+        logits = (own @ table.T).float() / temperature
+        parts.append(logits.gather(1, tokens[start : start + 16384, None])[:, 0] - logits.logsumexp(-1))
+    return torch.cat(parts)
+
+
+class _Writing:
+    """Answers that are being drawn, N rows of one batch; those that have ended leave it from time to time."""
+
+    def __init__(
+        self, policy: PackedPolicy, model: Any, prompts: Sequence[Prompt], sampling: Sampling, device: torch.device
+    ) -> None:
+        self._model, self._sampling, self._end = model.model.language_model, sampling, policy.end
+        count = len(prompts) * sampling.count
+        vocabulary = policy.vocabulary
+        prefix, positions = policy._prefix()
+        rows = [[[*vocabulary.prompt(prompt.query)]] for prompt in prompts]
+        packed = moved(pack(prefix, positions, vocabulary.image, rows, vocabulary.pad), device)
+        images = torch.stack([policy.shown(prompt) for prompt in prompts]).to(device)
+        inputs = self._model.embed_tokens(packed.ids)
+        inputs = inputs.masked_scatter(packed.image[..., None], tower(model.model.visual, images))
+        self._cache: list[tuple[Tensor, Tensor]] = []
+        language_pass(self._model, inputs, packed.positions, block_mask(packed.branch), self._cache)
+        valid = packed.branch >= 0
+        last = valid.sum(1) - 1
+        place = packed.positions[0, torch.arange(len(prompts), device=device), last] + 1
+        self._keep(torch.arange(len(prompts), device=device).repeat_interleave(sampling.count))
+        self._valid = valid.repeat_interleave(sampling.count, 0)
+        self._place = place.repeat_interleave(sampling.count, 0)
+        opening = torch.tensor([policy.opening[prompt.think] for prompt in prompts], device=device)
+        self._pending = opening.repeat_interleave(sampling.count)
+        self._ids = torch.full((count, sampling.max_tokens), -1, dtype=torch.int64, device=device)
+        self._ids[:, 0] = self._pending
+        self._rows = torch.arange(count, device=device)  # the answer that each row of the batch is
+        self._done = torch.zeros(count, dtype=torch.bool, device=device)
+        self._at = 1
+
+    def _keep(self, rows: Tensor) -> None:
+        self._cache = [(keys[rows], values[rows]) for keys, values in self._cache]
+
+    def step(self, generator: torch.Generator) -> bool:
+        """Write one token of each answer; False when all have ended."""
+        if self._at >= self._sampling.max_tokens:
+            return False
+        own = self._valid.new_ones(len(self._rows), 1)
+        seen = torch.cat((self._valid, own), 1)
+        hidden = language_pass(
+            self._model,
+            self._model.embed_tokens(self._pending[:, None]),
+            self._place[None, :, None].expand(3, -1, -1),
+            seen[:, None, None],
+            self._cache,
+        )
+        logits = (hidden[:, -1] @ self._model.embed_tokens.weight.T).float() / self._sampling.temperature
+        # The Gumbel form of a draw: no table of sums over the vocabulary, and nothing that waits for the device.
+        noise = torch.empty_like(logits).exponential_(generator=generator)
+        token = (logits - noise.log()).argmax(-1)
+        token = torch.where(self._done, self._end, token)
+        self._ids[self._rows, self._at] = torch.where(self._done, -1, token)
+        self._done = self._done | (token == self._end)
+        self._valid, self._place, self._pending = seen, self._place + 1, token
+        self._at += 1
+        if self._at % 4:
+            return True
+        left = (~self._done).nonzero()[:, 0]
+        if len(left) == 0:
+            return False
+        if 4 * len(left) <= 3 * len(self._rows):
+            self._keep(left)
+            for name in ("_valid", "_place", "_pending", "_rows", "_done"):
+                setattr(self, name, getattr(self, name)[left])
+        return True
+
+    def written(self) -> list[list[int]]:
+        """The answers' tokens."""
+        return [[token for token in row if token >= 0] for row in self._ids.tolist()]

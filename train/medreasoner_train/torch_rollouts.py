@@ -1,0 +1,37 @@
+"""The trainer's own model as the engine of rollouts: no copy of the weights, all answers side by side."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from medreasoner_train.packed_policy import PackedPolicy
+from medreasoner_train.rollout import Completion, Prompt, Sampling
+
+__all__ = ["TorchRollouts"]
+
+
+class TorchRollouts:
+    """Draws with :meth:`PackedPolicy.sample`; see :class:`medreasoner_train.rollout.Rollouts`.
+
+    `at_once` is the number of prompts whose answers are written together: memory against speed.
+    """
+
+    def __init__(self, policy: PackedPolicy, model: Any, *, at_once: int = 64) -> None:
+        self._policy, self._model, self._at_once = policy, model, at_once
+
+    def refresh(self, model: Any) -> None:
+        """The weights are shared already; another model takes the place of this one."""
+        self._model = model
+
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
+        """See :class:`medreasoner_train.rollout.Rollouts`."""
+        device = self._model.model.language_model.embed_tokens.weight.device
+        generator = torch.Generator(device).manual_seed(seed)
+        answers: list[list[Completion]] = []
+        for start in range(0, len(prompts), self._at_once):
+            answers += self._policy.sample(self._model, prompts[start : start + self._at_once], sampling, generator)
+        return answers
+
+    def close(self) -> None:
+        """Nothing to give back."""
