@@ -1,4 +1,4 @@
-"""`medreasoner-cli train`: dense, sft, segmenter and mix."""
+"""`medreasoner-cli train`: dense, sft, segmenter, mix and grpo."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +13,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Train the models of a bundle: dense, then sft; segmenter apart. Each run goes on from its last checkpoint.",
+    help="Train the models of a bundle: dense, then sft, then grpo; segmenter apart. Each run goes on from its last "
+    "checkpoint.",
 )
 
 
@@ -131,6 +132,9 @@ def sft(
         bool, typer.Option("--frozen-vision", help="Leave the vision tower as it is: new questions, in half the time.")
     ] = False,
     rate: Annotated[float, typer.Option(min=0, help="Times the usual learning rate.")] = 1.0,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="SOURCE", help="Leave a source out, to measure on it; may be repeated.")
+    ] = None,
     cache: CacheOption = None,
     compiled: CompileOption = False,
     minutes: MinutesOption = float("inf"),
@@ -167,6 +171,7 @@ def sft(
             start=start,
             tokenizer=tokenizer,
             teacher=teacher,
+            without=tuple(without or ()),
             cache=cache,
             compiled=compiled,
         )
@@ -235,6 +240,30 @@ def mix(
     medreasoner-cli train mix runs/sft/checkpoint runs/sft2/checkpoint -o runs/mixed --share 0.7
     """  # noqa: D301
     print(load("medreasoner_train.mix", extra="train").mix(first, second, output, share=share))
+
+
+@app.command()
+def grpo(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file with the run's settings.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="In the place of [train] out.")] = None,
+    device: Annotated[str | None, typer.Option(help="In the place of [train] device: cpu, cuda or cuda:N.")] = None,
+) -> None:
+    """Teach the reasoner by reward: answers are drawn, judged, and the better of a group made likelier.
+
+    \b
+    medreasoner-cli train grpo recipes/nano.toml -o runs/grpo
+    """  # noqa: D301
+    import dataclasses
+
+    settings = load("medreasoner_train.grpo_config", extra="train").read_config(config)
+    changes: dict[str, object] = {}
+    if output is not None:
+        changes["out"] = output
+    if device is not None:
+        changes["device"] = device
+    settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
+    _usable(settings.train.device)
+    load("medreasoner_train.grpo_run", extra="train").run(settings)
 
 
 def _factors(pairs: list[str]) -> dict[str, float]:

@@ -11,13 +11,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PilImage
 
-from medreasoner.errors import ImageReadError
+from medreasoner.errors import ImageReadError, MedReasonerError
 
 __all__ = [
     "ImageRecord",
     "Sample",
     "by_image",
     "informative_pairs",
+    "leave_out",
     "load_index",
     "load_mask",
     "load_pixels",
@@ -94,6 +95,20 @@ def load_index(root: Path) -> list[Sample]:
         except (KeyError, TypeError, ValueError) as err:
             raise ImageReadError(f"{path}:{number}: not a row of the grounding index ({err})") from err
     return samples
+
+
+def leave_out(samples: Sequence[Sample], sources: Sequence[str]) -> list[Sample]:
+    """The samples of all other sources.
+
+    Raises
+    ------
+    MedReasonerError
+        If there is no such source; the message lists them.
+    """
+    there = {sample.source for sample in samples}
+    if unknown := sorted(set(sources) - there):
+        raise MedReasonerError(f"no samples of the source {', '.join(unknown)}; there are {', '.join(sorted(there))}")
+    return [sample for sample in samples if sample.source not in sources]
 
 
 def validation_groups(samples: Iterable[Sample], percent: int = VALIDATION_PERCENT) -> frozenset[str]:

@@ -12,7 +12,7 @@ import torch
 from medreasoner._extras import require
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import load_weights, save_reasoner
-from medreasoner_train.data import by_image, load_index, split
+from medreasoner_train.data import by_image, leave_out, load_index, split
 from medreasoner_train.files import appearing
 from medreasoner_train.grpo_config import GrpoConfig
 from medreasoner_train.grpo_trainer import Episode, GrpoTrainer
@@ -68,6 +68,9 @@ def run(config: GrpoConfig) -> None:
     options = config.train
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
+    torch.set_flush_denormal(True)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32: rewards and ratios are far coarser
     tokenizer = load_tokenizer(str(config.policy.checkpoint / "tokenizer.json"))
     vocabulary = Vocabulary(tokenizer, NANO.image_size)
     data, val = _data(config, vocabulary)
@@ -122,7 +125,7 @@ def _loop(config: GrpoConfig) -> LoopOptions:
 
 def _data(config: GrpoConfig, vocabulary: Vocabulary) -> tuple[SftData, SftData]:
     """Images and questions to train on, and those to look at."""
-    samples = [each for each in load_index(config.data.path) if each.source not in config.data.without]
+    samples = leave_out(load_index(config.data.path), config.data.without)
     mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=NANO.image_size)
     train, val = (
         SftData(
@@ -174,7 +177,7 @@ def _steps(
     )
     began = time.monotonic()
     try:
-        if start == 0 and options.eval_every:
+        if start == 0 and 0 < options.eval_every <= options.steps:
             log.write(0, look())
         for step in range(start, options.steps):
             spent = time.monotonic() - began

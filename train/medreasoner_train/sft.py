@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import load_weights, save_reasoner
-from medreasoner_train.data import by_image, load_index, split
+from medreasoner_train.data import by_image, leave_out, load_index, split
 from medreasoner_train.decoder import block_mask, language_pass
 from medreasoner_train.dense import DenseHeads, dense_loss, giou, mean_or_zero
 from medreasoner_train.files import appearing
@@ -170,7 +170,7 @@ class SftRun:
 
     `start` is the dense stage's checkpoint, or the folder of a finished reasoner, whose tokenizer is then used too;
     `tokenizer` a file to use instead of one made from the questions, so that a checkpoint outlives a change of theirs;
-    `teacher` the folder of a sentence encoder.
+    `teacher` the folder of a sentence encoder; `without` the sources that it does not see.
     """
 
     data: Path
@@ -179,6 +179,7 @@ class SftRun:
     start: Path | None = None
     tokenizer: Path | None = None
     teacher: Path | None = None
+    without: tuple[str, ...] = ()
     cache: Path | None = None
     compiled: bool = False
     vocab_size: int = 6144
@@ -233,7 +234,7 @@ def _tokenizer(settings: SftRun) -> Tokenizer:
 
 def _data(settings: SftRun, vocabulary: Vocabulary) -> tuple[SftData, SftData, int]:
     """Batches to train on, images to validate on, and the size of the teacher's embeddings (0: none)."""
-    samples = load_index(settings.data)
+    samples = leave_out(load_index(settings.data), settings.without)
     phrasings = load_phrasings("train")
     meanings = None if settings.teacher is None else embed_queries(settings.teacher, phrasings)
     data, val = (
