@@ -43,7 +43,8 @@ def box_prompt(
     kernel, bias = tensor(f"{name}.weight", *size, 1, 1).reshape(size), tensor(f"{name}.bias", config.n_channels)
     zero = g.constant("zero", np.array(0.0, dtype=np.float32))
     rest = g.op("Where", g.op("Greater", present, zero), g.weight(f"{name}.bias", bias), without)  # (batch, 1, C)
-    return g.op("Sum", image, g.linear(hidden, name, kernel), rest)
+    # Not one Sum of three: on CUDA, ONNX Runtime 1.31 gets that wrong where image (1, ..) and hidden (batch, ..) widen.
+    return g.op("Add", g.op("Add", image, g.linear(hidden, name, kernel)), rest)
 
 
 def _drawn(g: GraphBuilder, config: DecoderConfig, corners: str) -> str:

@@ -92,7 +92,7 @@ def run(config: GrpoConfig) -> None:
         model=model,
         reference=reference,
         policy=policy,
-        rollouts=TorchRollouts(policy, model),
+        rollouts=TorchRollouts(policy, model, bf16=options.precision == "bf16"),
         judge=_judge(config, device),
         optimiser=optimiser,
     )

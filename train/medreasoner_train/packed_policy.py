@@ -116,7 +116,7 @@ class PackedPolicy:
         index = torch.full((len(lengths), longest), count, dtype=torch.int64)
         for place, (start, own) in enumerate(at):
             index[place, :own] = torch.arange(start, start + own)
-        padded = torch.cat([flat, flat.new_zeros(1)])
+        padded = torch.cat([flat.float(), flat.new_zeros(1, dtype=torch.float32)])
         return padded[index.to(device)], mask.to(device)
 
     def _rows(
@@ -147,7 +147,8 @@ class PackedPolicy:
             pack(prefix, positions, self.vocabulary.image, [row.branches for row in rows], self.vocabulary.pad), device
         )
         of = torch.tensor([row.prompt for row in rows], device=device)
-        inputs = language.embed_tokens(packed.ids).masked_scatter(packed.image[..., None], embeds[of])
+        inputs = language.embed_tokens(packed.ids)
+        inputs = inputs.masked_scatter(packed.image[..., None], embeds[of].to(inputs.dtype))
         seen = block_mask(packed.branch)
         if self._checkpointing and torch.is_grad_enabled():
             hidden = checkpoint(language_pass, language, inputs, packed.positions, seen, use_reentrant=False)
@@ -220,7 +221,7 @@ class _Writing:
         packed = moved(pack(prefix, positions, vocabulary.image, rows, vocabulary.pad), device)
         images = torch.stack([policy.shown(prompt) for prompt in prompts]).to(device)
         inputs = self._model.embed_tokens(packed.ids)
-        inputs = inputs.masked_scatter(packed.image[..., None], tower(model.model.visual, images))
+        inputs = inputs.masked_scatter(packed.image[..., None], tower(model.model.visual, images).to(inputs.dtype))
         self._cache: list[tuple[Tensor, Tensor]] = []
         language_pass(self._model, inputs, packed.positions, block_mask(packed.branch), self._cache)
         valid = packed.branch >= 0

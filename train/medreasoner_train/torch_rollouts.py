@@ -14,11 +14,12 @@ __all__ = ["TorchRollouts"]
 class TorchRollouts:
     """Draws with :meth:`PackedPolicy.sample`; see :class:`medreasoner_train.rollout.Rollouts`.
 
-    `at_once` is the number of prompts whose answers are written together: memory against speed.
+    `at_once` is the number of prompts whose answers are written together: memory against speed. `bf16`: in mixed
+    precision, as the trainer's passes may be.
     """
 
-    def __init__(self, policy: PackedPolicy, model: Any, *, at_once: int = 64) -> None:
-        self._policy, self._model, self._at_once = policy, model, at_once
+    def __init__(self, policy: PackedPolicy, model: Any, *, at_once: int = 64, bf16: bool = False) -> None:
+        self._policy, self._model, self._at_once, self._bf16 = policy, model, at_once, bf16
 
     def refresh(self, model: Any) -> None:
         """The weights are shared already; another model takes the place of this one."""
@@ -30,7 +31,9 @@ class TorchRollouts:
         generator = torch.Generator(device).manual_seed(seed)
         answers: list[list[Completion]] = []
         for start in range(0, len(prompts), self._at_once):
-            answers += self._policy.sample(self._model, prompts[start : start + self._at_once], sampling, generator)
+            some = prompts[start : start + self._at_once]
+            with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
+                answers += self._policy.sample(self._model, some, sampling, generator)
         return answers
 
     def close(self) -> None:
