@@ -1,10 +1,13 @@
 """Writes the reasoner as others read it, a Hugging Face checkpoint with what export must know beside, and reads one."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
@@ -12,7 +15,7 @@ from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
 from medreasoner_train.loop import write_settings
 from medreasoner_train.model import NANO
 
-__all__ = ["load_weights", "save_reasoner"]
+__all__ = ["load_reasoner", "load_weights", "read_settings", "save_like", "save_reasoner"]
 
 
 def load_weights(folder: Path, model: Any) -> None:
@@ -32,6 +35,52 @@ def load_weights(folder: Path, model: Any) -> None:
         raise BundleError(f"{folder}: not a finished checkpoint of these sizes ({one_line(err)})") from err
     if missing := sorted(found["missing_keys"]):
         raise BundleError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+
+
+def load_reasoner(folder: Path) -> Any:
+    """A finished Qwen2.5-VL reasoner, in float32.
+
+    Raises
+    ------
+    BundleError
+        If the folder holds no such checkpoint; the message names it.
+    """
+    try:
+        model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as err:  # transformers and safetensors raise many kinds for one cause
+        raise BundleError(f"{folder}: no Qwen2.5-VL checkpoint ({one_line(err)})") from err
+    if missing := sorted(found["missing_keys"]):
+        raise BundleError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
+    return model
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """What ``medreasoner.json`` says of a checkpoint.
+
+    Raises
+    ------
+    BundleError
+        If it is not there, or no JSON object.
+    """
+    path = folder / "medreasoner.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise BundleError(f"{path}: cannot be read ({one_line(err)}); it says how the reasoner is asked") from err
+    if not isinstance(settings, dict):
+        raise BundleError(f"{path}: expected a JSON object")
+    return settings
+
+
+def save_like(model: Any, start: Path, out: Path) -> None:
+    """Write a reasoner that was trained on from the checkpoint `start`: bfloat16 weights, all else as it is there."""
+    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    model.save_pretrained(out, state_dict=state)
+    for name in ("tokenizer.json", "medreasoner.json"):
+        if (start / name).resolve() != (out / name).resolve():
+            shutil.copyfile(start / name, out / name)
 
 
 def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path, *, size: int, absent_threshold: float = 0.5) -> None:

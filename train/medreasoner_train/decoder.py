@@ -60,7 +60,8 @@ def pack(
             where[:, b, at:stop] = torch.arange(first, first + len(branch))
             branch_of[b, at:stop] = k
             at = stop
-    return Packed(ids=ids, positions=where, branch=branch_of, image=ids == image_token)
+    # A policy may write an image's token too, which stands for no image.
+    return Packed(ids=ids, positions=where, branch=branch_of, image=(ids == image_token) & (branch_of == 0))
 
 
 def block_mask(branch: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from medreasoner._extras import require
-from medreasoner.reasoner.prompt import load_tokenizer
-from medreasoner_train.checkpoint import load_weights, save_reasoner
+from medreasoner_train.checkpoint import load_reasoner, load_weights, save_like
+from medreasoner_train.config import ConfigError
 from medreasoner_train.data import by_image, leave_out, load_index, split
 from medreasoner_train.files import appearing
 from medreasoner_train.grpo_config import GrpoConfig
@@ -19,11 +19,9 @@ from medreasoner_train.grpo_trainer import Episode, GrpoTrainer
 from medreasoner_train.judge import MaskJudge, RuntimeJudge, TorchJudge
 from medreasoner_train.language import load_phrasings
 from medreasoner_train.loop import LoopOptions, Optimiser, batches, load_modules, save_checkpoint
-from medreasoner_train.model import NANO
 from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.pictures import sheet
 from medreasoner_train.segmenter import build_segmenter
-from medreasoner_train.sft import nano_model
 from medreasoner_train.sft_data import SftData, SftOptions
 from medreasoner_train.store import load_store
 from medreasoner_train.tasks import GroundingTasks
@@ -42,13 +40,12 @@ class _Log:
 
     def __init__(self, out: Path, *, tensorboard: bool) -> None:
         out.mkdir(parents=True, exist_ok=True)
-        self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
         self._board: Any = None
         if tensorboard:
-            require("tensorboard", extra="tensorboard", feature="Writing for TensorBoard")
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(out / "tensorboard"))
+        self._file = (out / "metrics.jsonl").open("a", encoding="utf-8")
 
     def write(self, step: int, row: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **row}) + "\n")
@@ -66,25 +63,28 @@ class _Log:
 def run(config: GrpoConfig) -> None:
     """Train from the last checkpoint (``out/last.pt``), or from the start, to the end; writes ``out/checkpoint``."""
     options = config.train
+    if options.tensorboard:  # before the data are read
+        require("tensorboard", extra="tensorboard", feature="Writing for TensorBoard")
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: rewards and ratios are far coarser
-    tokenizer = load_tokenizer(str(config.policy.checkpoint / "tokenizer.json"))
-    vocabulary = Vocabulary(tokenizer, NANO.image_size)
-    data, val = _data(config, vocabulary)
-    model = nano_model(tokenizer)
-    load_weights(config.policy.checkpoint, model)
-    reference = copy.deepcopy(model).to(device).eval().requires_grad_(False) if config.loss.kl else None
-    model.to(device)
-    model.model.visual.requires_grad_(not config.policy.frozen_vision)
-    policy = PackedPolicy(
-        vocabulary,
-        size=NANO.image_size,
+    start = config.policy.checkpoint
+    model = load_reasoner(start)
+    policy = PackedPolicy.of(
+        start,
+        model,
         frozen_vision=config.policy.frozen_vision,
         checkpointing=config.policy.gradient_checkpointing,
     )
+    if policy is None:
+        raise ConfigError(f"{start}: not a reasoner with square images and one token a coordinate")
+    vocabulary = policy.vocabulary
+    data, val = _data(config, vocabulary, policy.size)
+    reference = copy.deepcopy(model).to(device).eval().requires_grad_(False) if config.loss.kl else None
+    model.to(device)
+    model.model.visual.requires_grad_(not config.policy.frozen_vision)
     loop = _loop(config)
     optimiser = Optimiser({"model": model}, loop)
     trainer = GrpoTrainer(
@@ -100,10 +100,10 @@ def run(config: GrpoConfig) -> None:
     near = vocabulary.to(device)
 
     def look() -> dict[str, float]:
-        return validate(model, near, val, size=NANO.image_size)
+        return validate(model, near, val, size=policy.size)
 
     _steps(config, trainer, source, model, optimiser, loop, look)
-    save_reasoner(model, tokenizer, options.out / "checkpoint", size=NANO.image_size)
+    save_like(model, start, options.out / "checkpoint")
 
 
 def _loop(config: GrpoConfig) -> LoopOptions:
@@ -123,10 +123,10 @@ def _loop(config: GrpoConfig) -> LoopOptions:
     )
 
 
-def _data(config: GrpoConfig, vocabulary: Vocabulary) -> tuple[SftData, SftData]:
+def _data(config: GrpoConfig, vocabulary: Vocabulary, size: int) -> tuple[SftData, SftData]:
     """Images and questions to train on, and those to look at."""
     samples = leave_out(load_index(config.data.path), config.data.without)
-    mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=NANO.image_size)
+    mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=size)
     train, val = (
         SftData(
             samples,
@@ -193,7 +193,7 @@ def _steps(
                 shown = ("reward", "iou", "box", "points", "mask", "kl", "norm")
                 text = " ".join(f"{name}={row[name]:.4g}" for name in shown if name in row)
                 logger.info("%d/%d %s %.1f s a step, %.1f min left", done, options.steps, text, pace, left)
-            if options.pictures_every and (done % options.pictures_every == 0 or ended):
+            if episodes and options.pictures_every and (done % options.pictures_every == 0 or ended):
                 _picture(options.out, done, episodes)
             if done % options.save_every == 0 or ended:
                 save_checkpoint(last, step=done, modules={"model": model}, optimiser=optimiser, extra={"drawn": drawn})

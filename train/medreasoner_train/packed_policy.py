@@ -6,6 +6,7 @@ of a prompt, in the trainer's pass and in the torch sampler.
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from medreasoner.errors import QueryError
+from medreasoner.reasoner.prompt import load_tokenizer
+from medreasoner_train.checkpoint import read_settings
 from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
 from medreasoner_train.loop import moved
 from medreasoner_train.model import to_tensor, tower
@@ -41,8 +44,8 @@ class PackedPolicy:
     ----------
     vocabulary
         Its tokens.
-    size
-        Side in pixels of the square that it sees; prompts come in that size.
+    size, token_side
+        Sides in pixels of the square that it sees, in which prompts come, and of what becomes one token of it.
     frozen_vision
         Whether the vision tower is left as it is: no gradient goes through it.
     checkpointing
@@ -50,13 +53,47 @@ class PackedPolicy:
     """
 
     def __init__(
-        self, vocabulary: Vocabulary, *, size: int, frozen_vision: bool = False, checkpointing: bool = False
+        self,
+        vocabulary: Vocabulary,
+        *,
+        size: int,
+        token_side: int = 28,
+        frozen_vision: bool = False,
+        checkpointing: bool = False,
     ) -> None:
         tokenizer = vocabulary.tokenizer
-        self.vocabulary, self.size = vocabulary, size
+        self.vocabulary, self.size, self._token_side = vocabulary, size, token_side
         self.end = token_id(tokenizer, "<|im_end|>")
         self.opening = {True: token_id(tokenizer, "<think>"), False: token_id(tokenizer, "<answer>")}
         self._frozen, self._checkpointing = frozen_vision, checkpointing
+
+    @classmethod
+    def of(
+        cls, folder: Path, model: Any, *, frozen_vision: bool = False, checkpointing: bool = False
+    ) -> "PackedPolicy | None":
+        """The policy for a checkpoint, or None if it is not of this kind.
+
+        It is, if images are stretched to a square that whole windows fill, each coordinate is one token, and the
+        embeddings are the language head too.
+        """
+        settings, vision = read_settings(folder), model.config.vision_config
+        resize, (kind, _, largest) = settings.get("resize", {}), str(settings.get("coordinates", "")).partition("_")
+        width = resize.get("width", 0)
+        square = resize.get("rule") == "stretch" and width == resize.get("height") and width > 0
+        if not square or width % vision.window_size or kind != "relative" or not largest.isdecimal():
+            return None
+        if not model.config.get_text_config().tie_word_embeddings:
+            return None
+        tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
+        if any(len(tokenizer.encode(str(value)).ids) != 1 for value in range(int(largest) + 1)):
+            return None
+        return cls(
+            Vocabulary(tokenizer, int(largest)),
+            size=width,
+            token_side=vision.patch_size * vision.spatial_merge_size,
+            frozen_vision=frozen_vision,
+            checkpointing=checkpointing,
+        )
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -157,7 +194,7 @@ class PackedPolicy:
         return hidden, packed, len(prefix)
 
     def _prefix(self) -> tuple[list[int], Tensor]:
-        return self.vocabulary.prefix(self.size // 28)
+        return self.vocabulary.prefix(self.size // self._token_side)
 
     def shown(self, prompt: Prompt) -> Tensor:
         """What the model sees of a prompt's picture: (3, S, S) in [-1, 1].

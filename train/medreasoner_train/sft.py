@@ -37,7 +37,7 @@ __all__ = [
     "SftHeads",
     "SftOptions",
     "SftRun",
-    "nano_model",
+    "_model",
     "run",
     "sft_loss",
     "start_embeddings",
@@ -192,7 +192,7 @@ def run(settings: SftRun) -> None:
     tokenizer = _tokenizer(settings)
     vocabulary = Vocabulary(tokenizer, NANO.image_size)
     data, val, meaning_dim = _data(settings, vocabulary)
-    model = nano_model(tokenizer)
+    model = _model(tokenizer)
     start_embeddings(model, vocabulary)
     heads = SftHeads(NANO.hidden_dim, len(data.categories), meaning_dim)
     dense_heads = DenseHeads(NANO.hidden_dim, len(data.categories))
@@ -251,7 +251,7 @@ def _data(settings: SftRun, vocabulary: Vocabulary) -> tuple[SftData, SftData, i
     return data, val, 0 if meanings is None else len(next(iter(meanings.values())))
 
 
-def nano_model(tokenizer: Tokenizer) -> Any:
+def _model(tokenizer: Tokenizer) -> Any:
     """An untrained nano reasoner with this vocabulary."""
     tokens = {name: token_id(tokenizer, name) for name in SPECIAL_TOKENS}
     return build_reasoner(NANO, vocab_size=tokenizer.get_vocab_size(), tokens=tokens)

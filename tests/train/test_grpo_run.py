@@ -1,0 +1,194 @@
+"""GRPO on a drawn data set with a toy policy: it runs, resumes exactly, and moves towards what is rewarded."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PilImage
+
+from medreasoner.errors import BundleError, MissingExtraError
+from medreasoner_cli.main import run as command
+from medreasoner_train.checkpoint import load_reasoner, save_reasoner
+from medreasoner_train.config import ConfigError
+from medreasoner_train.grpo_config import GrpoConfig, read_config
+from medreasoner_train.grpo_run import run
+from medreasoner_train.vocabulary import Vocabulary
+
+SIZE = 84
+TEXT = """
+[data]
+path = "{data}"
+absent = 0.3
+think = 0.25
+[policy]
+checkpoint = "{start}"
+[rollouts]
+count = 3
+max_tokens = 6
+[reward]
+mode = "hard"
+[train]
+out = "{out}"
+steps = 4
+prompts = 4
+mini_batch = 2
+micro_batch = 1
+lr = 1e-3
+save_every = 2
+pictures_every = 4
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path, toy_reasoner: Any, vocabulary: Vocabulary) -> Path:
+    save_reasoner(toy_reasoner, vocabulary.tokenizer, tmp_path / "start", size=SIZE)
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def settings(tmp_path: Path, start: Path, grounding_set: Path) -> Path:
+    path = tmp_path / "grpo.toml"
+    path.write_text(TEXT.format(data=grounding_set, start=start, out=tmp_path / "run"))
+    return path
+
+
+@pytest.fixture
+def config(settings: Path) -> GrpoConfig:
+    return read_config(settings)
+
+
+def rows(out: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def changed(config: GrpoConfig, **train: Any) -> GrpoConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
+def test_the_command_writes_a_checkpoint_metrics_and_pictures(settings: Path, tmp_path: Path, start: Path) -> None:
+    assert command(["train", "grpo", str(settings)]) == 0
+    out = tmp_path / "run"
+    written = rows(out)
+    assert [row["step"] for row in written] == [1, 2, 3, 4]
+    assert all(np.isfinite(list(row.values())).all() for row in written)
+    load_reasoner(out / "checkpoint")
+    assert (out / "checkpoint" / "medreasoner.json").read_bytes() == (start / "medreasoner.json").read_bytes()
+    with PilImage.open(out / "samples-000004.png") as picture:
+        assert picture.size == (4 * 320, 320 + 58)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(config: GrpoConfig, tmp_path: Path) -> None:
+    """The loop is stopped between checkpoints: what came after the last one is done again, and comes out the same."""
+    run(changed(config, out=tmp_path / "whole"))
+    whole = rows(tmp_path / "whole")
+    parts = changed(config, out=tmp_path / "parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medreasoner_train.grpo_run.sheet", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(changed(parts, pictures_every=3))
+    assert [row["step"] for row in rows(tmp_path / "parts")] == [1, 2, 3]
+    run(parts)
+    again = rows(tmp_path / "parts")
+    assert [row["step"] for row in again] == [1, 2, 3, 3, 4]
+    for row, other in ((again[2], whole[2]), (again[3], whole[2]), (again[4], whole[3])):
+        for name in row.keys() - {"s_per_step"}:
+            assert row[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an answer says, it is worth the sign of its second token in one direction of the embedding."""
+    shares: list[float] = []
+    sign = load_reasoner(start).model.language_model.embed_tokens.weight[:, 0] > 0
+
+    def by_parity(tasks: Any, answers: Any, *_: object) -> Any:
+        from medreasoner_train.grpo_trainer import Episode
+        from medreasoner_train.rewards import Reward
+
+        worth = [[float(sign[each.ids[1]]) for each in own] for own in answers]
+        shares.append(float(np.mean(worth)))
+        return [
+            Episode(
+                task=task,
+                completions=tuple(own),
+                rewards=tuple(Reward(segment=each) for each in value),
+                totals=tuple(value),
+            )
+            for task, own, value in zip(tasks, answers, worth, strict=True)
+        ]
+
+    monkeypatch.setattr("medreasoner_train.grpo_trainer.judged", by_parity)
+    longer = changed(config, steps=25, prompts=8, mini_batch=0, micro_batch=8, lr=3e-2, pictures_every=0)
+    run(dataclasses.replace(longer, rollouts=dataclasses.replace(config.rollouts, count=8, max_tokens=2)))
+    assert np.mean(shares[:3]) < 0.65
+    assert np.mean(shares[-3:]) > 0.9
+    kl = [row["kl"] for row in rows(config.train.out)]
+    assert kl[0] == pytest.approx(0, abs=1e-6)  # the reference is the start
+    assert kl[-1] > 0.01
+    before, after = load_reasoner(start), load_reasoner(config.train.out / "checkpoint")
+    apart = [float((a - b).abs().max()) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert max(apart) > 1e-3
+
+
+def test_groups_that_teach_nothing_are_drawn_again(config: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = dataclasses.replace(config, rollouts=dataclasses.replace(config.rollouts, count=1))
+    run(changed(one, steps=2, dynamic=2, save_every=1))  # a single answer never differs from its group
+    written = rows(config.train.out)
+    assert [row["groups"] for row in written] == [0, 0]
+    state = torch.load(config.train.out / "last.pt", weights_only=True)
+    assert state["drawn"] == 6  # three rounds a step
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("steps = 4", "steps = 4\nspeed = 3", r"\[train\]: unknown key speed; there are out, steps"),
+        ("steps = 4\n", "", r"\[train\]: steps must be given"),
+        ("steps = 4", 'steps = "four"', r"\[train\] steps: expected int, got 'four'"),
+        ("steps = 4", "steps = 0", r"\[train\]: steps is at least 1"),
+        ("mini_batch = 2", "mini_batch = 3", "4 prompts do not divide into parts of 3"),
+        ('mode = "hard"', 'mode = "harder"', r"\[reward\] mode: 'harder' is none of base, soft, hard"),
+        ("absent = 0.3", "absent = 3", r"\[data\]: absent is a share"),
+        ("[reward]", "[rewards]", "unknown table rewards; there are data, policy"),
+        ("[policy]", "policy = 3\n[other]", "policy"),
+        ("[policy]", "[policy", "not TOML"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(settings: Path, old: str, new: str, words: str) -> None:
+    settings.write_text(settings.read_text().replace(old, new))
+    with pytest.raises(ConfigError, match=words) as caught:
+        read_config(settings)
+    assert str(settings) in str(caught.value)
+
+
+def test_settings_that_are_not_there_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none.toml: cannot be read"):
+        read_config(tmp_path / "none.toml")
+
+
+def test_a_folder_without_a_checkpoint_is_named(config: GrpoConfig, start: Path) -> None:
+    (start / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(BundleError, match="start: no Qwen2.5-VL checkpoint"):
+        run(config)
+
+
+def test_an_unknown_source_is_named(config: GrpoConfig) -> None:
+    from medreasoner.errors import MedReasonerError
+
+    data = dataclasses.replace(config.data, without=("elsewhere",))
+    with pytest.raises(MedReasonerError, match="no samples of the source elsewhere; there are acdc_mri"):
+        run(dataclasses.replace(config, data=data))
+
+
+def test_tensorboard_is_an_extra(config: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"medreasoner\[tensorboard\]"):
+        run(changed(config, tensorboard=True))
