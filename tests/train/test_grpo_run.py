@@ -134,7 +134,7 @@ def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, mon
     assert kl[0] == pytest.approx(0, abs=1e-6)  # the reference is the start
     assert kl[-1] > 0.01
     before, after = load_reasoner(start), load_reasoner(config.train.out / "checkpoint")
-    apart = [float((a - b).abs().max()) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    apart = [float((a - b).detach().abs().max()) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert max(apart) > 1e-3
 
 
