@@ -428,6 +428,18 @@ def test_a_bad_row_is_named_and_refused_or_skipped_and_counted(
     assert f"| {bad.id} | " in text
 
 
+def test_a_bad_row_of_the_prior_is_told_of_too(grounding_set: Path, tmp_path: Path) -> None:
+    root = copy_with(grounding_set, tmp_path / "set", lambda line, _: None)
+    trained, _ = split(load_index(root))
+    text = (root / "index.jsonl").read_text()
+    (root / "index.jsonl").write_text(text.replace(str(trained[0].mask), "gone.png"))
+    oracle: Any = Oracle(grounding_set)
+    with pytest.raises(ImageReadError, match=f"^{trained[0].id}: .*not a readable mask"):
+        evaluate_bundle(oracle, EvalOptions(data=root, controls=False))
+    done = evaluate_bundle(oracle, EvalOptions(data=root, controls=False, every=4, bad_rows="skip"))
+    assert [each.row for each in done.bad] == [trained[0].id]
+
+
 def test_a_line_that_is_no_row_is_left_out_on_request(grounding_set: Path, tmp_path: Path) -> None:
     root = copy_with(grounding_set, tmp_path / "set", lambda line, _: None)
     with (root / "index.jsonl").open("a") as file:
