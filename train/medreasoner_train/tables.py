@@ -99,7 +99,9 @@ def _absent(figures: Mapping[str, Any]) -> Table:
     rows: list[list[Cell]] = []
     for positive, own in figures["detection"].items():
         rows += [[f"{kind} of “{positive}” ({own[kind]['count']})", own[kind]] for kind in ("precision", "recall")]
-    rows += [[f"answered absent: {kind} ({own['count']})", own] for kind, own in figures["absent"].items()]
+    rows += [
+        [f"answered absent: {kind} ({own['count']})", own] for kind, own in figures["absent"].items() if own["count"]
+    ]
     rows.append(["answers that failed", str(figures["failed"])])
     return Table(name="absent", title="Absent targets", header=("answer", "share"), rows=rows, note=_NOTES["absent"])
 
