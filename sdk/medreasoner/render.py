@@ -1,23 +1,27 @@
 """Results drawn over their image, for people to look at."""
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from medreasoner.geometry import Box, Point
+
 if TYPE_CHECKING:
     from medreasoner.result import Grounding
 
-__all__ = ["overlay"]
+__all__ = ["ANSWER", "BOX", "POINT", "TRUTH", "draw", "overlay"]
 
 Colour = tuple[int, int, int]
 
 # From the palette of Okabe and Ito, whose colours stay apart in every kind of colour blindness.
-_MASK: Colour = (86, 180, 233)  # sky blue
-_BOX: Colour = (240, 228, 66)  # yellow
-_POINT: Colour = (213, 94, 0)  # vermilion
+ANSWER: Colour = (86, 180, 233)  # sky blue
+TRUTH: Colour = (204, 121, 167)  # reddish purple
+BOX: Colour = (240, 228, 66)  # yellow
+POINT: Colour = (213, 94, 0)  # vermilion
 _WHITE: Colour = (255, 255, 255)
 _BLACK: Colour = (0, 0, 0)
 _BAND: Colour = (24, 24, 27)
@@ -45,21 +49,57 @@ def overlay(grounding: "Grounding", *, max_side: int | None = None) -> Image.Ima
     PIL.Image.Image
         RGB. The image begins at the top, in the middle of the width, and is never covered by text.
     """
-    source = grounding.image
-    scale = _scale(source.height, source.width, max_side)
-    size = (max(1, round(source.width * scale)), max(1, round(source.height * scale)))
-    picture = Image.fromarray(source.pixels)
+    pixels = grounding.image.pixels
+    if grounding.found:
+        picture = draw(pixels, mask=grounding.mask, box=grounding.box, points=grounding.points or (), max_side=max_side)
+    else:
+        picture = draw(pixels, max_side=max_side)
+    return _with_caption(picture, grounding)
+
+
+def draw(
+    pixels: NDArray[np.uint8],
+    *,
+    mask: NDArray[np.bool_] | None = None,
+    box: Box | None = None,
+    points: Sequence[Point] = (),
+    truth: NDArray[np.bool_] | None = None,
+    max_side: int | None = None,
+    line: int | None = None,
+) -> Image.Image:
+    """RGB picture of an image with an answer drawn on it, and the outline of what is true; nothing below it.
+
+    Parameters
+    ----------
+    pixels
+        (H, W) or (H, W, 3) uint8.
+    mask, truth
+        (H, W) bool. The mask is tinted and outlined, of the truth there is a line alone.
+    box, points
+        In the image's own pixels.
+    max_side
+        As in `overlay`.
+    line
+        Width of the answer's lines, pixels of the picture, to show it smaller than it is; None: by its size.
+    """
+    height, width = pixels.shape[:2]
+    scale = _scale(height, width, max_side)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    picture = Image.fromarray(pixels)
     if size != picture.size:
         picture = picture.resize(size, Image.Resampling.BICUBIC)
     picture = picture.convert("RGB")
-    line = max(2, round(max(size) / 400))
-    if grounding.found:
-        _draw_mask(picture, grounding.mask, line)
-        if grounding.box is not None:
-            _draw_box(picture, [edge * scale for edge in grounding.box], line)
-        for x, y in grounding.points or ():
-            _draw_point(picture, x * scale, y * scale, 3 * line)
-    return _with_caption(picture, grounding)
+    thin = max(2, round(max(size) / 400))
+    line = line or thin
+    if mask is not None:
+        _draw_mask(picture, mask, line)
+    if truth is not None:  # on top and thinner: where both agree, both are seen
+        _draw_mask(picture, truth, max(1, round(0.6 * line)), colour=TRUTH, tint=0.0)
+    if box is not None:
+        _draw_box(picture, [edge * scale for edge in box], line)
+    for x, y in points:
+        _draw_point(picture, x * scale, y * scale, 2 * thin + line)
+    return picture
 
 
 def _scale(height: int, width: int, max_side: int | None) -> float:
@@ -69,7 +109,9 @@ def _scale(height: int, width: int, max_side: int | None) -> float:
     return min(1.0, max_side / longer) if max_side is not None else 1.0
 
 
-def _draw_mask(picture: Image.Image, mask: NDArray[np.bool_], line: int) -> None:
+def _draw_mask(
+    picture: Image.Image, mask: NDArray[np.bool_], line: int, *, colour: Colour = ANSWER, tint: float = _TINT
+) -> None:
     area = Image.fromarray(mask.view(np.uint8) * 255)
     if picture.width > area.width:
         area = area.resize(picture.size, Image.Resampling.NEAREST)
@@ -82,12 +124,12 @@ def _draw_mask(picture: Image.Image, mask: NDArray[np.bool_], line: int) -> None
     reach = line + 1  # the filters need only see the mask and a rim, not the whole of a large image
     crop = (extent[0] - reach, extent[1] - reach, extent[2] + reach, extent[3] + reach)
     area = area.crop(crop)
-    picture.paste(_MASK, crop[:2], area.point([round(_TINT * value) for value in range(256)]))
+    picture.paste(colour, crop[:2], area.point([round(tint * value) for value in range(256)]))
     inside = np.asarray(area) > 0
     outline = inside & ~_over_square(inside, line, np.logical_and)
     halo = _over_square(inside, 1, np.logical_or) & ~inside  # holds the outline on bright ground
     picture.paste(_BLACK, crop[:2], Image.fromarray(halo.view(np.uint8) * np.uint8(153)))
-    picture.paste(_MASK, crop[:2], Image.fromarray(outline.view(np.uint8) * np.uint8(255)))
+    picture.paste(colour, crop[:2], Image.fromarray(outline.view(np.uint8) * np.uint8(255)))
 
 
 def _over_square(mask: NDArray[np.bool_], reach: int, combine: np.ufunc) -> NDArray[np.bool_]:
@@ -110,7 +152,7 @@ def _draw_box(picture: Image.Image, box: list[float], line: int) -> None:
     """Draw a box just outside of its half-open edges, on a dark line so that it shows on any ground."""
     left, top, right, bottom = (round(edge) for edge in box)
     draw = ImageDraw.Draw(picture)
-    for grow, width, colour in ((line + 1, line + 1, _BLACK), (line, line, _BOX)):
+    for grow, width, colour in ((line + 1, line + 1, _BLACK), (line, line, BOX)):
         edges = (
             max(0, left - grow),
             max(0, top - grow),
@@ -122,7 +164,7 @@ def _draw_box(picture: Image.Image, box: list[float], line: int) -> None:
 
 def _draw_point(picture: Image.Image, x: float, y: float, radius: int) -> None:
     """Draw a filled disc with a white and a dark ring, smoothed by drawing it four times as large."""
-    for reach, colour in ((radius + 2, _BLACK), (radius + 1, _WHITE), (radius - 1, _POINT)):
+    for reach, colour in ((radius + 2, _BLACK), (radius + 1, _WHITE), (radius - 1, POINT)):
         side = 2 * reach + 1
         disc = Image.new("L", (4 * side, 4 * side))
         ImageDraw.Draw(disc).ellipse((0, 0, 4 * side - 1, 4 * side - 1), fill=255)

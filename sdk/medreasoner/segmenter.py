@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner import ops
-from medreasoner.errors import GenerationError
+from medreasoner.errors import ArrayError, GenerationError
 from medreasoner.geometry import Placement, place
 from medreasoner.image.record import Image
 from medreasoner.session import Session
@@ -76,16 +76,17 @@ class Segmenter:
         return Embedded(features=outputs, placement=placement)
 
     def decode(
-        self, image: Embedded, *, corners: NDArray[np.float64], points: NDArray[np.float64]
+        self, image: Embedded, *, corners: NDArray[np.float64] | None, points: NDArray[np.float64] | None
     ) -> tuple[NDArray[np.float32], float]:
-        """Mask for a box and two points.
+        """Mask for a box, two points, or both; of both, only what the bundle's prompt mode names is used.
 
         Parameters
         ----------
         image
             As `encode` made it.
         corners, points
-            (2, 2) float64 of x, y in the image: top left and bottom right; two points inside the target.
+            (2, 2) float64 of x, y in the image: top left and bottom right; two points inside the target. Either may be
+            None.
 
         Returns
         -------
@@ -96,39 +97,42 @@ class Segmenter:
 
         Raises
         ------
+        ArrayError
+            If there is no prompt, or none that this segmenter takes.
         GenerationError
             If the graph returned numbers that are not finite.
         """
-        logits, scores = self.decode_batch(image, corners=corners[None], points=points[None])
+        logits, scores = self.decode_batch(
+            image,
+            corners=None if corners is None else corners[None],
+            points=None if points is None else points[None],
+        )
         return logits[0], float(scores[0])
 
     def decode_batch(
-        self, image: Embedded, *, corners: NDArray[np.float64], points: NDArray[np.float64]
+        self, image: Embedded, *, corners: NDArray[np.float64] | None, points: NDArray[np.float64] | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The same for several boxes (batch, 2, 2), each with its points (batch, 2, 2), in one image."""
+        places, labels = self._prompts(image.placement, corners, points)
         at_once = min(self._decoder.max_rows or _PROMPTS_AT_ONCE, _PROMPTS_AT_ONCE)
         parts = [
-            self._decode(image, corners[start : start + at_once], points[start : start + at_once])
-            for start in range(0, len(corners), at_once)
+            self._decode(image, places[start : start + at_once], labels) for start in range(0, len(places), at_once)
         ]
         logits, scores = zip(*parts, strict=True)
         return (logits[0], scores[0]) if len(parts) == 1 else (np.concatenate(logits), np.concatenate(scores))
 
     def _decode(
-        self, image: Embedded, corners: NDArray[np.float64], points: NDArray[np.float64]
+        self, image: Embedded, places: NDArray[np.float64], labels: list[int]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        placed = [
-            self._prompts(image.placement.to_grid(box), image.placement.to_grid(inside))
-            for box, inside in zip(corners, points, strict=True)
-        ]
+        """Masks for prompts (batch, n_points, 2) in the grid."""
         outputs = self._decoder.bind({}, {}).run(
             {
                 **image.features,
-                "points": np.stack([places for places, _ in placed]).astype(np.float32),  # (batch, n_points, 2)
-                "labels": np.array([labels for _, labels in placed], np.int64),
+                "points": places.astype(np.float32),
+                "labels": np.array([labels] * len(places), np.int64),
             }
         )
-        every = np.arange(len(placed))
+        every = np.arange(len(places))
         scores = outputs["predicted_iou"]
         best = scores.argmax(axis=1)
         logits = outputs["mask_logits"][every, best]
@@ -137,16 +141,22 @@ class Segmenter:
         return np.ascontiguousarray(logits), np.clip(scores[every, best], 0.0, 1.0)
 
     def _prompts(
-        self, corners: NDArray[np.float64], points: NDArray[np.float64]
+        self, placement: Placement, corners: NDArray[np.float64] | None, points: NDArray[np.float64] | None
     ) -> tuple[NDArray[np.float64], list[int]]:
-        places, labels = np.empty((0, 2)), []
-        if self._spec.prompts != "box":
-            places, labels = points, [_POSITIVE, _POSITIVE]
-        if self._spec.prompts != "points":
-            places, labels = np.concatenate([places, corners]), [*labels, _TOP_LEFT, _BOTTOM_RIGHT]
-        if self._spec.prompts == "points" or self._spec.architecture == "sam2":  # SAM expects it without a box
-            places, labels = np.concatenate([places, np.zeros((1, 2))]), [*labels, _PAD]
-        return places, labels
+        """Places (batch, n_points, 2) in the grid, and what each of the points is."""
+        places: list[NDArray[np.float64]] = []
+        labels: list[int] = []
+        takes, boxed = self._spec.prompts, False
+        if points is not None and takes != "box":
+            places, labels = [placement.to_grid(points)], [_POSITIVE, _POSITIVE]
+        if corners is not None and takes != "points":
+            places, labels, boxed = [*places, placement.to_grid(corners)], [*labels, _TOP_LEFT, _BOTTOM_RIGHT], True
+        if not places:
+            wanted = {"box": "a box", "points": "two points"}.get(takes, "a box, two points or both")
+            raise ArrayError(f"nothing to segment by: this bundle's segmenter takes {wanted}")
+        if not boxed or self._spec.architecture == "sam2":  # SAM expects a padding point where there is no box
+            places, labels = [*places, np.zeros((len(places[0]), 1, 2))], [*labels, _PAD]
+        return np.concatenate(places, axis=1), labels
 
     def mask(self, logits: NDArray[np.float32], image: Embedded) -> NDArray[np.bool_]:
         """(height, width) mask in the image's own grid."""

@@ -229,15 +229,17 @@ class Study:
         telemetry.tell(result)
         return result
 
-    def segment(self, *, box: Box, points: tuple[Point, Point]) -> tuple[NDArray[np.bool_], float]:
-        """Mask for a box and two points of your own: the segmenter without the reasoner.
+    def segment(
+        self, *, box: Box | None = None, points: tuple[Point, Point] | None = None
+    ) -> tuple[NDArray[np.bool_], float]:
+        """Mask for a box, two points or both, of your own: the segmenter without the reasoner.
 
         Parameters
         ----------
         box
-            Half-open (x1, y1, x2, y2), pixels of the image.
+            Half-open (x1, y1, x2, y2), pixels of the image; None: by the points alone.
         points
-            Two (x, y) inside the target.
+            Two (x, y) inside the target; None: by the box alone.
 
         Returns
         -------
@@ -248,13 +250,17 @@ class Study:
 
         Raises
         ------
+        ArrayError
+            If neither is given, or only what this bundle's segmenter does not take.
         MedReasonerError
             If the study or its Grounder is closed.
         """
         self._check()
         segmenter = self._engine.segmenter
         embedded, _ = self._embedding()
-        corners, inside = np.array(box, np.float64).reshape(2, 2), np.array(points, np.float64).reshape(2, 2)
+        corners, inside = (
+            None if given is None else np.array(given, np.float64).reshape(2, 2) for given in (box, points)
+        )
         logits, score = segmenter.decode(embedded, corners=corners, points=inside)
         return segmenter.mask(logits, embedded), score
 

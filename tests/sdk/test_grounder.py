@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 import medreasoner as mr
+from medreasoner.errors import ArrayError
 from medreasoner.image import Image
 
 QUERIES = (
@@ -75,6 +76,18 @@ def test_a_grounding_is_in_the_images_own_grid(grounder: mr.Grounder) -> None:
     # The answer is in pixels of the 252 x 252 image that the vision tower saw.
     values = json.loads(result.answer.removeprefix("<answer>").removesuffix("</answer>"))["bbox"]
     np.testing.assert_allclose(result.box, np.multiply(values, [200 / 252, 120 / 252] * 2))
+
+
+def test_a_mask_is_drawn_by_a_box_by_points_or_by_both(grounder: mr.Grounder) -> None:
+    box, points = (20.0, 30.0, 120.0, 90.0), ((60.0, 50.0), (80.0, 60.0))
+    with grounder.open(picture()) as study:
+        both, by_box, by_points = (
+            study.segment(**prompts) for prompts in ({"box": box, "points": points}, {"box": box}, {"points": points})
+        )
+        assert all(mask.shape == (120, 200) and 0 <= score <= 1 for mask, score in (both, by_box, by_points))
+        assert len({(mask.tobytes(), score) for mask, score in (both, by_box, by_points)}) == 3
+        with pytest.raises(ArrayError, match="nothing to segment by"):
+            study.segment()
 
 
 def test_stages_are_timed_and_tokens_counted(grounder: mr.Grounder) -> None:

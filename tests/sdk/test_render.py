@@ -6,7 +6,7 @@ from PIL import Image as PilImage
 from PIL import ImageFilter
 
 from medreasoner.image import Image
-from medreasoner.render import _over_square
+from medreasoner.render import ANSWER, TRUTH, _over_square, draw
 
 
 def _grey(height, width, value=100):
@@ -118,3 +118,26 @@ def test_the_square_around_each_pixel_is_that_of_pillows_filters(height, width, 
         inner = np.s_[reach:-reach, reach:-reach]
         np.testing.assert_array_equal(found[inner], expected[inner])
         assert not found[:reach].any()
+
+
+def test_the_truth_is_an_outline_of_its_own_colour_over_the_image():
+    truth = np.zeros((600, 600), bool)
+    truth[100:300, 200:400] = True
+    pixels = np.full((600, 600), 100, np.uint8)
+    drawn = np.asarray(draw(pixels, truth=truth, line=5)).astype(int)
+    outline = (drawn == TRUTH).all(axis=2)
+    assert outline[100:103, 200:400].all()
+    assert outline[100:300, 397:400].all()
+    assert not outline[103:297, 203:397].any()
+    assert (drawn[110:290, 210:390] == 100).all()
+    assert not outline[~truth].any()
+    both = np.asarray(draw(pixels, mask=truth, truth=truth, line=5)).astype(int)
+    assert (both[100:103, 300] == TRUTH).all()  # on top, and thinner
+    assert (both[103:105, 300] == ANSWER).all()
+
+
+def test_a_drawing_has_no_caption_and_an_overlay_begins_with_it(make_grounding):
+    grounding = make_grounding(_grey(600, 700))
+    drawn = draw(grounding.image.pixels, mask=grounding.mask, box=grounding.box, points=grounding.points)
+    assert drawn.size == (700, 600)
+    assert (np.asarray(grounding.overlay())[:600] == np.asarray(drawn)).all()

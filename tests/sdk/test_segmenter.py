@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from medreasoner import read_image
-from medreasoner.errors import GenerationError
+from medreasoner.errors import ArrayError, GenerationError
 from medreasoner.segmenter import Segmenter
 
 
@@ -145,3 +145,42 @@ def test_numbers_that_are_not_finite_are_an_error_and_no_empty_mask(spec, name, 
     embedded = segmenter.encode(read_image(PIXELS))
     with pytest.raises(GenerationError, match="not finite"):
         segmenter.decode(embedded, corners=np.array([[1.0, 1], [9, 9]]), points=np.array([[2.0, 2], [5, 5]]))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "given", "labels"),
+    [
+        ("sam", "box", [2, 3]),
+        ("sam", "points", [1, 1, -1]),
+        ("sam2", "box", [2, 3, -1]),
+        ("sam2", "points", [1, 1, -1]),
+    ],
+)
+def test_a_box_or_points_alone_are_given_as_to_a_segmenter_that_takes_no_more(
+    spec, decoded, architecture, given, labels
+):
+    decoder = Recorder({**FEATURES, **MASKS})
+    segmenter = Segmenter(dataclasses.replace(spec.segmenter, architecture=architecture, prompts="joint"),
+                          encoder=decoder, decoder=decoder)  # fmt: skip
+    prompts = {"box": np.array([[1.0, 2.0], [30.0, 20.0]]), "points": np.array([[5.0, 6.0], [7.0, 8.0]])}
+    embedded = segmenter.encode(read_image(PIXELS))
+    segmenter.decode(
+        embedded,
+        corners=prompts["box"] if given == "box" else None,
+        points=prompts["points"] if given == "points" else None,
+    )
+    assert decoder.inputs["labels"].tolist() == [labels]
+    alone = decoded(FEATURES, architecture=architecture, prompts=given)
+    np.testing.assert_array_equal(decoder.inputs["points"], alone["points"])
+
+
+@pytest.mark.parametrize(("prompts", "wanted"), [("box", "a box"), ("points", "two points"), ("joint", "or both")])
+def test_a_prompt_that_the_segmenter_does_not_take_is_refused(spec, prompts, wanted):
+    session = Recorder({**FEATURES, **MASKS})
+    segmenter = Segmenter(dataclasses.replace(spec.segmenter, prompts=prompts), encoder=session, decoder=session)
+    embedded = segmenter.encode(read_image(PIXELS))
+    other = np.array([[1.0, 2.0], [3.0, 4.0]])
+    with pytest.raises(ArrayError, match=wanted):
+        segmenter.decode(
+            embedded, corners=other if prompts == "points" else None, points=other if prompts == "box" else None
+        )

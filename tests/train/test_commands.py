@@ -197,8 +197,9 @@ class Everywhere:
         mask = np.zeros(self._shape, bool)
         mask[:40, :40] = True
         return SimpleNamespace(
-            found=True, box=box_of(mask), mask=mask, absent_probability=None, timings_ms={"total": 1.0}
-        )
+            found=True, box=box_of(mask), points=((3.0, 4.0), (30.0, 30.0)), mask=mask, absent_probability=None,
+            reasoning=None, timings_ms={"total": 1.0}, model_name="toy", model_version="1", model_digest="0" * 64,
+        )  # fmt: skip
 
     def segment(self, **_: object) -> tuple[Any, float]:
         return np.ones(self._shape, bool), 1.0
@@ -209,7 +210,7 @@ def test_eval_prints_figures_and_writes_rows_figures_and_report(
 ) -> None:
     monkeypatch.setattr(medreasoner, "Grounder", Everywhere(grounding_set))
     monkeypatch.setattr(evaluate, "frequent_pairs", lambda samples: frozenset(s.key for s in samples))
-    arguments = ("eval", "some-bundle", "--data", grounding_set, "--no-controls")
+    arguments = ("eval", "some-bundle", grounding_set, "--no-controls")
     command(*arguments, "--out", tmp_path / "report", "--json")
     figures = json.loads(capsys.readouterr().out)
     assert figures == json.loads((tmp_path / "report" / "figures.json").read_text())
@@ -218,6 +219,15 @@ def test_eval_prints_figures_and_writes_rows_figures_and_report(
     assert {row["absent_probability"] for row in rows} == {None}
     command(*arguments)
     assert capsys.readouterr().out.strip() == (tmp_path / "report" / "report.md").read_text().strip()
+    command("eval", "some-bundle", "--data", grounding_set, "--no-controls")  # another spelling
+    assert capsys.readouterr().out.strip() == (tmp_path / "report" / "report.md").read_text().strip()
+    assert "<title>Evaluation of toy 1" in (tmp_path / "report" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("data", [[], ["a", "--data", "b"]], ids=["none", "two"])
+def test_eval_wants_one_data_set(data: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "nano", *data]) == 2
+    assert "eval BUNDLE DATA" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["dense", "sft"])

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,8 +60,11 @@ class ImageRecord:
     samples: tuple[Sample, ...]
 
 
-def load_index(root: Path) -> list[Sample]:
+def load_index(root: Path, *, on_bad: Callable[[str, str], None] | None = None) -> list[Sample]:
     """Read ``index.jsonl`` under `root`.
+
+    `on_bad` is told of each row that is none, its file and line and what is wrong, which is then left out; without it
+    such a row is refused.
 
     Raises
     ------
@@ -93,7 +96,10 @@ def load_index(root: Path) -> list[Sample]:
                 )
             )
         except (KeyError, TypeError, ValueError) as err:
-            raise ImageReadError(f"{path}:{number}: not a row of the grounding index ({err})") from err
+            reason = f"not a row of the grounding index ({err})"
+            if on_bad is None:
+                raise ImageReadError(f"{path}:{number}: {reason}") from err
+            on_bad(f"{path.name}:{number}", reason)
     return samples
 
 

@@ -1,4 +1,4 @@
-"""Measures a bundle on the validation groups, through the runtime that users call: ``medreasoner-cli eval``.
+"""Measures a bundle on rows whose truth is known, through the runtime that users call: ``medreasoner-cli eval``.
 
 Besides the overlap of boxes and masks it asks whether the model looks and reads: with the image blanked or swapped, or
 with another question, the overlap must fall to the prior.
@@ -7,33 +7,25 @@ with another question, the overlap must fall to the prior.
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from medreasoner import Grounder, Grounding, Study
+from medreasoner.errors import GenerationError
 from medreasoner_train.anatomy import AbsentRule
-from medreasoner_train.data import (
-    ImageRecord,
-    Sample,
-    by_image,
-    frequent_pairs,
-    informative_pairs,
-    load_index,
-    load_mask,
-    load_pixels,
-    split,
-)
+from medreasoner_train.data import Sample, by_image, frequent_pairs, informative_pairs
+from medreasoner_train.evalset import BadRow, BadRows, Case, EvalSet, Groups, Truth, grounding_folder
 from medreasoner_train.language import Phrasings, keys_by_category, load_phrasings
 from medreasoner_train.metrics import dice
-from medreasoner_train.prior import box_iou, fit_prior
-from medreasoner_train.targets import box_of, inscribed_points
+from medreasoner_train.prior import fit_prior
+from medreasoner_train.scoring import Row, answered, measures, overlaps, true_prompt_dice
 
-__all__ = ["EvalOptions", "Row", "evaluate_bundle", "true_prompt_dice"]
+__all__ = ["EvalOptions", "Evaluation", "Row", "evaluate_bundle", "true_prompt_dice"]
 
 U8 = npt.NDArray[np.uint8]
-Mask = npt.NDArray[np.bool_]
+Progress = Callable[[Sequence[Any]], Iterator[Any]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,51 +38,56 @@ class EvalOptions:
         Folder of the grounding set.
     part
         Phrasings to ask with: ``"heldout"``, never trained on, or ``"train"``.
+    groups
+        Ask about the ``"validation"`` groups, or about ``"all"`` of a set that nothing was trained on; then the prior's
+        boxes come from the same rows, since there are no others.
     think
         Whether the reasoner thinks first.
     every
         Take each n-th image only, for a quick look.
     controls
         Also blank the image, swap it and shuffle the query.
+    tolerance
+        Of the surface distance, pixels of the 840-px grid; 8 are about 1 % of the image's side.
+    bad_rows
+        ``"refuse"`` or ``"skip"`` rows that cannot be measured.
     """
 
     data: Path
     part: str = "heldout"
+    groups: Groups = "validation"
     think: bool = False
     every: int = 1
     controls: bool = True
+    tolerance: float = 8.0
+    bad_rows: Literal["refuse", "skip"] = "refuse"
     seed: int = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One question and what came of it.
+class Evaluation:
+    """What came of a measurement.
 
-    kind
-        ``"present"``, ``"absent (same region)"``, ``"absent (elsewhere)"``, or a control: ``"blank image"``,
-        ``"swapped image"``, ``"other query"``.
-    iou, dice
-        Overlap of box and mask with the truth, 0 if the answer was absent; NaN for absent targets.
-    prior_iou
-        What the category's median box reaches.
-    true_prompt_dice
-        Dice of the segmenter given the true box and points.
-    others
-        Dice with each other structure that is labelled in the image.
+    Parameters
+    ----------
+    rows
+        One for each question.
+    sets
+        Keys by name: ``"all"`` (20 samples or more in the whole set), ``"informative"`` (of these, the prior below
+        0.75), ``"every category"``.
+    bad
+        Rows that were left out.
+    data
+        What was measured with.
+    model
+        Name and version of the bundle, and its manifest's digest.
     """
 
-    kind: str
-    key: str
-    group: str
-    source: str
-    found: bool
-    absent_probability: float
-    iou: float = float("nan")
-    dice: float = float("nan")
-    prior_iou: float = float("nan")
-    true_prompt_dice: float = float("nan")
-    others: tuple[float, ...] = ()
-    total_ms: float = float("nan")
+    rows: list[Row]
+    sets: dict[str, frozenset[str]]
+    bad: list[BadRow]
+    data: EvalSet
+    model: str
 
 
 class _Asker:
@@ -101,8 +98,17 @@ class _Asker:
         self._rng = np.random.default_rng(seed)
         self._keys = keys_by_category(phrasings)
 
+    @property
+    def categories(self) -> frozenset[str]:
+        """Those that can be asked for."""
+        return frozenset(self._keys)
+
     def pick(self, names: Sequence[str]) -> str:
         return names[int(self._rng.integers(len(names)))]
+
+    def about(self, case: Case) -> str:
+        """The row's own question, or else a phrasing."""
+        return case.query or self.query(case.sample.category, case.sample.modality)
 
     def query(self, category: str, modality: str) -> str:
         """A phrasing for a category, written for this modality if there is one."""
@@ -115,145 +121,119 @@ class _Asker:
 
 
 def evaluate_bundle(
-    grounder: Grounder, options: EvalOptions, *, progress: Callable[[Sequence[Any]], Iterator[Any]] = iter
-) -> tuple[list[Row], dict[str, frozenset[str]]]:
-    """Ask about every structure of the validation images, and about one absent structure an image.
+    grounder: Grounder, options: EvalOptions, *, data: EvalSet | None = None, progress: Progress = iter
+) -> Evaluation:
+    """Ask about every structure of the images, and about one absent structure an image.
 
-    Returns
-    -------
-    rows : list of Row
-    sets : dict
-        Keys by kind: ``"all"`` (20 samples or more in the whole set) and ``"informative"`` (prior below 0.75).
+    `data` are the rows if they are kept in another form than a folder with an index; the options `data`, `groups` and
+    `every` then have no say.
+
+    Raises
+    ------
+    ImageReadError
+        If there is no index, or a row is bad and bad rows are refused.
     """
-    samples = load_index(options.data)
-    train_samples, val_samples = split(samples)
-    records = by_image(val_samples)[:: options.every]
-    prior = fit_prior([s.key for s in train_samples], np.stack([_relative_box(s) for s in train_samples]))
-    rule, asker = AbsentRule(samples), _Asker(load_phrasings(options.part), options.seed)
-    rows: list[Row] = []
-    for record in progress(records):
-        rows += _about_image(grounder, record, rule, asker, prior, options)
+    bad = BadRows(options.bad_rows)
+    if data is None:
+        data = grounding_folder(options.data, groups=options.groups, every=options.every, bad=bad)
+    exam = _Exam(grounder, options, data, bad)
+    rows = [row for cases in progress(exam.images) for row in exam.about_image(cases)]
     if options.controls:
-        rows += _controls(grounder, records, asker, prior, options, progress=progress)
+        rows += exam.controls(progress)
     present = [row for row in rows if row.kind == "present"]
-    frequent = frequent_pairs(samples)
+    frequent = frequent_pairs(data.samples)
+    keys = frozenset(row.key for row in present)
     means = {
-        key: float(np.mean([row.prior_iou for row in present if row.key == key]))
-        for key in frequent
-        if any(row.key == key for row in present)
+        key: float(np.mean([row.prior_iou for row in present if row.key == key])) for key in sorted(frequent & keys)
     }
-    return rows, {"all": frozenset(means), "informative": informative_pairs(means)}
+    sets = {"all": frozenset(means), "informative": informative_pairs(means), "every category": keys}
+    return Evaluation(rows=rows, sets=sets, bad=bad.found, data=data, model=exam.model)
 
 
-def _relative_box(sample: Sample) -> npt.NDArray[np.float64]:
-    mask = load_mask(sample.mask)
-    height, width = mask.shape
-    return np.array(box_of(mask)) / [width, height, width, height]
+class _Exam:
+    """The questions to a bundle."""
 
+    def __init__(self, grounder: Grounder, options: EvalOptions, data: EvalSet, bad: BadRows) -> None:
+        self._grounder, self._options = grounder, options
+        self.model = "unknown"  # until it answers
+        self._asker = _Asker(load_phrasings(options.part), options.seed)
+        cases: dict[Path, list[Case]] = {}
+        for case in data.sound(self._asker.categories, bad):
+            cases.setdefault(case.sample.image, []).append(case)
+        self.images = list(cases.values())
+        # With bad rows among them: what they label is in the image all the same.
+        labels = by_image(case.sample for case in data.asked if not case.absent)
+        self._labelled = {record.image: record for record in labels}
+        self._prior = fit_prior(*data.prior)
+        self._rule = AbsentRule(data.samples)
 
-def _about_image(
-    grounder: Grounder,
-    record: ImageRecord,
-    rule: AbsentRule,
-    asker: _Asker,
-    prior: Mapping[str, npt.NDArray[np.float64]],
-    options: EvalOptions,
-) -> list[Row]:
-    rows = []
-    masks = {sample.key: load_mask(sample.mask) for sample in record.samples}
-    with grounder.open(load_pixels(record.image)) as study:
-        for sample in record.samples:
-            result = study.ground(asker.query(sample.category, sample.modality), think=options.think)
-            others = tuple(dice(result.mask, mask) for key, mask in masks.items() if key != sample.key)
-            row = _present(result, sample, masks[sample.key], prior)
-            rows.append(
-                dataclasses.replace(row, others=others, true_prompt_dice=true_prompt_dice(study, masks[sample.key]))
-            )
-        near, far = rule.same_region(record), rule.other_region(record)
+    def about_image(self, cases: Sequence[Case]) -> list[Row]:
+        """What is there, each structure, and one that is not."""
+        pixels = cases[0].pixels()
+        truths = [None if case.absent else case.truth(pixels.shape[:2]) for case in cases]
+        with self._grounder.open(pixels) as study:
+            rows = [self._about(study, case, truths, index) for index, case in enumerate(cases)]
+            for kind, sample in self._absent(cases[0].sample):
+                query = self._asker.query(sample.category, sample.modality)
+                rows.append(answered(kind, sample, query, self._answer(study.ground, query)))
+        return rows
+
+    def _about(self, study: Study, case: Case, truths: Sequence[Truth | None], index: int) -> Row:
+        """The question of one row, of whose image all `truths` are known."""
+        query, truth = self._asker.about(case), truths[index]
+        result = self._answer(study.ground, query)
+        if truth is None:
+            return answered("absent (given)", case.sample, query, result)
+        row = answered("present", case.sample, query, result)
+        row = overlaps(row, result, truth, self._prior.get(case.sample.key))
+        row = measures(row, result, study, truth, tolerance=self._options.tolerance)
+        if result is None or truth.mask is None:
+            return row
+        masks = [other.mask for k, other in enumerate(truths) if other is not None and k != index]
+        return dataclasses.replace(row, others=tuple(dice(result.mask, mask) for mask in masks if mask is not None))
+
+    def _absent(self, sample: Sample) -> Iterator[tuple[str, Sample]]:
+        """Kinds of absent targets, and of each one that can be asked for, as if it were a row of the sample's image."""
+        if (labelled := self._labelled.get(sample.image)) is None:
+            return
+        near, far = self._rule.same_region(labelled), self._rule.other_region(labelled)
         for kind, names in (("absent (same region)", near), ("absent (elsewhere)", far)):
-            if not names:
-                continue
-            category = asker.pick(names)
-            result = study.ground(asker.query(category, record.modality), think=options.think)
-            rows.append(
-                Row(
-                    kind=kind,
-                    key=f"{record.modality}/{category}",
-                    group=record.group,
-                    source=record.source,
-                    found=result.found,
-                    absent_probability=_p(result),
-                )
-            )
-    return rows
+            known = [name for name in names if name in self._asker.categories]
+            if known:
+                name = self._asker.pick(known)
+                yield kind, dataclasses.replace(sample, category=name, super_category="")
 
+    def _answer(self, ground: Callable[..., Grounding], *question: Any) -> Grounding | None:
+        """The answer; None if the reasoner gives none that can be used, which counts as a wrong one."""
+        try:
+            result = ground(*question, think=self._options.think)
+        except GenerationError:
+            return None
+        self.model = f"{result.model_name} {result.model_version} (manifest {result.model_digest[:12]})"
+        return result
 
-def _p(result: Grounding) -> float:
-    return float("nan") if result.absent_probability is None else result.absent_probability
+    def controls(self, progress: Progress) -> list[Row]:
+        """The same questions with nothing to see, with another image of the modality, and other questions."""
+        rows = []
+        firsts = [next((case for case in cases if not case.absent), None) for cases in self.images]
+        asked = [case for case in firsts if case is not None]
+        by_modality: dict[str, list[Case]] = {}
+        for case in asked:
+            by_modality.setdefault(case.sample.modality, []).append(case)
+        for case in progress(asked):
+            sample, query, own = case.sample, self._asker.about(case), case.pixels()
+            rows.append(self._control("blank image", case, np.full_like(own, int(own.mean())), query))
+            strangers = [other for other in by_modality[sample.modality] if other.sample.group != sample.group]
+            if strangers:
+                other = strangers[int(len(strangers) * 0.618) % len(strangers)].pixels()
+                rows.append(self._control("swapped image", case, _stretched(other, own.shape), query))
+            rows.append(self._control("other query", case, own, self._asker.other(sample.category)))
+        return rows
 
-
-def _present(
-    result: Grounding,
-    sample: Sample,
-    mask: Mask,
-    prior: Mapping[str, npt.NDArray[np.float64]],
-    kind: str = "present",
-) -> Row:
-    height, width = mask.shape
-    truth = np.array([box_of(mask)])
-    usual = prior.get(sample.key)
-    sides = np.array([width, height, width, height])
-    return Row(
-        kind=kind,
-        key=sample.key,
-        group=sample.group,
-        source=sample.source,
-        found=result.found,
-        absent_probability=_p(result),
-        iou=0.0 if result.box is None else float(box_iou(np.array([result.box], np.float64), truth)[0]),
-        dice=dice(result.mask, mask),
-        prior_iou=0.0 if usual is None else float(box_iou(usual[None] * sides, truth)[0]),
-        total_ms=result.timings_ms["total"],
-    )
-
-
-def true_prompt_dice(study: Study, mask: Mask) -> float:
-    """Dice of the segmenter given the true box and points of a non-empty (H, W) mask, in the study's image."""
-    points = inscribed_points(mask)
-    first, second = ((float(x), float(y)) for x, y in points)
-    segmented, _ = study.segment(box=box_of(mask), points=(first, second))
-    return dice(segmented, mask)
-
-
-def _controls(
-    grounder: Grounder,
-    records: Sequence[ImageRecord],
-    asker: _Asker,
-    prior: Mapping[str, npt.NDArray[np.float64]],
-    options: EvalOptions,
-    *,
-    progress: Callable[[Sequence[Any]], Iterator[Any]],
-) -> list[Row]:
-    """The same questions with nothing to see, with another image of the modality, and other questions."""
-    rows = []
-    by_modality: dict[str, list[ImageRecord]] = {}
-    for record in records:
-        by_modality.setdefault(record.modality, []).append(record)
-    for record in progress(records):
-        sample = record.samples[0]
-        mask = load_mask(sample.mask)
-        query = asker.query(sample.category, sample.modality)
-        own = load_pixels(record.image)
-        blank = np.full_like(own, int(own.mean()))
-        rows.append(_present(grounder.ground(blank, query, think=options.think), sample, mask, prior, "blank image"))
-        strangers = [r for r in by_modality[record.modality] if r.group != record.group]
-        if strangers:
-            other = _stretched(load_pixels(strangers[int(len(strangers) * 0.618) % len(strangers)].image), own.shape)
-            result = grounder.ground(other, query, think=options.think)
-            rows.append(_present(result, sample, mask, prior, "swapped image"))
-        result = grounder.ground(own, asker.other(sample.category), think=options.think)
-        rows.append(_present(result, sample, mask, prior, "other query"))
-    return rows
+    def _control(self, kind: str, case: Case, pixels: U8, query: str) -> Row:
+        result = self._answer(self._grounder.ground, pixels, query)
+        row = answered(kind, case.sample, query, result)
+        return overlaps(row, result, case.truth(pixels.shape[:2]), self._prior.get(case.sample.key))
 
 
 def _stretched(pixels: U8, shape: tuple[int, ...]) -> U8:
