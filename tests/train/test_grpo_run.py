@@ -170,13 +170,13 @@ def test_settings_that_are_wrong_are_named(settings: Path, old: str, new: str, w
 
 
 def test_settings_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none.toml: cannot be read"):
+    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read"):
         read_config(tmp_path / "none.toml")
 
 
 def test_a_folder_without_a_checkpoint_is_named(config: GrpoConfig, start: Path) -> None:
     (start / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(BundleError, match="start: no Qwen2.5-VL checkpoint"):
+    with pytest.raises(BundleError, match=r"start: no Qwen2\.5-VL checkpoint"):
         run(config)
 
 

@@ -1,4 +1,4 @@
-"""The rewards against numbers worked out by hand, against areas that are counted, and by what must hold for any answer."""
+"""The rewards against numbers worked out by hand, areas that are counted, and what must hold for any answer."""
 
 import json
 import math

@@ -1,19 +1,19 @@
 """Means with intervals over groups, and the overlap of masks, of their surfaces, and of pairs of points."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from medreasoner_train.rewards import disc_dice
+
 __all__ = ["DiscOverlap", "Interval", "dice", "disc_overlap", "group_mean", "surface_dice"]
 
 Mask = npt.NDArray[np.bool_]
 
 _GRID = 840  # the paper's image side: all of its pixel thresholds belong to it
-_EPSILON = 1e-5
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,28 +67,8 @@ def disc_overlap(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> Disc
     >>> round(own.paper, 6), round(own.corrected, 6)
     (2.0, 1.0)
     """
-    (p, r), (q, s) = (
-        (pair.mean(axis=0), float(np.hypot(*(pair[1] - pair[0]))) / 2 + _EPSILON)
-        for pair in (np.asarray(a, np.float64), np.asarray(b, np.float64))
-    )
-    shared = _lens(float(np.hypot(*(p - q))), r, s)
-    areas = math.pi * (r * r + s * s)
-    return DiscOverlap(2 * shared / (areas - shared + _EPSILON), 2 * shared / (areas + _EPSILON))
-
-
-def _lens(distance: float, r: float, s: float) -> float:
-    """Area that two circles of radii r and s share, their centres `distance` apart."""
-    if distance >= r + s:
-        return 0.0
-    if distance <= abs(r - s):
-        return math.pi * min(r, s) ** 2
-    # Of each circle the sector on the other's side of the common chord, less its triangle.
-    area = 0.0
-    for own, other in ((r, s), (s, r)):
-        cosine = (distance**2 + own**2 - other**2) / (2 * distance * own)
-        half = math.acos(min(1.0, max(-1.0, cosine)))
-        area += own**2 * (half - math.sin(half) * math.cos(half))
-    return area
+    one, two = (((float(pair[0][0]), float(pair[0][1])), (float(pair[1][0]), float(pair[1][1]))) for pair in (a, b))
+    return DiscOverlap(disc_dice(one, two, compat="paper-code"), disc_dice(one, two))
 
 
 def surface_dice(a: Mask, b: Mask, *, tolerance: float) -> float:
