@@ -146,7 +146,7 @@ def test_dicom_and_nifti_are_read_with_the_masks_of_the_same_slice(folder: Path)
     for name, values in (("volume", volume), ("seg", mask)):
         nibabel.save(nibabel.Nifti1Image(values, np.diag([1.0, 1, 1, 1])), folder / f"{name}.nii.gz")
     (folder / "chest.dcm").write_bytes(sample_path("leg").read_bytes())
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"image": "volume.nii.gz", "mask": "seg.nii.gz", "query": "?", "frame": 3},
         {"image": "chest.dcm", "query": "?", "frame": ""},
     ]

@@ -35,7 +35,7 @@ def nearness(queries: Sequence[str]) -> npt.NDArray[np.float64]:
     nearness : (N, N) float64
 
     >>> nearness(["Where is the left lung?", "left lung, please", "Which lung is smaller?"])[0].round(2).tolist()
-    [1.33, 1.33, 0.33]
+    [1.33, 1.33, 0.48]
     """
     spoken = [_content(query) for query in queries]
     words = _overlap([set(own) for own in spoken])

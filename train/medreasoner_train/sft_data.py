@@ -17,7 +17,9 @@ from medreasoner_train.dense import DenseTargets
 from medreasoner_train.language import Phrasings, answer_text, keys_by_category, thought_text, vary
 from medreasoner_train.model import NANO
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
+from medreasoner_train.spatial import Relation, ask, relations
 from medreasoner_train.store import DRAWS, Stored, redraws
+from medreasoner_train.targets import box_of, inscribed_points
 from medreasoner_train.vocabulary import Vocabulary
 
 __all__ = ["IGNORED", "Mark", "SftBatch", "SftData", "SftOptions"]
@@ -31,7 +33,8 @@ class SftOptions:
 
     `spread` is the width, in coordinate units, of a coordinate's soft target. `skeleton` is the share of the answer's
     fixed tokens that are taught in a step: they are the same every time, and logits over the vocabulary are costly.
-    `plain` is the share of the questions that merely name their target. If `frozen`, the vision tower stays as it is
+    `plain` is the share of the questions that merely name their target; `spatial` that of spatial and comparative ones,
+    on images whose masks make such questions true. If `frozen`, the vision tower stays as it is
     and only the decoder learns, in half the time.
     """
 
@@ -41,6 +44,7 @@ class SftOptions:
     absent: float = 0.22
     think: float = 0.25
     plain: float = 0.1
+    spatial: float = 0.05
     frozen: bool = False
     spread: float = 2.5
     skeleton: float = 0.25
@@ -61,7 +65,7 @@ class SftBatch:
     label : (B, T) int64, the token that follows each position, or -100 where it is not taught; kind : (B, T) int64, 0
     skeleton, 1 thought, 2 absent or present, 3 coordinate; ends : (N, 2) row and place of the last prompt token of each
     branch; category : (N,) int64; geometry : (N, 8) float32 relative; present : (N,) bool; meaning : (N, D) float32,
-    the teacher's embedding of each question, None without a teacher.
+    the teacher's embedding of each question, zeros for those that it was not shown, None without a teacher.
     """
 
     images: Tensor
@@ -145,17 +149,43 @@ class SftData(DenseData):
         think: bool,
     ) -> tuple[list[int], "Mark"]:
         """Tokens of one question with its answer, and what they mean."""
+        if self._options.spatial and rng.random() < self._options.spatial and (true := relations(masks)):
+            return self._spatial(item, true[int(rng.integers(len(true)))], rng, think=think)
         category = self._choose(item, masks, rng)
-        own_key = f"{item.record.modality}/{category}"
-        keys = self._keys[category]
-        own = self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
+        own = self._own_phrasings(item, category, rng)
         asked = own.plain if own.plain and rng.random() < self._options.plain else own.queries
         query = asked[int(rng.integers(len(asked)))]
         mask = masks.get(category)
         geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
+        return self._written(
+            vary(query, rng), query, category, geometry, thought_text(own, mask, rng) if think else None
+        )
+
+    def _spatial(
+        self, item: Stored, relation: Relation, rng: np.random.Generator, *, think: bool
+    ) -> tuple[list[int], "Mark"]:
+        """A spatial or comparative question; none of its words is left out, for most of them decide."""
+        query = ask(relation, "train", rng)
+        own = self._own_phrasings(item, relation.category, rng)
+        height, width = relation.mask.shape
+        sides = np.array([width, height] * 4)
+        geometry = np.concatenate([box_of(relation.mask), inscribed_points(relation.mask).ravel()]) / sides
+        thought = thought_text(own, relation.mask, rng) if think else None
+        return self._written(query, query, relation.category, geometry, thought)
+
+    def _own_phrasings(self, item: Stored, category: str, rng: np.random.Generator) -> Phrasings:
+        """Those of the image's modality, else of any other."""
+        own_key = f"{item.record.modality}/{category}"
+        keys = self._keys[category]
+        return self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
+
+    def _written(
+        self, asked: str, query: str, category: str, geometry: npt.NDArray[np.float64] | None, thought_of: str | None
+    ) -> tuple[list[int], "Mark"]:
+        """Tokens of a question as it is `asked`, of its thought and its answer."""
         encode = self._vocabulary.tokenizer.encode
-        prompt = self._vocabulary.prompt(vary(query, rng))
-        thought = encode(thought_text(own, mask, rng)).ids if think else []
+        prompt = self._vocabulary.prompt(asked)
+        thought = [] if thought_of is None else encode(thought_of).ids
         numbers = None if geometry is None else self.integers(geometry)
         answer = encode(answer_text(numbers)).ids
         mark = Mark(
@@ -194,6 +224,11 @@ class SftData(DenseData):
                 return pool[int(rng.integers(len(pool)))]
         names = sorted(masks)
         return names[int(rng.integers(len(names)))]
+
+    def _meaning(self, query: str) -> Tensor:
+        assert self._meanings is not None
+        known = self._meanings.get(query)
+        return torch.zeros_like(next(iter(self._meanings.values()))) if known is None else known
 
     def _coordinates(self, answer: Tensor) -> Tensor:
         """Which tokens of an answer are coordinates: integers behind a bracket or a comma, not the 1 of points_1."""
@@ -241,7 +276,7 @@ class SftData(DenseData):
             present=torch.tensor([mark.geometry is not None for mark in flat]),
             dense=dense,
             # Of the whole question, though words may be missing from what the model reads.
-            meaning=None if self._meanings is None else torch.stack([self._meanings[m.query] for m in flat]),
+            meaning=None if self._meanings is None else torch.stack([self._meaning(m.query) for m in flat]),
         )
 
 
