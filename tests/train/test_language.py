@@ -11,12 +11,14 @@ from medreasoner_train.language import (
     ABSENT,
     Phrasings,
     answer_text,
+    keys_by_category,
     load_phrasings,
     place_of,
     texts,
     thought_text,
     vary,
 )
+from medreasoner_train.nearness import near_copies
 
 
 def table(part: str) -> dict[str, Any]:
@@ -30,28 +32,41 @@ def plain(query: str) -> str:
     return " ".join(query.lower().rstrip("?.").split())
 
 
-FREQUENT = sorted(key for key, own in load_phrasings("train").items() if len(own.queries) >= 40)
+PARTS = {part: load_phrasings(part) for part in ("train", "heldout")}
+FREQUENT = sorted(key for key, own in PARTS["train"].items() if len(own.queries) >= 96)  # four fifths of 120
 
 
-def test_there_are_at_least_34_frequent_pairs() -> None:
-    assert len(FREQUENT) >= 34
+def test_there_are_34_frequent_pairs() -> None:
+    """As many as have 20 samples or more in the grounding set."""
+    assert len(FREQUENT) == 34
 
 
 def test_both_parts_hold_the_same_pairs() -> None:
-    assert load_phrasings("train").keys() == load_phrasings("heldout").keys()
+    assert PARTS["train"].keys() == PARTS["heldout"].keys()
 
 
 @pytest.mark.parametrize("key", FREQUENT)
-def test_a_frequent_pair_has_forty_phrasings_and_a_fifth_as_many_held_out_as_trained(key: str) -> None:
-    trained, held = ({plain(q) for q in load_phrasings(part)[key].queries} for part in ("train", "heldout"))
-    assert len(trained | held) >= 40
-    assert len(held) >= 0.2 * len(trained)
+def test_a_frequent_pair_has_120_phrasings_a_fifth_of_them_held_out(key: str) -> None:
+    trained, held = ({plain(q) for q in PARTS[part][key].queries} for part in ("train", "heldout"))
+    assert len(trained | held) >= 120
+    assert 0.2 * len(trained | held) <= len(held) <= 0.25 * len(trained | held)
 
 
-def test_a_fifth_of_all_phrasings_is_held_out() -> None:
-    for key in FREQUENT:
-        trained, held = ({plain(q) for q in load_phrasings(part)[key].queries} for part in ("train", "heldout"))
-        assert len(held) >= 0.2 * len(trained | held), key
+def test_any_other_pair_has_8_phrasings_and_some_held_out() -> None:
+    for key in PARTS["train"].keys() - set(FREQUENT):
+        trained, held = ({plain(q) for q in PARTS[part][key].queries} for part in ("train", "heldout"))
+        assert len(trained) >= 8, key
+        assert 0.15 * len(trained | held) <= len(held) <= 0.3 * len(trained | held), key
+
+
+def test_no_two_phrasings_are_near_copies_neither_of_a_pair_nor_trained_and_held_out() -> None:
+    """Nor is a question held out for MRI a near-copy of one trained on for the same organ in CT."""
+    for category, keys in keys_by_category(PARTS["train"]).items():
+        asked = [(part, key, query) for part, own in PARTS.items() for key in keys for query in own[key].queries]
+        for i, j in near_copies([query for _, _, query in asked]):
+            (part, key, one), (other_part, other_key, other) = asked[i], asked[j]
+            assert key != other_key, f"{category}: {one!r} and {other!r}"
+            assert part == other_part, f"{category}: {one!r} and {other!r}"
 
 
 def test_no_question_is_both_trained_on_and_held_out() -> None:
@@ -77,7 +92,7 @@ def test_every_pair_has_the_parts_of_a_thought() -> None:
 
 def test_questions_come_from_every_cluster_of_the_file() -> None:
     for key, entry in table("train").items():
-        assert len(load_phrasings("train")[key].queries) == sum(len(cluster) for cluster in entry["queries"].values())
+        assert len(PARTS["train"][key].queries) == sum(len(cluster) for cluster in entry["queries"].values())
 
 
 def test_a_varied_question_keeps_its_words_in_order_and_at_least_four() -> None:

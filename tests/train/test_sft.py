@@ -23,7 +23,7 @@ from medreasoner_train.store import Stored
 from medreasoner_train.targets import box_of
 from medreasoner_train.vocabulary import Vocabulary
 
-OPTIONS = SftOptions(images=4, branches=3, size=84, absent=0.3, think=0.5, skeleton=1.0)
+OPTIONS = SftOptions(images=4, branches=3, size=84, absent=0.3, think=0.5, spatial=0.0, skeleton=1.0)
 AFTER = TEMPLATE.split("{query}")[1]
 NUMBER = re.compile(r"(?<=[\[ ])\d+(?=[,\]])")
 

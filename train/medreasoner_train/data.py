@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +18,7 @@ __all__ = [
     "ImageRecord",
     "Sample",
     "by_image",
+    "collapse_grey",
     "informative_pairs",
     "leave_out",
     "load_index",
@@ -117,7 +119,22 @@ def leave_out(samples: Sequence[Sample], sources: Sequence[str]) -> list[Sample]
     return [sample for sample in samples if sample.source not in sources]
 
 
-def validation_groups(samples: Iterable[Sample], percent: int = VALIDATION_PERCENT) -> frozenset[str]:
+class Grouped(Protocol):
+    """Anything that is split by group."""
+
+    @property
+    def source(self) -> str:
+        """The data set that it comes from."""
+
+    @property
+    def group(self) -> str:
+        """The patient, or whatever must not be on both sides of a split."""
+
+
+G = TypeVar("G", bound=Grouped)
+
+
+def validation_groups(samples: Iterable[Grouped], percent: int = VALIDATION_PERCENT) -> frozenset[str]:
     """Groups set apart for validation: of each source, the first in the order of a hash of their names.
 
     Groups are taken until they hold `percent` of the source's samples; a source with a single group gives none. Neither
@@ -139,7 +156,7 @@ def validation_groups(samples: Iterable[Sample], percent: int = VALIDATION_PERCE
     return frozenset(chosen)
 
 
-def split(samples: Sequence[Sample], percent: int = VALIDATION_PERCENT) -> tuple[list[Sample], list[Sample]]:
+def split(samples: Sequence[G], percent: int = VALIDATION_PERCENT) -> tuple[list[G], list[G]]:
     """Training and validation samples; no group is in both."""
     apart = validation_groups(samples, percent)
     return [s for s in samples if s.group not in apart], [s for s in samples if s.group in apart]
@@ -182,6 +199,11 @@ def load_pixels(path: Path) -> npt.NDArray[np.uint8]:
             pixels = np.asarray(image.convert("L" if image.mode in {"L", "1", "I;16", "I"} else "RGB"))
     except OSError as err:
         raise ImageReadError(f"{path}: not a readable image ({err})") from err
+    return collapse_grey(pixels)
+
+
+def collapse_grey(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """(H, W) of a (H, W, 3) uint8 picture whose channels differ by rounding only; any other as it is."""
     if pixels.ndim == 3 and int(np.ptp(pixels.astype(np.int16), axis=2).max()) <= 2:
         return np.ascontiguousarray(pixels[..., 0])
     return pixels

@@ -91,7 +91,9 @@ def _meaning_loss(heads: SftHeads, last: Tensor, meaning: Tensor | None) -> Tens
     """One minus the cosine between what the prompt's last token says of the question and what the teacher says."""
     if heads.meaning is None or meaning is None:
         return last.new_zeros(())
-    return 1 - functional.cosine_similarity(heads.meaning(last), meaning, dim=-1).mean()
+    known = meaning.any(-1)  # the teacher was not shown the others
+    away = 1 - functional.cosine_similarity(heads.meaning(last), meaning, dim=-1)
+    return (away * known).sum() / known.sum().clamp(min=1)
 
 
 def _token_losses(

@@ -17,7 +17,9 @@ from medreasoner_train.dense import DenseTargets
 from medreasoner_train.language import Phrasings, answer_text, keys_by_category, thought_text, vary
 from medreasoner_train.model import NANO
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
+from medreasoner_train.spatial import Relation, ask, relations
 from medreasoner_train.store import DRAWS, Stored, redraws
+from medreasoner_train.targets import box_of, inscribed_points
 from medreasoner_train.vocabulary import Vocabulary
 
 __all__ = ["IGNORED", "Asked", "Mark", "SftBatch", "SftData", "SftOptions"]
@@ -31,7 +33,8 @@ class SftOptions:
 
     `spread` is the width, in coordinate units, of a coordinate's soft target. `skeleton` is the share of the answer's
     fixed tokens that are taught in a step: they are the same every time, and logits over the vocabulary are costly.
-    `plain` is the share of the questions that merely name their target. If `frozen`, the vision tower stays as it is
+    `plain` is the share of the questions that merely name their target; `spatial` that of spatial and comparative ones,
+    on images whose masks make such questions true. If `frozen`, the vision tower stays as it is
     and only the decoder learns, in half the time.
     """
 
@@ -41,6 +44,7 @@ class SftOptions:
     absent: float = 0.22
     think: float = 0.25
     plain: float = 0.1
+    spatial: float = 0.05
     frozen: bool = False
     spread: float = 2.5
     skeleton: float = 0.25
@@ -61,7 +65,7 @@ class SftBatch:
     label : (B, T) int64, the token that follows each position, or -100 where it is not taught; kind : (B, T) int64, 0
     skeleton, 1 thought, 2 absent or present, 3 coordinate; ends : (N, 2) row and place of the last prompt token of each
     branch; category : (N,) int64; geometry : (N, 8) float32 relative; present : (N,) bool; meaning : (N, D) float32,
-    the teacher's embedding of each question, None without a teacher.
+    the teacher's embedding of each question, zeros for those that it was not shown, None without a teacher.
     """
 
     images: Tensor
@@ -169,22 +173,38 @@ class SftData(DenseData):
         self, item: Stored, targets: ImageTargets, masks: dict[str, npt.NDArray[np.bool_]], rng: np.random.Generator
     ) -> "Asked":
         """A question about something in the image, or absent from it, as someone might type it."""
+        if self._options.spatial and rng.random() < self._options.spatial and (true := relations(masks)):
+            return self._spatial(item, true[int(rng.integers(len(true)))], rng)
         category = self._choose(item, masks, rng)
-        own_key = f"{item.record.modality}/{category}"
-        keys = self._keys[category]
-        own = self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
+        own = self._own_phrasings(item, category, rng)
         pool = own.plain if own.plain and rng.random() < self._options.plain else own.queries
         written = pool[int(rng.integers(len(pool)))]
         mask = masks.get(category)
         geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
         return Asked(
-            category=category,
-            own=own,
+            category=category, own=own, written=written, query=vary(written, rng), mask=mask, geometry=geometry
+        )
+
+    def _spatial(self, item: Stored, relation: Relation, rng: np.random.Generator) -> "Asked":
+        """A spatial or comparative question; none of its words is left out, for most of them decide."""
+        written = ask(relation, "train", rng)
+        height, width = relation.mask.shape
+        sides = np.array([width, height] * 4)
+        geometry = np.concatenate([box_of(relation.mask), inscribed_points(relation.mask).ravel()]) / sides
+        return Asked(
+            category=relation.category,
+            own=self._own_phrasings(item, relation.category, rng),
             written=written,
-            query=vary(written, rng),
-            mask=mask,
+            query=written,
+            mask=relation.mask,
             geometry=geometry,
         )
+
+    def _own_phrasings(self, item: Stored, category: str, rng: np.random.Generator) -> Phrasings:
+        """Those of the image's modality, else of any other."""
+        own_key = f"{item.record.modality}/{category}"
+        keys = self._keys[category]
+        return self._phrasings[own_key if own_key in keys else keys[int(rng.integers(len(keys)))]]
 
     def integers(self, geometry: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Relative box and points as integer coordinates, kept a valid answer (x2 > x1, y2 > y1)."""
@@ -217,6 +237,11 @@ class SftData(DenseData):
                 return pool[int(rng.integers(len(pool)))]
         names = sorted(masks)
         return names[int(rng.integers(len(names)))]
+
+    def _meaning(self, query: str) -> Tensor:
+        assert self._meanings is not None
+        known = self._meanings.get(query)
+        return torch.zeros_like(next(iter(self._meanings.values()))) if known is None else known
 
     def _coordinates(self, answer: Tensor) -> Tensor:
         """Which tokens of an answer are coordinates: integers behind a bracket or a comma, not the 1 of points_1."""
@@ -264,7 +289,7 @@ class SftData(DenseData):
             present=torch.tensor([mark.geometry is not None for mark in flat]),
             dense=dense,
             # Of the whole question, though words may be missing from what the model reads.
-            meaning=None if self._meanings is None else torch.stack([self._meanings[m.query] for m in flat]),
+            meaning=None if self._meanings is None else torch.stack([self._meaning(m.query) for m in flat]),
         )
 
 

@@ -1,6 +1,7 @@
 """The token ids that training and its validation need by name."""
 
 import copy
+from itertools import chain
 
 import torch
 from tokenizers import Tokenizer
@@ -9,6 +10,7 @@ from torch import Tensor
 from medreasoner_train.decoder import prefix_positions
 from medreasoner_train.language import TEMPLATE, load_phrasings, texts
 from medreasoner_train.model import NANO
+from medreasoner_train.spatial import template_texts
 from medreasoner_train.tokenizer import token_id, train_tokenizer
 
 __all__ = ["Vocabulary", "make_tokenizer"]
@@ -48,4 +50,5 @@ class Vocabulary:
 def make_tokenizer(vocab_size: int, largest: int = NANO.image_size) -> Tokenizer:
     """Nano's tokenizer, from the training phrasings; the same text gives the same tokenizer."""
     phrasings = load_phrasings("train")
-    return train_tokenizer(texts([phrasings[key] for key in sorted(phrasings)]), vocab_size=vocab_size, largest=largest)
+    everything = chain(texts([phrasings[key] for key in sorted(phrasings)]), template_texts())
+    return train_tokenizer(everything, vocab_size=vocab_size, largest=largest)
