@@ -19,7 +19,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None)
 def evaluate(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of the model.")] = "nano",
     data: Annotated[
-        Path | None, typer.Argument(metavar="DATA", help="Folder of the data set, with its index.jsonl.")
+        Path | None,
+        typer.Argument(metavar="DATA", help="Folder with index.jsonl or a CSV, or U-MRG parquet."),
     ] = None,
     data_option: Annotated[Path | None, typer.Option("--data", help="The same, by another spelling.")] = None,
     output: Annotated[

@@ -192,3 +192,31 @@ def test_tensorboard_is_an_extra(config: GrpoConfig, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"medreasoner\[tensorboard\]"):
         run(changed(config, tensorboard=True))
+
+
+def test_a_folder_with_a_csv_is_trained_on(config: GrpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows with a mask, with a box alone, and absent ones; the truth reaches the rewards in the answer's grid."""
+    folder, rng = tmp_path / "csv", np.random.default_rng(0)
+    folder.mkdir()
+    mask = np.zeros((60, 80), np.uint8)
+    mask[15:45, 20:60] = 255
+    PilImage.fromarray(mask).save(folder / "mask.png")
+    rows_ = ["image,query,mask,x1,y1,x2,y2,group,category"]
+    for k in range(6):
+        PilImage.fromarray(rng.integers(0, 255, (60, 80), dtype=np.uint8)).save(folder / f"{k}.png")
+        rows_.append(f"{k}.png,Where is it?," + ("mask.png,,,,", ",40,30,80,60", ",,,,")[k % 3] + f",g{k},thing")
+    (folder / "rows.csv").write_text("\n".join(rows_) + "\n")
+    seen: list[Any] = []
+    from medreasoner_train import grpo_trainer
+
+    real = grpo_trainer.judged
+    monkeypatch.setattr(grpo_trainer, "judged", lambda tasks, *rest: (seen.extend(tasks), real(tasks, *rest))[1])
+    data = dataclasses.replace(config.data, path=folder)
+    run(changed(dataclasses.replace(config, data=data), steps=3, eval_every=3, mini_batch=0))
+    boxes = {task.truth.box for task in seen}
+    assert boxes == {(63.0, 63.0, 189.0, 189.0), (126.0, 126.0, 252.0, 252.0), None}  # of 252 for 80 x 60
+    for task in seen:
+        assert task.prompt.pixels.shape == (SIZE, SIZE, 3)
+        assert (task.mask is not None) == (task.truth.box == (63.0, 63.0, 189.0, 189.0))
+        assert (task.truth.points is not None) == (task.mask is not None)
+    assert "val_iou" in rows(config.train.out)[-1] or "no_box/absent" in rows(config.train.out)[-1]

@@ -154,14 +154,22 @@ def test_absent(mode: Any) -> None:
     assert score(NOTHING, ABSENT, mode=mode).mask == 0  # nothing was measured
 
 
+def test_points_that_the_data_do_not_have_earn_nothing() -> None:
+    bare = Truth(box=TRUTH.box, points=None, size=TRUTH.size)
+    found = score(RIGHT, bare, mode="hard")
+    assert (found.box, found.points) == (pytest.approx(3), 0)
+    # The box that is half the true one, without the penalty for the point outside: 0.7 + 0.3 * 0.75 of 0.694868.
+    assert box_reward((100, 100, 200, 200), bare, mode="soft") == 0.6428
+
+
 def test_the_last_answer_counts() -> None:
     both = f"<think>Not {NOTHING}</think>{RIGHT}"
     assert geometry_of(both) == ((100, 100, 300, 200), ((150, 150), (250, 150)))
 
 
 def test_a_truth_is_whole() -> None:
-    with pytest.raises(ValueError, match="or neither"):
-        Truth(box=(0, 0, 1, 1), points=None, size=(2, 2))
+    with pytest.raises(ValueError, match="points without a box"):
+        Truth(box=None, points=((0, 0), (1, 1)), size=(2, 2))
     with pytest.raises(ValueError, match="at least 1"):
         Truth(box=None, points=None, size=(0, 2))
 

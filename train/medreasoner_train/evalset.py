@@ -12,9 +12,10 @@ import numpy.typing as npt
 from medreasoner.errors import ImageReadError
 from medreasoner.geometry import Box, Point
 from medreasoner_train.data import Sample, by_image, load_index, load_mask, load_pixels, split
+from medreasoner_train.examples import Example, load_examples, split_examples
 from medreasoner_train.targets import box_of, inscribed_points
 
-__all__ = ["BadRow", "BadRows", "Case", "EvalSet", "Groups", "Truth", "grounding_folder"]
+__all__ = ["BadRow", "BadRows", "Case", "EvalSet", "Groups", "Truth", "grounding_folder", "read_set"]
 
 U8 = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
@@ -39,7 +40,7 @@ class BadRows:
     """
 
     def __init__(self, what: Literal["refuse", "skip"] = "refuse") -> None:
-        self._refuse = what == "refuse"
+        self.refuses = what == "refuse"
         self.found: list[BadRow] = []
 
     def add(self, row: str, reason: str) -> None:
@@ -50,7 +51,7 @@ class BadRows:
         ImageReadError
             If bad rows are refused.
         """
-        if self._refuse:
+        if self.refuses:
             raise ImageReadError(f"{row}: {reason}; mend the row, or leave such rows out with --bad-rows skip")
         self.found.append(BadRow(row=row, reason=reason))
 
@@ -140,12 +141,15 @@ class EvalSet:
         Keys, and boxes (N, 4) relative to their images, that the prior's median boxes are fitted on.
     prior_of
         What these are, in words.
+    asks_absent
+        Whether to ask for what is not there too, by what the sources are known to label; else only the rows say so.
     """
 
     samples: Sequence[Sample]
     asked: Sequence[Case]
     prior: tuple[list[str], npt.NDArray[np.float64]]
     prior_of: str
+    asks_absent: bool = True
 
     def sound(self, categories: Container[str], bad: BadRows) -> list[Case]:
         """The rows that can be asked about; the others go to `bad`.
@@ -186,6 +190,84 @@ class _Shapes:
 
 def _size(shape: Iterable[int]) -> str:
     return " x ".join(str(side) for side in shape)
+
+
+def read_set(root: Path, *, groups: Groups = "validation", every: int = 1, bad: BadRows) -> EvalSet:
+    """The rows of a data set of any form: see :func:`grounding_folder` and `medreasoner_train.examples`.
+
+    Raises
+    ------
+    ImageReadError, DataError
+        If it is no data set, or holds no row to ask about; if a row is bad, unless `bad` gathers these.
+    """
+    if root.is_dir() and (root / "index.jsonl").exists():
+        return grounding_folder(root, groups=groups, every=every, bad=bad)
+    loaded = load_examples(root, bad_rows="refuse" if bad.refuses else "skip")
+    for problem in loaded.problems:
+        bad.add(problem.row, problem.what)
+    return _example_set(loaded.examples, root, groups=groups, every=every)
+
+
+def _example_set(examples: Sequence[Example], root: Path, *, groups: Groups, every: int) -> EvalSet:
+    train, held = split_examples(examples)
+    if groups == "all":
+        train = held = list(examples)
+    if not held:
+        raise ImageReadError(f"{root}: no row to ask about; validation takes a source's second group: try --groups all")
+    images = {example.image: Path(f"{number}") for number, example in enumerate(examples)}  # a name for each
+    by_place: dict[Path, list[Case]] = {}
+    for example in held:
+        by_place.setdefault(images[example.image], []).append(_case(example, images[example.image]))
+    asked = [case for cases in list(by_place.values())[::every] for case in cases]
+    there = [example for example in train if example.box is not None]
+    prior_of = "these rows themselves" if groups == "all" else "the training groups"
+    return EvalSet(
+        samples=[_sample(example, images[example.image]) for example in examples],
+        asked=asked,
+        prior=([example.key for example in there], _relative(there)),
+        prior_of=prior_of,
+        asks_absent=False,
+    )
+
+
+def _sample(example: Example, image: Path) -> Sample:
+    return Sample(
+        id=example.id,
+        image=image,
+        mask=image,
+        source=example.source,
+        modality=example.modality,
+        super_category=example.super_category,
+        category=example.category,
+        group=example.group,
+        licence_class="",
+    )
+
+
+def _case(example: Example, image: Path) -> Case:
+    return Case(
+        sample=_sample(example, image),
+        pixels=example.pixels,
+        mask=None if example.mask_image is None else partial(_mask_of, example),
+        query=example.query,
+        box=example.box,
+        points=example.points,
+        absent=example.absent,
+    )
+
+
+def _mask_of(example: Example) -> Mask:
+    mask = example.mask()
+    assert mask is not None
+    return mask
+
+
+def _relative(examples: Sequence[Example]) -> npt.NDArray[np.float64]:
+    rows = []
+    for example in examples:
+        height, width = example.pixels().shape[:2]
+        rows.append(np.array(example.box) / [width, height, width, height])
+    return np.array(rows, np.float64).reshape(-1, 4)
 
 
 def grounding_folder(root: Path, *, groups: Groups = "validation", every: int = 1, bad: BadRows) -> EvalSet:

@@ -16,7 +16,7 @@ from medreasoner import Grounder, Grounding, Study
 from medreasoner.errors import GenerationError
 from medreasoner_train.anatomy import AbsentRule
 from medreasoner_train.data import Sample, by_image, frequent_pairs, informative_pairs
-from medreasoner_train.evalset import BadRow, BadRows, Case, EvalSet, Groups, Truth, grounding_folder
+from medreasoner_train.evalset import BadRow, BadRows, Case, EvalSet, Groups, Truth, read_set
 from medreasoner_train.language import Phrasings, keys_by_category, load_phrasings
 from medreasoner_train.metrics import dice
 from medreasoner_train.prior import fit_prior
@@ -135,7 +135,7 @@ def evaluate_bundle(
     """
     bad = BadRows(options.bad_rows)
     if data is None:
-        data = grounding_folder(options.data, groups=options.groups, every=options.every, bad=bad)
+        data = read_set(options.data, groups=options.groups, every=options.every, bad=bad)
     exam = _Exam(grounder, options, data, bad)
     rows = [row for cases in progress(exam.images) for row in exam.about_image(cases)]
     if options.controls:
@@ -165,7 +165,7 @@ class _Exam:
         labels = by_image(case.sample for case in data.asked if not case.absent)
         self._labelled = {record.image: record for record in labels}
         self._prior = fit_prior(*data.prior)
-        self._rule = AbsentRule(data.samples)
+        self._rule, self._asks_absent = AbsentRule(data.samples), data.asks_absent
 
     def about_image(self, cases: Sequence[Case]) -> list[Row]:
         """What is there, each structure, and one that is not."""
@@ -194,7 +194,7 @@ class _Exam:
 
     def _absent(self, sample: Sample) -> Iterator[tuple[str, Sample]]:
         """Kinds of absent targets, and of each one that can be asked for, as if it were a row of the sample's image."""
-        if (labelled := self._labelled.get(sample.image)) is None:
+        if (labelled := self._labelled.get(sample.image)) is None or not self._asks_absent:
             return
         near, far = self._rule.same_region(labelled), self._rule.other_region(labelled)
         for kind, names in (("absent (same region)", near), ("absent (elsewhere)", far)):

@@ -26,17 +26,22 @@ class DataOptions:
     Parameters
     ----------
     path
-        Folder of the data set.
+        The data set: a grounding set, U-MRG parquet or a folder with a CSV (:mod:`medreasoner_train.examples`).
+    bad_rows
+        ``"refuse"`` or ``"skip"`` rows that cannot be used; of the two latter forms.
     without
         Sources that are left out, to measure on them later.
-    absent, plain, think
-        Shares of the questions for something that is not there, that merely name their target, and that are answered
-        with a thought first.
+    absent, plain
+        Shares of the questions for something that is not there, and that merely name their target; of a grounding set,
+        which has no questions of its own.
+    think
+        Share of the questions that are answered with a thought first.
     cache
-        File (.npz) that keeps the masks' key points between runs.
+        Folder for what takes long to work out of the images.
     """
 
     path: Path
+    bad_rows: Literal["refuse", "skip"] = "refuse"
     without: tuple[str, ...] = ()
     absent: float = 0.15
     plain: float = 0.1

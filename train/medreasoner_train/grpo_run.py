@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from medreasoner._extras import require
 from medreasoner_train.checkpoint import load_reasoner, load_weights, save_like
 from medreasoner_train.config import ConfigError
 from medreasoner_train.data import by_image, leave_out, load_index, split
+from medreasoner_train.examples import load_examples, split_examples
 from medreasoner_train.files import appearing
 from medreasoner_train.grpo_config import GrpoConfig
-from medreasoner_train.grpo_trainer import Episode, GrpoTrainer
+from medreasoner_train.grpo_trainer import Episode, GrpoTrainer, look_at_tasks
 from medreasoner_train.judge import MaskJudge, RuntimeJudge, TorchJudge
 from medreasoner_train.language import load_phrasings
 from medreasoner_train.loop import LoopOptions, Optimiser, batches, load_modules, save_checkpoint
@@ -24,10 +26,9 @@ from medreasoner_train.pictures import sheet
 from medreasoner_train.segmenter import build_segmenter
 from medreasoner_train.sft_data import SftData, SftOptions
 from medreasoner_train.store import load_store
-from medreasoner_train.tasks import GroundingTasks
+from medreasoner_train.tasks import ExampleTasks, GroundingTasks, TaskSource
 from medreasoner_train.torch_rollouts import TorchRollouts
 from medreasoner_train.validation import validate
-from medreasoner_train.vocabulary import Vocabulary
 
 __all__ = ["run"]
 
@@ -80,8 +81,7 @@ def run(config: GrpoConfig) -> None:
     )
     if policy is None:
         raise ConfigError(f"{start}: not a reasoner with square images and one token a coordinate")
-    vocabulary = policy.vocabulary
-    data, val = _data(config, vocabulary, policy.size)
+    source, look = _data(config, policy)
     reference = copy.deepcopy(model).to(device).eval().requires_grad_(False) if config.loss.kl else None
     model.to(device)
     model.model.visual.requires_grad_(not config.policy.frozen_vision)
@@ -96,13 +96,7 @@ def run(config: GrpoConfig) -> None:
         judge=_judge(config, device),
         optimiser=optimiser,
     )
-    source = GroundingTasks(data, think=config.data.think)
-    near = vocabulary.to(device)
-
-    def look() -> dict[str, float]:
-        return validate(model, near, val, size=policy.size)
-
-    _steps(config, trainer, source, model, optimiser, loop, look)
+    _steps(config, trainer, source, model, optimiser, loop, lambda: look(model))
     save_like(model, start, options.out / "checkpoint")
 
 
@@ -123,21 +117,45 @@ def _loop(config: GrpoConfig) -> LoopOptions:
     )
 
 
-def _data(config: GrpoConfig, vocabulary: Vocabulary, size: int) -> tuple[SftData, SftData]:
-    """Images and questions to train on, and those to look at."""
+def _data(config: GrpoConfig, policy: PackedPolicy) -> tuple[TaskSource, Callable[[Any], dict[str, float]]]:
+    """What to ask, and a look at how a model does on the validation groups."""
+    path = config.data.path
+    if path.is_dir() and (path / "index.jsonl").exists():
+        return _grounding(config, policy)
+    loaded = load_examples(path, bad_rows=config.data.bad_rows, cache=config.data.cache)
+    left_out = set(config.data.without)
+    examples = [each for each in loaded.examples if each.source not in left_out]
+    phrasings = load_phrasings("train")
+    train, val = split_examples(examples)
+    if not train:
+        raise ConfigError(f"{path}: no row to train on is left")
+    size, grid = policy.size, policy.grid[0]
+    source = ExampleTasks(train, phrasings, size=size, grid=grid, think=config.data.think)
+    held = ExampleTasks(val, load_phrasings("heldout"), size=size, grid=grid, think=0.0, augmented=False)
+    logger.info("%d rows to train on, %d of other groups to look at", len(train), len(val))
+    return source, lambda model: look_at_tasks(policy, model, held)
+
+
+def _grounding(config: GrpoConfig, policy: PackedPolicy) -> tuple[TaskSource, Callable[[Any], dict[str, float]]]:
+    """The same of the grounding set, with its phrasings, targets that are absent, and augmented images."""
     samples = leave_out(load_index(config.data.path), config.data.without)
-    mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=size)
+    mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=policy.size)
+    points = None if config.data.cache is None else config.data.cache / "points.npz"
     train, val = (
         SftData(
             samples,
-            load_store(by_image(part), cache=config.data.cache),
-            vocabulary=vocabulary,
+            load_store(by_image(part), cache=points),
+            vocabulary=policy.vocabulary,
             phrasings=load_phrasings("train"),
             options=mixture,
         )
         for part in split(samples)
     )
-    return train, val
+
+    def look(model: Any) -> dict[str, float]:
+        return validate(model, policy.vocabulary, val, size=policy.size)
+
+    return GroundingTasks(train, think=config.data.think), look
 
 
 def _judge(config: GrpoConfig, device: torch.device) -> MaskJudge | None:
@@ -154,11 +172,11 @@ def _judge(config: GrpoConfig, device: torch.device) -> MaskJudge | None:
 def _steps(
     config: GrpoConfig,
     trainer: GrpoTrainer,
-    source: GroundingTasks,
+    source: TaskSource,
     model: Any,
     optimiser: Optimiser,
     loop: LoopOptions,
-    look: Any,
+    look: Callable[[], dict[str, float]],
 ) -> None:
     options = config.train
     last = options.out / "last.pt"

@@ -13,12 +13,13 @@ from medreasoner_train.grpo import group_advantages, policy_loss, telling_groups
 from medreasoner_train.grpo_config import GrpoConfig
 from medreasoner_train.judge import MaskJudge
 from medreasoner_train.loop import Optimiser
+from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.prior import box_iou
 from medreasoner_train.rewards import Reward, geometry_of, score
-from medreasoner_train.rollout import Completion, Prompt, Rollouts
-from medreasoner_train.tasks import Task
+from medreasoner_train.rollout import Completion, Prompt, Rollouts, Sampling
+from medreasoner_train.tasks import ExampleTasks, Task
 
-__all__ = ["Episode", "GrpoTrainer", "Policy", "judged"]
+__all__ = ["Episode", "GrpoTrainer", "Policy", "judged", "look_at_tasks"]
 
 
 class Policy(Protocol):
@@ -234,6 +235,25 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
         "finished": float(np.mean([each.finished for each, _ in answers])),
         "groups": float(len(episodes)),
     }
+    return found
+
+
+def look_at_tasks(policy: PackedPolicy, model: Any, tasks: ExampleTasks) -> dict[str, float]:
+    """Mean box IoU of the likeliest answers, and how often nothing was found; over about 500 rows at most."""
+    rng = np.random.default_rng(1)
+    rows = [tasks.task(index, str(index), rng) for index in range(0, len(tasks), max(1, len(tasks) // 500))]
+    sampling = Sampling(count=1, temperature=1e-3, max_tokens=64)
+    answers: list[list[Completion]] = []
+    device = model.model.language_model.embed_tokens.weight.device
+    for start in range(0, len(rows), 32):
+        prompts = [row.prompt for row in rows[start : start + 32]]
+        answers += policy.sample(model, prompts, sampling, torch.Generator(device).manual_seed(0))
+    ious = [_iou(own[0], row) for own, row in zip(answers, rows, strict=True) if row.truth.box is not None]
+    said = [(geometry_of(own[0].text) is None, row.truth.box is None) for own, row in zip(answers, rows, strict=True)]
+    found = {"val_iou": float(np.mean(ious))} if ious else {}
+    for name, absent in (("present", False), ("absent", True)):
+        if own := [nothing for nothing, truth in said if truth == absent]:
+            found[f"no_box/{name}"] = float(np.mean(own))
     return found
 
 

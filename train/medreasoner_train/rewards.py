@@ -37,7 +37,8 @@ SMALL = 1e-5
 class Truth:
     """What is right: box (x1, y1, x2, y2), half-open, and two points (x, y) in a grid of `size` (width, height).
 
-    The numbers of an answer are in that grid too. Box and points None: the target is absent.
+    The numbers of an answer are in that grid too. No box: the target is absent. A box without points: the data have
+    none, and points earn nothing.
     """
 
     box: Box | None
@@ -45,8 +46,8 @@ class Truth:
     size: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if (self.box is None) != (self.points is None):
-            raise ValueError("a truth has a box and points, or neither")
+        if self.box is None and self.points is not None:
+            raise ValueError("points without a box: a truth has a box, or is absent")
         if min(self.size) < 1:
             raise ValueError(f"size {self.size}: width and height are at least 1")
 
@@ -205,11 +206,10 @@ def box_reward(box: Box, truth: Truth, *, mode: Mode) -> float:
     and double. base: one for an overlap above 0.5, and one for corners that are off by less than 10 px on average.
     """
     assert truth.box is not None
-    assert truth.points is not None
     overlap, apart = _iou(box, truth.box), _mean_apart(box, truth.box)
     if mode == "base":
         return float(overlap > 0.5) + float(apart < 10)
-    position = math.prod(1.0 if _inside(point, box) else 0.5 for point in truth.points)
+    position = math.prod(1.0 if _inside(point, box) else 0.5 for point in truth.points or ())
     mine, real = _area(box), _area(truth.box)
     area = 1.0 if 0.5 * real < mine < 2 * real else 0.5
     found = penalize(smooth_log(overlap), position, area)
@@ -335,7 +335,7 @@ def score(
     if mode == "base":
         thinking, segment = float(thinking == 1.0), float(segment == 1.0)
     answer = parse_answer(text)
-    if truth.box is None or truth.points is None:
+    if truth.box is None:
         right = _absent(answer)
         full = _full(mode, right=right)
         return Reward(thinking=thinking, segment=segment, mask=float(right and mask_dice is not None), **full)
@@ -343,15 +343,14 @@ def score(
         return Reward(thinking=thinking, segment=segment, mask=mask_dice or 0.0)
     box, first, second = _parts(answer)
     across, down = GRID / truth.size[0], GRID / truth.size[1]
-    real = Truth(
-        box=_scaled(truth.box, across, down),
-        points=(_scaled(truth.points[0], across, down), _scaled(truth.points[1], across, down)),
-        size=(int(GRID), int(GRID)),
-    )
+    points = None
+    if truth.points is not None:
+        points = (_scaled(truth.points[0], across, down), _scaled(truth.points[1], across, down))
+    real = Truth(box=_scaled(truth.box, across, down), points=points, size=(int(GRID), int(GRID)))
     for_box = for_points = 0.0
     if box is not None:
         for_box = box_reward(_scaled(box, across, down), real, mode=mode)
-    if first is not None and second is not None:
+    if points is not None and first is not None and second is not None:
         pair = (_scaled(first, across, down), _scaled(second, across, down))
         for_points = points_reward(pair, real, mode=mode, compat=compat)
     return Reward(thinking=thinking, segment=segment, box=for_box, points=for_points, mask=mask_dice or 0.0)

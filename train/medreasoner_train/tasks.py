@@ -1,16 +1,20 @@
 """What GRPO asks the policy: questions with their truth, drawn step by step from a data set."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from medreasoner_train.augment import NO_CHANGE, Options, augment
+from medreasoner_train.examples import Example, draw_question
+from medreasoner_train.language import Phrasings
 from medreasoner_train.rewards import Truth
 from medreasoner_train.rollout import Prompt
 from medreasoner_train.sft_data import SftData
 
-__all__ = ["GroundingTasks", "Task", "TaskSource"]
+__all__ = ["ExampleTasks", "GroundingTasks", "Task", "TaskSource"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,3 +69,69 @@ class GroundingTasks:
             return Truth(box=None, points=None, size=(limit, limit))
         x1, y1, x2, y2, ax, ay, bx, by = (float(value) for value in geometry * limit)
         return Truth(box=(x1, y1, x2, y2), points=((ax, ay), (bx, by)), size=(limit, limit))
+
+
+class ExampleTasks:
+    """Tasks of any data set that :func:`medreasoner_train.examples.load_examples` reads.
+
+    Parameters
+    ----------
+    examples
+        Its rows.
+    phrasings
+        By key: of these a question is drawn for rows that have none.
+    size
+        Side in pixels of the square that the policy sees.
+    grid
+        Largest number of an answer, for the side of that square.
+    think
+        Share of the prompts that ask for a thought.
+    augmented
+        Whether contrast and noise are changed at random; the geometry never is, since it may carry meaning.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        phrasings: dict[str, Phrasings],
+        *,
+        size: int,
+        grid: int,
+        think: float,
+        augmented: bool = True,
+    ) -> None:
+        self._examples, self._phrasings = list(examples), phrasings
+        self._size, self._grid, self._think = size, grid, think
+        self._changes = dataclasses.replace(Options(), crop=0.0) if augmented else NO_CHANGE
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def draw(self, number: int, *, count: int, seed: int) -> list[Task]:
+        """See :class:`TaskSource`."""
+        rng = np.random.default_rng([seed, number])
+        chosen = rng.integers(len(self._examples), size=count)
+        return [self.task(int(index), f"{number}/{place}", rng) for place, index in enumerate(chosen)]
+
+    def task(self, index: int, key: str, rng: np.random.Generator) -> Task:
+        """The task of one row."""
+        example = self._examples[index]
+        pixels, mask = example.pixels(), example.mask()
+        height, width = pixels.shape[:2]
+        none = np.zeros((0, height, width), np.bool_)
+        changed = augment(
+            pixels, none if mask is None else mask[None], np.zeros((0 if mask is None else 1, 2, 2)),
+            size=self._size, modality="", source="", rng=rng, options=self._changes,
+        )  # fmt: skip
+        query = draw_question(example, self._phrasings, rng)
+        prompt = Prompt(key=key, pixels=changed.pixels, query=query, think=bool(rng.random() < self._think))
+        scale = np.array([self._grid / width, self._grid / height])
+        truth = Truth(box=None, points=None, size=(self._grid, self._grid))
+        if example.box is not None:
+            x1, y1, x2, y2 = (float(each) for each in np.array(example.box) * np.tile(scale, 2))
+            points = None
+            if example.points is not None:
+                (ax, ay), (bx, by) = (np.array(example.points) * scale).tolist()
+                points = ((ax, ay), (bx, by))
+            truth = Truth(box=(x1, y1, x2, y2), points=points, size=(self._grid, self._grid))
+        return Task(prompt=prompt, truth=truth, mask=None if mask is None else changed.masks[0])
