@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image as PilImage
 
+import medreasoner_train
 from medreasoner.errors import BundleError, MissingExtraError
 from medreasoner_cli.main import run as command
 from medreasoner_train.checkpoint import load_reasoner, save_reasoner
@@ -20,6 +21,7 @@ from medreasoner_train.grpo_run import run
 from medreasoner_train.vocabulary import Vocabulary
 
 SIZE = 84
+RECIPES = Path(medreasoner_train.__file__).parent / "recipes"
 TEXT = """
 [data]
 path = "{data}"
@@ -220,3 +222,8 @@ def test_a_folder_with_a_csv_is_trained_on(config: GrpoConfig, tmp_path: Path, m
         assert (task.mask is not None) == (task.truth.box == (63.0, 63.0, 189.0, 189.0))
         assert (task.truth.points is not None) == (task.mask is not None)
     assert "val_iou" in rows(config.train.out)[-1] or "no_box/absent" in rows(config.train.out)[-1]
+
+
+@pytest.mark.parametrize("name", sorted(each.name for each in RECIPES.glob("*.toml")))
+def test_recipes_are_sound(name: str) -> None:
+    assert read_config(RECIPES / name).train.steps > 0

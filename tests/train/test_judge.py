@@ -1,0 +1,71 @@
+"""Masks of answers as rewards: by the runtime, by torch, and of tasks that have none."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from medreasoner_train.checkpoint import load_weights
+from medreasoner_train.judge import Geometry, RuntimeJudge, TorchJudge
+from medreasoner_train.metrics import dice
+from medreasoner_train.rewards import Truth
+from medreasoner_train.rollout import Prompt
+from medreasoner_train.segmenter import build_segmenter
+from medreasoner_train.tasks import Task
+
+NANO = Path(__file__).parents[2] / "models" / "nano" / "segmenter"
+BOX = (60.0, 50.0, 180.0, 200.0)
+RIGHT: Geometry = (BOX, ((120.0, 100.0), (120.0, 150.0)))
+WRONG: Geometry = ((5.0, 5.0, 40.0, 30.0), ((20.0, 15.0), (30.0, 20.0)))
+
+
+@pytest.fixture
+def task() -> Task:
+    """A bright ellipse on dark ground, 252 x 252, as nano's segmenter knows nuclei."""
+    rows, columns = np.mgrid[:252, :252] + 0.5
+    mask = ((columns - 120) / 60) ** 2 + ((rows - 125) / 75) ** 2 <= 1
+    pixels = np.random.default_rng(0).integers(20, 40, (252, 252, 3)).astype(np.uint8)
+    pixels[mask] += 150
+    truth = Truth(box=BOX, points=RIGHT[1], size=(252, 252))
+    return Task(prompt=Prompt(key="a", pixels=pixels, query="Which cell?"), truth=truth, mask=mask)
+
+
+def test_both_judges_see_the_right_answer(task: Task) -> None:
+    segmenter = build_segmenter()
+    load_weights(NANO, segmenter)
+    absent = dataclasses.replace(task, truth=Truth(box=None, points=None, size=(252, 252)), mask=None)
+    answers: list[list[Geometry | None]] = [[RIGHT, WRONG, None, RIGHT], [RIGHT, None, None, WRONG]]
+    torch_judge, runtime = TorchJudge(segmenter, torch.device("cpu")), RuntimeJudge("nano")
+    by_torch, by_runtime = (judge.dice([task, absent], answers) for judge in (torch_judge, runtime))
+    for judge in (torch_judge, runtime):
+        judge.close()
+    for (right, wrong, none, again), there_is_none in (by_torch, by_runtime):
+        assert right > 0.8
+        assert wrong < 0.5
+        assert none == 0
+        assert again == right
+        assert there_is_none == [0, 0, 0, 0]
+    # The runtime's towers are in eight bits, and it draws the mask in the image's own grid.
+    np.testing.assert_allclose(by_torch[0], by_runtime[0], atol=0.05)
+
+
+def test_the_answers_grid_is_brought_to_that_of_the_pixels(task: Task) -> None:
+    """The same task with numbers from 0 to 1000 instead."""
+    factor = 1000 / 252
+
+    def larger(geometry: Geometry) -> Geometry:
+        box, points = (np.array(each) * factor for each in geometry)
+        return tuple(box.tolist()), tuple(map(tuple, points.tolist()))  # type: ignore[return-value]
+
+    truth = Truth(box=larger(RIGHT)[0], points=larger(RIGHT)[1], size=(1000, 1000))
+    judge = RuntimeJudge("nano")
+    ((one,),), ((other,),) = (
+        judge.dice([dataclasses.replace(task, truth=each)], [[answer]])
+        for each, answer in ((task.truth, RIGHT), (truth, larger(RIGHT)))
+    )
+    judge.close()
+    assert other == pytest.approx(one, abs=1e-3)
+    assert task.mask is not None
+    assert one > dice(np.ones_like(task.mask), task.mask)
