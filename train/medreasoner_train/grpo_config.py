@@ -65,9 +65,16 @@ class PolicyOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutOptions(Sampling):
-    """Who writes the answers, and how."""
+    """Who writes the answers, and how.
 
-    engine: Literal["torch", "runtime", "transformers", "vllm"] = "torch"
+    Parameters
+    ----------
+    engine
+        ``"torch"``: the model itself, freely, thoughts too; ``"runtime"``: our ONNX runtime, by the grammar of answers,
+        much faster on a CPU.
+    """
+
+    engine: Literal["torch", "runtime"] = "torch"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

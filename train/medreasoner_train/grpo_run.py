@@ -23,6 +23,8 @@ from medreasoner_train.language import load_phrasings
 from medreasoner_train.loop import LoopOptions, Optimiser, batches, load_modules, save_checkpoint
 from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.pictures import sheet
+from medreasoner_train.rollout import Rollouts
+from medreasoner_train.runtime_rollouts import RuntimeRollouts
 from medreasoner_train.segmenter import build_segmenter
 from medreasoner_train.sft_data import SftData, SftOptions
 from medreasoner_train.store import load_store
@@ -85,6 +87,7 @@ def run(config: GrpoConfig) -> None:
     reference = copy.deepcopy(model).to(device).eval().requires_grad_(False) if config.loss.kl else None
     model.to(device)
     model.model.visual.requires_grad_(not config.policy.frozen_vision)
+    rollouts = _rollouts(config, policy, model)
     loop = _loop(config)
     optimiser = Optimiser({"model": model}, loop)
     trainer = GrpoTrainer(
@@ -92,11 +95,14 @@ def run(config: GrpoConfig) -> None:
         model=model,
         reference=reference,
         policy=policy,
-        rollouts=TorchRollouts(policy, model, bf16=options.precision == "bf16"),
+        rollouts=rollouts,
         judge=_judge(config, device),
         optimiser=optimiser,
     )
-    _steps(config, trainer, source, model, optimiser, loop, lambda: look(model))
+    try:
+        _steps(config, trainer, source, model, optimiser, loop, lambda: look(model))
+    finally:
+        rollouts.close()
     save_like(model, start, options.out / "checkpoint")
 
 
@@ -158,6 +164,14 @@ def _grounding(config: GrpoConfig, policy: PackedPolicy) -> tuple[TaskSource, Ca
     return GroundingTasks(train, think=config.data.think), look
 
 
+def _rollouts(config: GrpoConfig, policy: PackedPolicy, model: Any) -> Rollouts:
+    if config.rollouts.engine == "torch":
+        return TorchRollouts(policy, model, bf16=config.train.precision == "bf16")
+    if config.data.think:
+        raise ConfigError('[rollouts] engine "runtime" draws answers without a thought: set [data] think = 0')
+    return RuntimeRollouts(config.policy.checkpoint, model)
+
+
 def _judge(config: GrpoConfig, device: torch.device) -> MaskJudge | None:
     options = config.reward
     if not options.mask:
@@ -186,6 +200,7 @@ def _steps(
         start, drawn = int(state["step"]), int(state["drawn"])
         optimiser.load_state_dict(state["optimiser"])
         logger.info("resumed from %s at step %d", last, start)
+        trainer.refresh()
     log = _Log(options.out, tensorboard=options.tensorboard)
     tasks = batches(
         lambda number: source.draw(number, count=options.prompts, seed=options.seed),

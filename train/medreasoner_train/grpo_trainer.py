@@ -100,6 +100,10 @@ class GrpoTrainer:
         self._config, self._policy, self._rollouts, self._judge = config, policy, rollouts, judge
         self._model, self._reference, self._optimiser = model, reference, optimiser
 
+    def refresh(self) -> None:
+        """Give the engine of the rollouts the model's present weights."""
+        self._rollouts.refresh(self._model)
+
     def collect(self, batches: Iterator[list[Task]], *, seed: int) -> tuple[list[Episode], int]:
         """Answered and judged groups, and how many batches of tasks were drawn for them.
 
@@ -134,7 +138,7 @@ class GrpoTrainer:
         for part in parts:
             for name, value in self._one_update(episodes, part, advantages, old, share).items():
                 measured[name] = measured.get(name, 0.0) + value / len(parts)
-        self._rollouts.refresh(self._model)
+        self.refresh()
         return summary(episodes) | measured
 
     def _advantages(self, episodes: Sequence[Episode]) -> list[Tensor]:
