@@ -83,7 +83,9 @@ def k3(log_probs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(apart) - apart
 
 
-def token_weights(mask: Tensor, normalise: Normalise, *, max_tokens: int) -> Tensor:
+def token_weights(
+    mask: Tensor, normalise: Normalise, *, max_tokens: int, totals: tuple[int, int] | None = None
+) -> Tensor:
     """(N, L) weights whose sum with the tokens' losses is the loss of the whole batch.
 
     They are worked out over all completions of an optimiser's step, so that losses and gradients of micro-batches (and
@@ -97,13 +99,16 @@ def token_weights(mask: Tensor, normalise: Normalise, *, max_tokens: int) -> Ten
         See :class:`LossOptions`.
     max_tokens
         The longest completion that is allowed; of ``"constant"`` only.
+    totals
+        Completions and counting tokens of the whole batch, where `mask` is a part of it.
     """
     kept = mask.float()
+    rows, tokens = totals or (len(mask), int(mask.sum()))
     if normalise == "token":
-        return kept / kept.sum().clamp(min=1)
+        return kept / max(1, tokens)
     if normalise == "constant":
-        return kept / (len(mask) * max_tokens)
-    return kept / kept.sum(1, keepdim=True).clamp(min=1) / len(mask)
+        return kept / (rows * max_tokens)
+    return kept / kept.sum(1, keepdim=True).clamp(min=1) / rows
 
 
 def policy_loss(
