@@ -141,6 +141,9 @@ def policy_loss(
         Weighted means over the tokens: ``kl``, ``clipped`` (share of the tokens whose ratio left the range on the side
         where that stops the gradient).
     """
+    # A token that does not count may hold anything, infinities too, and must have no gradient.
+    counts = weights > 0
+    log_probs, old = torch.where(counts, log_probs, 0.0), torch.where(counts, old, 0.0)
     ratio = torch.exp(log_probs - old)
     bounded = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
     gain = advantages[:, None]
@@ -148,10 +151,9 @@ def policy_loss(
     losses = -surrogate
     parts: dict[str, Tensor] = {}
     if reference is not None:
-        divergence = k3(log_probs, reference)
+        divergence = k3(log_probs, torch.where(counts, reference, 0.0))
         losses = losses + options.kl * divergence
         parts["kl"] = (divergence.detach() * weights).sum()
     stopped = (ratio * gain > bounded * gain).float()
     parts["clipped"] = (stopped * weights).sum()
-    # A token that does not count may hold anything, infinities too.
-    return (torch.where(weights > 0, losses, 0.0) * weights).sum(), parts
+    return (losses * weights).sum(), parts
