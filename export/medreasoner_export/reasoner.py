@@ -14,6 +14,7 @@ from medreasoner.manifest import read_record
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.spec import ReasonerSpec
 from medreasoner_export.checkpoint import Checkpoint, Progress, Weights, read_json
+from medreasoner_export.checkpoint_spec import spec_sizes
 from medreasoner_export.config_section import naming
 from medreasoner_export.folder import Build, build_key, building, describe, weights_stage
 from medreasoner_export.graph import (
@@ -148,7 +149,7 @@ def export_reasoner(
         "architecture": config.family,
         "graphs": {"vision": "vision.onnx", "decoder": "decoder.onnx"},
         "tokenizer": "tokenizer.json",
-        **_sizes(config, settings),
+        **spec_sizes(config, settings),
         "step": None,
     }
     if not external or options.precision == "int4":
@@ -276,38 +277,6 @@ def _matrices(checkpoint: Weights, config: QwenConfig, embedding: str, storage: 
     if tied:
         return described | {"lm_head": described["embedding"]}
     return described | {"lm_head": write("lm_head.bin", "lm_head.weight")}
-
-
-def _sizes(config: QwenConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The rest of a manifest's ``reasoner`` section."""
-    text, vision = config.text, config.vision
-    return {
-        "n_layers": text.n_layers,
-        "n_heads": text.n_heads,
-        "n_kv_heads": text.n_kv_heads,
-        "head_dim": text.head_dim,
-        "hidden_dim": text.hidden_dim,
-        "vocab_size": text.vocab_size,
-        "rope_theta": text.rope_theta,
-        "mrope_section": list(text.mrope_section),
-        "max_length": settings["max_length"],
-        "vision": {
-            "patch_size": vision.patch_size,
-            "merge_size": vision.merge_size,
-            "window_size": vision.window_size,
-            "head_dim": vision.head_dim,
-            "full_attention_layers": list(vision.full_attention_layers),
-            "image_mean": settings["image_mean"],
-            "image_std": settings["image_std"],
-            "resize": settings["resize"],
-        },
-        "prompt": settings["prompt"],
-        "answer": settings["answer"],
-        "coordinates": settings["coordinates"],
-        "absent_threshold": settings["absent_threshold"],
-        "max_query_tokens": settings["max_query_tokens"],
-        "max_think_tokens": settings["max_think_tokens"],
-    }
 
 
 def _check_same(folder: Path, out: Path) -> None:

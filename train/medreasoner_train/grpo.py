@@ -83,7 +83,9 @@ def k3(log_probs: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(apart) - apart
 
 
-def token_weights(mask: Tensor, normalise: Normalise, *, max_tokens: int) -> Tensor:
+def token_weights(
+    mask: Tensor, normalise: Normalise, *, max_tokens: int, totals: tuple[int, int] | None = None
+) -> Tensor:
     """(N, L) weights whose sum with the tokens' losses is the loss of the whole batch.
 
     They are worked out over all completions of an optimiser's step, so that losses and gradients of micro-batches (and
@@ -97,13 +99,16 @@ def token_weights(mask: Tensor, normalise: Normalise, *, max_tokens: int) -> Ten
         See :class:`LossOptions`.
     max_tokens
         The longest completion that is allowed; of ``"constant"`` only.
+    totals
+        Completions and counting tokens of the whole batch, where `mask` is a part of it.
     """
     kept = mask.float()
+    rows, tokens = totals or (len(mask), int(mask.sum()))
     if normalise == "token":
-        return kept / kept.sum().clamp(min=1)
+        return kept / max(1, tokens)
     if normalise == "constant":
-        return kept / (len(mask) * max_tokens)
-    return kept / kept.sum(1, keepdim=True).clamp(min=1) / len(mask)
+        return kept / (rows * max_tokens)
+    return kept / kept.sum(1, keepdim=True).clamp(min=1) / rows
 
 
 def policy_loss(
@@ -136,6 +141,9 @@ def policy_loss(
         Weighted means over the tokens: ``kl``, ``clipped`` (share of the tokens whose ratio left the range on the side
         where that stops the gradient).
     """
+    # A token that does not count may hold anything, infinities too, and must have no gradient.
+    counts = weights > 0
+    log_probs, old = torch.where(counts, log_probs, 0.0), torch.where(counts, old, 0.0)
     ratio = torch.exp(log_probs - old)
     bounded = ratio.clamp(1 - options.clip_low, 1 + options.clip_high)
     gain = advantages[:, None]
@@ -143,10 +151,9 @@ def policy_loss(
     losses = -surrogate
     parts: dict[str, Tensor] = {}
     if reference is not None:
-        divergence = k3(log_probs, reference)
+        divergence = k3(log_probs, torch.where(counts, reference, 0.0))
         losses = losses + options.kl * divergence
         parts["kl"] = (divergence.detach() * weights).sum()
     stopped = (ratio * gain > bounded * gain).float()
     parts["clipped"] = (stopped * weights).sum()
-    # A token that does not count may hold anything, infinities too.
-    return (torch.where(weights > 0, losses, 0.0) * weights).sum(), parts
+    return (losses * weights).sum(), parts

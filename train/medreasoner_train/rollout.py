@@ -7,7 +7,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Completion", "Prompt", "Rollouts", "Sampling"]
+__all__ = ["Completion", "Pixels", "Prompt", "Rollouts", "Sampling"]
+
+Pixels = npt.NDArray[np.uint8]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,7 +20,7 @@ class Prompt:
     """
 
     key: str
-    pixels: npt.NDArray[np.uint8]
+    pixels: Pixels
     query: str
     think: bool = False
 
