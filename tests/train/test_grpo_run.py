@@ -18,6 +18,7 @@ from medreasoner_train.checkpoint import load_reasoner, save_reasoner
 from medreasoner_train.config import ConfigError
 from medreasoner_train.grpo_config import GrpoConfig, read_config
 from medreasoner_train.grpo_run import run
+from medreasoner_train.lora import LoraOptions
 from medreasoner_train.vocabulary import Vocabulary
 
 SIZE = 84
@@ -190,30 +191,42 @@ def test_an_unknown_source_is_named(config: GrpoConfig) -> None:
         run(dataclasses.replace(config, data=data))
 
 
+def test_tensorboards_files_are_written(config: GrpoConfig) -> None:
+    pytest.importorskip("tensorboard")
+    run(changed(config, steps=1, tensorboard=True))
+    assert list((config.train.out / "tensorboard").glob("events.*"))
+
+
 def test_tensorboard_is_an_extra(config: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"medreasoner\[tensorboard\]"):
         run(changed(config, tensorboard=True))
 
 
-def test_a_folder_with_a_csv_is_trained_on(config: GrpoConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows with a mask, with a box alone, and absent ones; the truth reaches the rewards in the answer's grid."""
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    """Rows with a mask, with a box alone, and absent ones; images of 80 x 60."""
     folder, rng = tmp_path / "csv", np.random.default_rng(0)
     folder.mkdir()
     mask = np.zeros((60, 80), np.uint8)
     mask[15:45, 20:60] = 255
     PilImage.fromarray(mask).save(folder / "mask.png")
-    rows_ = ["image,query,mask,x1,y1,x2,y2,group,category"]
+    lines = ["image,query,mask,x1,y1,x2,y2,group,category"]
     for k in range(6):
         PilImage.fromarray(rng.integers(0, 255, (60, 80), dtype=np.uint8)).save(folder / f"{k}.png")
-        rows_.append(f"{k}.png,Where is it?," + ("mask.png,,,,", ",40,30,80,60", ",,,,")[k % 3] + f",g{k},thing")
-    (folder / "rows.csv").write_text("\n".join(rows_) + "\n")
+        lines.append(f"{k}.png,Where is it?," + ("mask.png,,,,", ",40,30,80,60", ",,,,")[k % 3] + f",g{k},thing")
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_a_folder_with_a_csv_is_trained_on(config: GrpoConfig, csv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The truth reaches the rewards in the answer's grid."""
     seen: list[Any] = []
     from medreasoner_train import grpo_trainer
 
     real = grpo_trainer.judged
     monkeypatch.setattr(grpo_trainer, "judged", lambda tasks, *rest: (seen.extend(tasks), real(tasks, *rest))[1])
-    data = dataclasses.replace(config.data, path=folder)
+    data = dataclasses.replace(config.data, path=csv)
     run(changed(dataclasses.replace(config, data=data), steps=3, eval_every=3, mini_batch=0))
     boxes = {task.truth.box for task in seen}
     assert boxes == {(63.0, 63.0, 189.0, 189.0), (126.0, 126.0, 252.0, 252.0), None}  # of 252 for 80 x 60
@@ -222,6 +235,33 @@ def test_a_folder_with_a_csv_is_trained_on(config: GrpoConfig, tmp_path: Path, m
         assert (task.mask is not None) == (task.truth.box == (63.0, 63.0, 189.0, 189.0))
         assert (task.truth.points is not None) == (task.mask is not None)
     assert "val_iou" in rows(config.train.out)[-1] or "no_box/absent" in rows(config.train.out)[-1]
+
+
+@pytest.mark.parametrize("lora", [None, LoraOptions(rank=2, alpha=4.0)])
+def test_any_checkpoint_is_trained_through_the_runtime(
+    config: GrpoConfig, csv: Path, start: Path, lora: LoraOptions | None
+) -> None:
+    """By transformers' own forward, with answers of the runtime; images keep their own size."""
+    policy = dataclasses.replace(config.policy, kind="hub", lora=lora)
+    data = dataclasses.replace(config.data, path=csv, think=0.0)
+    reward = dataclasses.replace(config.reward, mode="soft", mask=1.0, segmenter="nano")
+    own = dataclasses.replace(config, policy=policy, data=data, reward=reward)
+    run(changed(own, steps=3, eval_every=3, mini_batch=0, micro_batch=2, lr=1e-2, pictures_every=0))
+    written = rows(config.train.out)
+    assert [row["step"] for row in written] == [0, 1, 2, 3, 3]  # with a look before and after
+    assert all(row["segment"] == 1.0 for row in written[1:4])  # the grammar's answers are valid
+    assert written[1]["kl"] == pytest.approx(0, abs=1e-5)
+    assert written[3]["kl"] > 0
+    before, after = load_reasoner(start), load_reasoner(config.train.out / "checkpoint")
+    moved = [
+        name
+        for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True)
+        if float((a - b).detach().abs().max()) > 0
+    ]
+    assert moved
+    if lora is not None:
+        assert all(name.split(".")[-2] in lora.targets for name in moved)
+        assert (config.train.out / "adapter" / "adapter_model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", sorted(each.name for each in RECIPES.glob("*.toml")))

@@ -161,7 +161,7 @@ def test_the_checkpoint_says_whether_the_policy_fits(toy_reasoner: Any, vocabula
     save_reasoner(toy_reasoner, vocabulary.tokenizer, tmp_path, size=SIZE)
     policy = PackedPolicy.of(tmp_path, toy_reasoner)
     assert policy is not None
-    assert (policy.size, policy.grid) == (SIZE, (252, 252))
+    assert (policy.size, policy.grid_size(np.zeros((9, 8, 3), np.uint8))) == (SIZE, (252, 252))
     settings = (tmp_path / "medreasoner.json").read_text()
     for old, new in (('"stretch"', '"smart"'), ("relative_252", "absolute"), ("relative_252", "relative_99999")):
         (tmp_path / "medreasoner.json").write_text(settings.replace(old, new))

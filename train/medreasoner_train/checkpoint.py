@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
 from medreasoner_train.loop import write_settings
 from medreasoner_train.model import NANO
 
-__all__ = ["load_reasoner", "load_weights", "read_settings", "save_like", "save_reasoner"]
+__all__ = ["copy_beside", "load_reasoner", "load_weights", "read_settings", "save_like", "save_reasoner"]
 
 
 def load_weights(folder: Path, model: Any) -> None:
@@ -74,13 +75,22 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def save_like(model: Any, start: Path, out: Path) -> None:
-    """Write a reasoner that was trained on from the checkpoint `start`: bfloat16 weights, all else as it is there."""
-    state = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+def save_like(model: Any, start: Path, out: Path, *, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write a reasoner that was trained on from the checkpoint `start`: bfloat16 weights, all else as it is there.
+
+    `weights`: those to write in the place of the model's own, under the same names.
+    """
+    state = {name: value.to(torch.bfloat16) for name, value in (weights or model.state_dict()).items()}
     model.save_pretrained(out, state_dict=state)
-    for name in ("tokenizer.json", "medreasoner.json"):
-        if (start / name).resolve() != (out / name).resolve():
-            shutil.copyfile(start / name, out / name)
+    copy_beside(start, out)
+
+
+def copy_beside(start: Path, out: Path) -> None:
+    """Copy what a checkpoint holds beside its weights and its configuration: tokenizer, settings, templates."""
+    for file in sorted(start.iterdir()):
+        own = file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(("config.json", ".index.json"))
+        if (own or file.name == "preprocessor_config.json") and file.resolve() != (out / file.name).resolve():
+            shutil.copyfile(file, out / file.name)
 
 
 def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path, *, size: int, absent_threshold: float = 0.5) -> None:

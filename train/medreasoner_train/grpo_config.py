@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from medreasoner_train.config import ConfigError, read_section, read_toml
 from medreasoner_train.grpo import LossOptions
+from medreasoner_train.lora import LoraOptions
 from medreasoner_train.rollout import Sampling
 
 __all__ = [
@@ -56,11 +57,32 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyOptions:
-    """What is trained: the folder of a finished reasoner, which is the frozen reference too."""
+    """What is trained.
+
+    Parameters
+    ----------
+    checkpoint
+        Folder of a finished reasoner, which is the frozen reference too: any Qwen2.5-VL that ``export reasoner`` reads.
+    kind
+        ``"packed"``: one pass over an image for all its answers, for reasoners of nano's kind (square images, one token
+        a coordinate); ``"hub"``: any other, by transformers' own forward; ``"auto"``: whichever fits.
+    frozen_vision
+        Whether the vision tower is left as it is.
+    gradient_checkpointing
+        Whether layers are run again for the gradient instead of being kept.
+    lora
+        Adapters that are trained in the place of the weights; the reference is then the model without them.
+    """
 
     checkpoint: Path
+    kind: Literal["auto", "packed", "hub"] = "auto"
     frozen_vision: bool = False
     gradient_checkpointing: bool = False
+    lora: LoraOptions | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and self.kind == "packed":
+            raise ValueError('lora: adapters are trained by kind = "hub"')
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +92,11 @@ class RolloutOptions(Sampling):
     Parameters
     ----------
     engine
-        ``"torch"``: the model itself, freely, thoughts too; ``"runtime"``: our ONNX runtime, by the grammar of answers,
-        much faster on a CPU.
+        ``"torch"``: the model itself, freely, thoughts too, for policies of kind packed; ``"runtime"``: our ONNX
+        runtime, by the grammar of answers, for any, and much faster on a CPU; ``"auto"``: the first that can.
     """
 
-    engine: Literal["torch", "runtime"] = "torch"
+    engine: Literal["auto", "torch", "runtime"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

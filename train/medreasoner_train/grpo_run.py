@@ -1,6 +1,7 @@
 """Runs GRPO from a settings file: ``medreasoner-cli train grpo CONFIG``."""
 
 import copy
+import dataclasses
 import json
 import logging
 import time
@@ -14,13 +15,15 @@ from medreasoner._extras import require
 from medreasoner_train.checkpoint import load_reasoner, load_weights, save_like
 from medreasoner_train.config import ConfigError
 from medreasoner_train.data import by_image, leave_out, load_index, split
-from medreasoner_train.examples import load_examples, split_examples
+from medreasoner_train.examples import Example, load_examples, split_examples
 from medreasoner_train.files import appearing
 from medreasoner_train.grpo_config import GrpoConfig
-from medreasoner_train.grpo_trainer import Episode, GrpoTrainer, look_at_tasks
+from medreasoner_train.grpo_trainer import Episode, GrpoTrainer, Policy, look_at_tasks
+from medreasoner_train.hub_policy import HubPolicy, bare, load_hub_model
 from medreasoner_train.judge import MaskJudge, RuntimeJudge, TorchJudge
 from medreasoner_train.language import load_phrasings
 from medreasoner_train.loop import LoopOptions, Optimiser, batches, load_modules, save_checkpoint
+from medreasoner_train.lora import AdapterReference, add_adapter, merged_weights, save_adapter
 from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.pictures import sheet
 from medreasoner_train.rollout import Rollouts
@@ -73,37 +76,73 @@ def run(config: GrpoConfig) -> None:
     torch.set_flush_denormal(True)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: rewards and ratios are far coarser
-    start = config.policy.checkpoint
-    model = load_reasoner(start)
-    policy = PackedPolicy.of(
-        start,
-        model,
-        frozen_vision=config.policy.frozen_vision,
-        checkpointing=config.policy.gradient_checkpointing,
-    )
-    if policy is None:
-        raise ConfigError(f"{start}: not a reasoner with square images and one token a coordinate")
-    source, look = _data(config, policy)
-    reference = copy.deepcopy(model).to(device).eval().requires_grad_(False) if config.loss.kl else None
-    model.to(device)
-    model.model.visual.requires_grad_(not config.policy.frozen_vision)
-    rollouts = _rollouts(config, policy, model)
+    setup = _setup(config, device)
+    rollouts = _rollouts(config, setup)
+    source, look = _data(config, setup, rollouts)
     loop = _loop(config)
-    optimiser = Optimiser({"model": model}, loop)
+    optimiser = Optimiser({"model": setup.model}, loop)
     trainer = GrpoTrainer(
         config,
-        model=model,
-        reference=reference,
-        policy=policy,
+        model=setup.model,
+        reference=setup.reference,
+        policy=setup.policy,
         rollouts=rollouts,
         judge=_judge(config, device),
         optimiser=optimiser,
     )
     try:
-        _steps(config, trainer, source, model, optimiser, loop, lambda: look(model))
+        _steps(config, trainer, source, setup.model, optimiser, loop, look)
     finally:
         rollouts.close()
-    save_like(model, start, options.out / "checkpoint")
+    _save(config, setup.model)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Setup:
+    """What is trained and what it is held against; `packed` is the policy if it is of that kind."""
+
+    model: Any
+    policy: PackedPolicy | HubPolicy
+    reference: tuple[Any, Policy] | None
+    packed: PackedPolicy | None
+
+
+def _setup(config: GrpoConfig, device: torch.device) -> _Setup:
+    options, start = config.policy, config.policy.checkpoint
+    model, packed = load_reasoner(start), None
+    if options.kind != "hub" and options.lora is None:
+        packed = PackedPolicy.of(
+            start, model, frozen_vision=options.frozen_vision, checkpointing=options.gradient_checkpointing
+        )
+        if packed is None and options.kind == "packed":
+            raise ConfigError(f'{start}: not a reasoner with square images and one token a coordinate: kind = "hub"')
+    policy: PackedPolicy | HubPolicy
+    if packed is not None:
+        policy = packed
+        model.model.visual.requires_grad_(not options.frozen_vision)
+    else:
+        policy = HubPolicy(start, gradient_checkpointing=options.gradient_checkpointing)
+        model = load_hub_model(
+            start, frozen_vision=options.frozen_vision, gradient_checkpointing=options.gradient_checkpointing
+        )
+    reference: tuple[Any, Policy] | None = None
+    if options.lora is not None:
+        assert isinstance(policy, HubPolicy)
+        model = add_adapter(model, options.lora)
+        reference = (model, AdapterReference(policy))
+    elif config.loss.kl:
+        reference = (copy.deepcopy(model).to(device).eval().requires_grad_(False), policy)
+    return _Setup(model=model.to(device), policy=policy, reference=reference, packed=packed)
+
+
+def _save(config: GrpoConfig, model: Any) -> None:
+    """The finished reasoner; of a model with adapters the sum, and these alone beside it."""
+    out = config.train.out / "checkpoint"
+    if config.policy.lora is None:
+        save_like(model, config.policy.checkpoint, out)
+        return
+    save_like(bare(model), config.policy.checkpoint, out, weights=merged_weights(model))
+    save_adapter(model, config.train.out / "adapter")
 
 
 def _loop(config: GrpoConfig) -> LoopOptions:
@@ -123,26 +162,36 @@ def _loop(config: GrpoConfig) -> LoopOptions:
     )
 
 
-def _data(config: GrpoConfig, policy: PackedPolicy) -> tuple[TaskSource, Callable[[Any], dict[str, float]]]:
-    """What to ask, and a look at how a model does on the validation groups."""
-    path = config.data.path
-    if path.is_dir() and (path / "index.jsonl").exists():
-        return _grounding(config, policy)
+def _data(config: GrpoConfig, setup: _Setup, rollouts: Rollouts) -> tuple[TaskSource, Callable[[], dict[str, float]]]:
+    """What to ask, and a look at how the model does on the validation groups."""
+    path, packed = config.data.path, setup.packed
+    if packed is not None and path.is_dir() and (path / "index.jsonl").exists():
+        return _grounding(config, packed, setup.model)
     loaded = load_examples(path, bad_rows=config.data.bad_rows, cache=config.data.cache)
     left_out = set(config.data.without)
-    examples = [each for each in loaded.examples if each.source not in left_out]
-    phrasings = load_phrasings("train")
-    train, val = split_examples(examples)
+    train, val = split_examples([each for each in loaded.examples if each.source not in left_out])
     if not train:
         raise ConfigError(f"{path}: no row to train on is left")
-    size, grid = policy.size, policy.grid[0]
-    source = ExampleTasks(train, phrasings, size=size, grid=grid, think=config.data.think)
-    held = ExampleTasks(val, load_phrasings("heldout"), size=size, grid=grid, think=0.0, augmented=False)
     logger.info("%d rows to train on, %d of other groups to look at", len(train), len(val))
-    return source, lambda model: look_at_tasks(policy, model, held)
+
+    def tasks(part: list[Example], phrasings: str, *, think: float, augmented: bool) -> ExampleTasks:
+        size = None if packed is None else packed.size
+        return ExampleTasks(
+            part,
+            load_phrasings(phrasings),
+            grid_of=setup.policy.grid_size,
+            size=size,
+            think=think,
+            augmented=augmented,
+        )
+
+    held = tasks(val, "heldout", think=0.0, augmented=False)
+    return tasks(train, "train", think=config.data.think, augmented=True), lambda: look_at_tasks(rollouts, held)
 
 
-def _grounding(config: GrpoConfig, policy: PackedPolicy) -> tuple[TaskSource, Callable[[Any], dict[str, float]]]:
+def _grounding(
+    config: GrpoConfig, policy: PackedPolicy, model: Any
+) -> tuple[TaskSource, Callable[[], dict[str, float]]]:
     """The same of the grounding set, with its phrasings, targets that are absent, and augmented images."""
     samples = leave_out(load_index(config.data.path), config.data.without)
     mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=policy.size)
@@ -158,18 +207,23 @@ def _grounding(config: GrpoConfig, policy: PackedPolicy) -> tuple[TaskSource, Ca
         for part in split(samples)
     )
 
-    def look(model: Any) -> dict[str, float]:
+    def look() -> dict[str, float]:
         return validate(model, policy.vocabulary, val, size=policy.size)
 
     return GroundingTasks(train, think=config.data.think), look
 
 
-def _rollouts(config: GrpoConfig, policy: PackedPolicy, model: Any) -> Rollouts:
-    if config.rollouts.engine == "torch":
-        return TorchRollouts(policy, model, bf16=config.train.precision == "bf16")
+def _rollouts(config: GrpoConfig, setup: _Setup) -> Rollouts:
+    engine = config.rollouts.engine
+    if engine == "auto":
+        engine = "torch" if setup.packed is not None else "runtime"
+    if engine == "torch":
+        if setup.packed is None:
+            raise ConfigError('[rollouts] engine "torch" draws for policies of kind "packed": use "runtime"')
+        return TorchRollouts(setup.packed, setup.model, bf16=config.train.precision == "bf16")
     if config.data.think:
         raise ConfigError('[rollouts] engine "runtime" draws answers without a thought: set [data] think = 0')
-    return RuntimeRollouts(config.policy.checkpoint, model)
+    return RuntimeRollouts(config.policy.checkpoint, setup.model)
 
 
 def _judge(config: GrpoConfig, device: torch.device) -> MaskJudge | None:

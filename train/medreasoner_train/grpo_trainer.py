@@ -13,7 +13,6 @@ from medreasoner_train.grpo import group_advantages, policy_loss, telling_groups
 from medreasoner_train.grpo_config import GrpoConfig
 from medreasoner_train.judge import MaskJudge
 from medreasoner_train.loop import Optimiser
-from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.prior import box_iou
 from medreasoner_train.rewards import Reward, geometry_of, score
 from medreasoner_train.rollout import Completion, Prompt, Rollouts, Sampling
@@ -78,10 +77,10 @@ class GrpoTrainer:
 
     Parameters
     ----------
-    model, reference
-        What is trained, and what it must stay near to; the reference may be None if the loss has no KL term.
-    policy
-        How both are read.
+    model, policy
+        What is trained, and how it is read.
+    reference
+        What it must stay near to, and how that is read; None if the loss has no KL term.
     rollouts, judge
         Who answers, and who makes masks of the answers (None: no reward on masks).
     """
@@ -91,7 +90,7 @@ class GrpoTrainer:
         config: GrpoConfig,
         *,
         model: Any,
-        reference: Any,
+        reference: tuple[Any, Policy] | None,
         policy: Policy,
         rollouts: Rollouts,
         judge: MaskJudge | None,
@@ -154,15 +153,15 @@ class GrpoTrainer:
         with torch.no_grad():
             for start in range(0, len(episodes), size):
                 some = episodes[start : start + size]
-                values, _ = self._log_probs(model, some)
+                values, _ = self._log_probs(model, self._policy, some)
                 found += torch.split(values, [len(each.completions) for each in some])
         return found
 
-    def _log_probs(self, model: Any, episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, model: Any, policy: Policy, episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
         bf16 = self._config.train.precision == "bf16"
         device = self._config.train.device.partition(":")[0]
         with torch.autocast(device, torch.bfloat16) if bf16 else contextlib.nullcontext():
-            return self._policy.log_probs(
+            return policy.log_probs(
                 model,
                 [each.task.prompt for each in episodes],
                 [each.completions for each in episodes],
@@ -185,15 +184,16 @@ class GrpoTrainer:
         for start in range(0, len(part), options.micro_batch):
             own = part[start : start + options.micro_batch]
             some = [episodes[index] for index in own]
-            log_probs, counts = self._log_probs(self._model, some)
+            log_probs, counts = self._log_probs(self._model, self._policy, some)
             rows, length = log_probs.shape
             weight = weights[at : at + rows, :length].to(log_probs.device) * counts
             at += rows
             before = log_probs.detach() if old is None else _joined([old[index] for index in own], length)
             reference = None
             if self._config.loss.kl:
+                assert self._reference is not None
                 with torch.no_grad():
-                    reference, _ = self._log_probs(self._reference, some)
+                    reference, _ = self._log_probs(*self._reference, some)
             gain = torch.cat([advantages[index] for index in own]).to(log_probs.device)
             loss, measured = policy_loss(log_probs, before, reference, gain, weight, self._config.loss)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -242,16 +242,12 @@ def summary(episodes: Sequence[Episode]) -> dict[str, float]:
     return found
 
 
-def look_at_tasks(policy: PackedPolicy, model: Any, tasks: ExampleTasks) -> dict[str, float]:
+def look_at_tasks(rollouts: Rollouts, tasks: ExampleTasks) -> dict[str, float]:
     """Mean box IoU of the likeliest answers, and how often nothing was found; over about 500 rows at most."""
     rng = np.random.default_rng(1)
     rows = [tasks.task(index, str(index), rng) for index in range(0, len(tasks), max(1, len(tasks) // 500))]
-    sampling = Sampling(count=1, temperature=1e-3, max_tokens=64)
-    answers: list[list[Completion]] = []
-    device = model.model.language_model.embed_tokens.weight.device
-    for start in range(0, len(rows), 32):
-        prompts = [row.prompt for row in rows[start : start + 32]]
-        answers += policy.sample(model, prompts, sampling, torch.Generator(device).manual_seed(0))
+    sampling = Sampling(count=1, temperature=1e-3, max_tokens=128)
+    answers = rollouts.sample([row.prompt for row in rows], sampling, seed=0)
     ious = [_iou(own[0], row) for own, row in zip(answers, rows, strict=True) if row.truth.box is not None]
     said = [(geometry_of(own[0].text) is None, row.truth.box is None) for own, row in zip(answers, rows, strict=True)]
     found = {"val_iou": float(np.mean(ious))} if ious else {}

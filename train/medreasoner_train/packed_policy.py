@@ -19,7 +19,7 @@ from medreasoner_train.checkpoint import read_settings
 from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
 from medreasoner_train.loop import moved
 from medreasoner_train.model import to_tensor, tower
-from medreasoner_train.rollout import Completion, Prompt, Sampling
+from medreasoner_train.rollout import Completion, Pixels, Prompt, Sampling
 from medreasoner_train.tokenizer import token_id
 from medreasoner_train.vocabulary import Vocabulary
 
@@ -95,9 +95,8 @@ class PackedPolicy:
             checkpointing=checkpointing,
         )
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Width and height of the grid in which answers name places."""
+    def grid_size(self, _: Pixels) -> tuple[int, int]:
+        """Width and height of any image in the numbers of an answer about it."""
         return self.vocabulary.largest, self.vocabulary.largest
 
     def log_probs(

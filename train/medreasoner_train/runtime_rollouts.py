@@ -19,7 +19,9 @@ from medreasoner.errors import QueryError
 from medreasoner.reasoner import Decoded
 from medreasoner.reasoner.generate import Sampler
 from medreasoner.reasoner.prompt import load_tokenizer
-from medreasoner_train.checkpoint import read_settings
+from medreasoner_train.checkpoint import copy_beside, read_settings
+from medreasoner_train.hub_policy import bare
+from medreasoner_train.lora import merged_weights
 from medreasoner_train.rollout import Completion, Prompt, Sampling
 
 __all__ = ["RuntimeRollouts"]
@@ -41,14 +43,12 @@ class RuntimeRollouts:
 
     def __init__(self, checkpoint: Path, model: Any) -> None:
         from medreasoner_export import export_segmenter  # lazily: the rest of the trainer does without
+        from medreasoner_export.checkpoint_spec import checkpoint_spec
         from medreasoner_export.toy import make_toy_segmenter
 
         self._start = checkpoint
-        self._settings = read_settings(checkpoint)
-        self._absent = self._settings["answer"].get("absent")
-        if self._absent:
-            self._settings["absent_threshold"] = 1.0  # never by a threshold: it is drawn, below
-        self._end = str(self._settings["answer"]["end"])
+        spec = checkpoint_spec(checkpoint)
+        self._absent, self._end = spec.answer.absent, spec.answer.end
         self._tokenizer = load_tokenizer(str(checkpoint / "tokenizer.json"))
         self._folder = Path(tempfile.mkdtemp(prefix="medreasoner-rollouts-"))
         self._number = 0
@@ -63,9 +63,12 @@ class RuntimeRollouts:
 
         own = self._folder / str(self._number)
         self._number += 1
-        model.save_pretrained(own / "checkpoint", state_dict={k: v.float() for k, v in model.state_dict().items()})
-        (own / "checkpoint" / "medreasoner.json").write_text(json.dumps(self._settings), encoding="utf-8")
-        shutil.copyfile(self._start / "tokenizer.json", own / "checkpoint" / "tokenizer.json")
+        weights = merged_weights(model) if hasattr(model, "get_base_model") else model.state_dict()
+        bare(model).save_pretrained(own / "checkpoint", state_dict={k: v.float() for k, v in weights.items()})
+        copy_beside(self._start, own / "checkpoint")
+        if self._absent is not None:  # never by a threshold: it is drawn, below
+            settings = read_settings(own / "checkpoint") | {"absent_threshold": 1.0}
+            (own / "checkpoint" / "medreasoner.json").write_text(json.dumps(settings), encoding="utf-8")
         export_reasoner(own / "checkpoint", own / "r", options=ReasonerOptions(precision="fp32"))
         build_bundle(own / "r", self._folder / "s", own / "bundle", name="rollouts", version="0")
         grounder = Grounder.load(own / "bundle", device="cpu", cache_bytes=0)
@@ -100,7 +103,8 @@ class RuntimeRollouts:
         """The drawn answer, or that there is none, with the model's own probability at this temperature."""
         if self._absent and decoded.absent_probability is not None:
             p = min(max(decoded.absent_probability, 1e-12), 1 - 1e-12)
-            share = 1 / (1 + float(np.exp((np.log1p(-p) - np.log(p)) / temperature)))
+            odds = min(700.0, float(np.log1p(-p) - np.log(p)) / temperature)  # e to it is still a number
+            share = 1 / (1 + float(np.exp(odds)))
             if rng.random() < share:
                 return str(self._absent)
         return decoded.text

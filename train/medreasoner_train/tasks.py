@@ -1,7 +1,7 @@
 """What GRPO asks the policy: questions with their truth, drawn step by step from a data set."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from medreasoner_train.augment import NO_CHANGE, Options, augment
 from medreasoner_train.examples import Example, draw_question
 from medreasoner_train.language import Phrasings
 from medreasoner_train.rewards import Truth
-from medreasoner_train.rollout import Prompt
+from medreasoner_train.rollout import Pixels, Prompt
 from medreasoner_train.sft_data import SftData
 
 __all__ = ["ExampleTasks", "GroundingTasks", "Task", "TaskSource"]
@@ -80,14 +80,15 @@ class ExampleTasks:
         Its rows.
     phrasings
         By key: of these a question is drawn for rows that have none.
+    grid_of
+        Width and height of an image in the numbers of an answer about it, as the policy has them.
     size
-        Side in pixels of the square that the policy sees.
-    grid
-        Largest number of an answer, for the side of that square.
+        Side in pixels of the square that images are brought to; None: they stay as they are.
     think
         Share of the prompts that ask for a thought.
     augmented
-        Whether contrast and noise are changed at random; the geometry never is, since it may carry meaning.
+        Whether contrast and noise are changed at random, of images that are brought to a size; the geometry never is,
+        since it may carry meaning.
     """
 
     def __init__(
@@ -95,13 +96,13 @@ class ExampleTasks:
         examples: Sequence[Example],
         phrasings: dict[str, Phrasings],
         *,
-        size: int,
-        grid: int,
+        grid_of: Callable[[Pixels], tuple[int, int]],
+        size: int | None,
         think: float,
         augmented: bool = True,
     ) -> None:
         self._examples, self._phrasings = list(examples), phrasings
-        self._size, self._grid, self._think = size, grid, think
+        self._size, self._grid_of, self._think = size, grid_of, think
         self._changes = dataclasses.replace(Options(), crop=0.0) if augmented else NO_CHANGE
 
     def __len__(self) -> int:
@@ -118,20 +119,23 @@ class ExampleTasks:
         example = self._examples[index]
         pixels, mask = example.pixels(), example.mask()
         height, width = pixels.shape[:2]
-        none = np.zeros((0, height, width), np.bool_)
-        changed = augment(
-            pixels, none if mask is None else mask[None], np.zeros((0 if mask is None else 1, 2, 2)),
-            size=self._size, modality="", source="", rng=rng, options=self._changes,
-        )  # fmt: skip
+        if self._size is not None:
+            none = np.zeros((0, height, width), np.bool_)
+            changed = augment(
+                pixels, none if mask is None else mask[None], np.zeros((0 if mask is None else 1, 2, 2)),
+                size=self._size, modality="", source="", rng=rng, options=self._changes,
+            )  # fmt: skip
+            pixels, mask = changed.pixels, None if mask is None else changed.masks[0]
         query = draw_question(example, self._phrasings, rng)
-        prompt = Prompt(key=key, pixels=changed.pixels, query=query, think=bool(rng.random() < self._think))
-        scale = np.array([self._grid / width, self._grid / height])
-        truth = Truth(box=None, points=None, size=(self._grid, self._grid))
+        prompt = Prompt(key=key, pixels=pixels, query=query, think=bool(rng.random() < self._think))
+        grid = self._grid_of(pixels)
+        scale = np.array([grid[0] / width, grid[1] / height])
+        truth = Truth(box=None, points=None, size=grid)
         if example.box is not None:
             x1, y1, x2, y2 = (float(each) for each in np.array(example.box) * np.tile(scale, 2))
             points = None
             if example.points is not None:
                 (ax, ay), (bx, by) = (np.array(example.points) * scale).tolist()
                 points = ((ax, ay), (bx, by))
-            truth = Truth(box=(x1, y1, x2, y2), points=points, size=(self._grid, self._grid))
-        return Task(prompt=prompt, truth=truth, mask=None if mask is None else changed.masks[0])
+            truth = Truth(box=(x1, y1, x2, y2), points=points, size=grid)
+        return Task(prompt=prompt, truth=truth, mask=mask)
