@@ -4,6 +4,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -200,24 +201,27 @@ class DecoderSequence {
     DecoderCache cache_{};
 };
 
-// Hidden states of new tokens of several sequences, those of one after those of the other.
+// Hidden states of the last new tokens of several sequences, those of one after those of the other.
 Array<float> run_step(const std::vector<DecoderSequence*>& sequences, const std::vector<int64_t>& pasts,
                       const std::vector<int64_t>& counts, const Array<float>& embeds, const Array<float>& cos,
-                      const Array<float>& sin) {
+                      const Array<float>& sin, const std::optional<std::vector<int64_t>>& n_out) {
     require(!sequences.empty() && pasts.size() == sequences.size() && counts.size() == sequences.size(),
             "there must be a past and a count for each sequence");
+    require(!n_out || n_out->size() == sequences.size(), "there must be an n_out for each sequence");
     const std::shared_ptr<DecoderStep> step = sequences[0]->step();
     const DecoderWeights& weights = step->weights();
     std::vector<StepPart> parts;
-    int64_t n = 0;
+    int64_t n = 0, asked_for = 0;
     for (size_t i = 0; i < sequences.size(); ++i) {
         const DecoderCache& cache = sequences[i]->cache();
         require(sequences[i]->step() == sequences[0]->step(), "sequences must be of one decoder");
         require(cache.dtype == sequences[0]->cache().dtype, "sequences must have caches of one type");
         for (size_t j = 0; j < i; ++j) require(sequences[j] != sequences[i], "a sequence may be there once");
         require(counts[i] > 0 && pasts[i] >= 0 && pasts[i] <= cache.capacity - counts[i], "past + n must fit the cache");
-        parts.push_back({&cache, pasts[i], counts[i]});
+        parts.push_back({&cache, pasts[i], counts[i], n_out ? (*n_out)[i] : counts[i]});
+        require(parts[i].n_out >= 0 && parts[i].n_out <= counts[i], "n_out must be from 0 to the count");
         n += counts[i];
+        asked_for += parts[i].n_out;
     }
     const DecoderShape& s = weights.shape;
     require(embeds.ndim() == 2 && embeds.shape(0) == n && embeds.shape(1) == s.hidden, "embeds must be (n, hidden)");
@@ -225,7 +229,7 @@ Array<float> run_step(const std::vector<DecoderSequence*>& sequences, const std:
         require(table->ndim() == 2 && table->shape(0) == n && table->shape(1) == s.head_dim / 2,
                 "cos and sin must be (n, head_dim / 2)");
     }
-    Array<float> out({n, s.hidden});
+    Array<float> out({asked_for, s.hidden});
     const float *from = embeds.data(), *c = cos.data(), *i = sin.data();
     float* to = out.mutable_data();
     py::gil_scoped_release release;
@@ -249,5 +253,6 @@ void bind_decoder(py::module_& m) {
     py::class_<DecoderSequence>(m, "DecoderSequence", "A decoder and one sequence's keys and values.");
     m.def("decoder_step", &run_step, py::arg("sequences"), py::arg("pasts"), py::arg("counts"),
           py::arg("embeds").noconvert(), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
-          "Hidden states (n, hidden) of n more tokens, those of each sequence together.");
+          py::arg("n_out") = py::none(),
+          "Hidden states (n, hidden) of n more tokens, or of the last n_out of each sequence; those of one together.");
 }
