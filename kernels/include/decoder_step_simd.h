@@ -127,9 +127,11 @@ MR_TARGET inline void add_weighted(const Query* own, const T* values, int64_t di
     }
     for (int r = 0; r < R; ++r) {
         const T* from = values;
-        for (j = shared; j < own[r].length; ++j, from += dim) {
-            for (int c = 0; c < C; ++c) (j % 2 ? odd : even)[r][c] += load_float(from + c * MR_LANES) * own[r].scores[j];
+        for (j = shared; j + 2 <= own[r].length; j += 2, from += 2 * dim) {
+            for (int c = 0; c < C; ++c) even[r][c] += load_float(from + c * MR_LANES) * own[r].scores[j];
+            for (int c = 0; c < C; ++c) odd[r][c] += load_float(from + dim + c * MR_LANES) * own[r].scores[j + 1];
         }
+        for (int c = 0; c < C && j < own[r].length; ++c) even[r][c] += load_float(from + c * MR_LANES) * own[r].scores[j];
         for (int c = 0; c < C; ++c) save(even[r][c] + odd[r][c], own[r].out + column + c * MR_LANES);
     }
 }

@@ -152,7 +152,8 @@ void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& pa
     const RoundedRows rounded{levels.data(), scales.data(), offsets.data()};
     const StepScratch scratch{room.data(), normed, wider, attended, wider + n * wide, n_scores, rounded};
     std::copy(embeds, embeds + n * s.hidden, scratch.residual);
-    const std::lock_guard<std::mutex> lock(crew.turn());
+    std::unique_lock<std::mutex> turn(crew.turn(), std::defer_lock);
+    if (crew.n_threads() > 1) turn.lock();  // else there is nothing to share
     step_with(weights, tokens, cos, sin, scratch, out, crew);
 }
 

@@ -178,6 +178,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
                     step=step,
                     n_slots=sharing.n_slots,
                     max_waiting=sharing.max_waiting,
+                    n_threads=options.n_threads or usable_cores(),
                 ),
                 Segmenter(segmenter, encoder=opened[1].session, decoder=opened[3].session),
             ),

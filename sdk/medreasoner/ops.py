@@ -22,12 +22,15 @@ from medreasoner._array_checks import (
     check_size,
     check_weight,
 )
+from medreasoner._decoder_ops import WeightDtype, decoder_step, draw_token, write_answers
 from medreasoner._kernels import (
     AnswerGrammar,
     AnswerParser,
     AnswerState,
+    AnswerWriting,
     DecoderSequence,
     DecoderStep,
+    Interrupt,
     ParsedAnswer,
     cpu_features,
     simd_level,
@@ -38,8 +41,10 @@ __all__ = [
     "AnswerGrammar",
     "AnswerParser",
     "AnswerState",
+    "AnswerWriting",
     "DecoderSequence",
     "DecoderStep",
+    "Interrupt",
     "ParsedAnswer",
     "Rle",
     "VoiFunction",
@@ -47,6 +52,7 @@ __all__ = [
     "count_masks",
     "cpu_features",
     "decoder_step",
+    "draw_token",
     "gather_rows",
     "mask_box",
     "mask_from_logits",
@@ -59,10 +65,8 @@ __all__ = [
     "select_token",
     "simd_level",
     "window_u8",
+    "write_answers",
 ]
-
-WeightDtype = Literal["float32", "float16", "bfloat16"]
-"""Of a weight matrix; bfloat16 is held as uint16 bit patterns, since NumPy has no such type."""
 
 VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 """VOI LUT Function (0028,1056)."""
@@ -266,40 +270,6 @@ def select_token(
         return _kernels.select_token(hidden, weight, dtype, rows)
     except ValueError as err:  # a row outside the matrix, or logits that are not finite
         raise ArrayError(f"select_token: {err}") from err
-
-
-def decoder_step(
-    sequences: Sequence[DecoderSequence],
-    pasts: Sequence[int],
-    counts: Sequence[int],
-    embeds: NDArray[np.float32],
-    cos: NDArray[np.float32],
-    sin: NDArray[np.float32],
-) -> NDArray[np.float32]:
-    """Run more tokens of one or more sequences through a decoder; their keys and values are appended.
-
-    Parameters
-    ----------
-    sequences
-        Of one `DecoderStep`, each at most once.
-    pasts
-        Tokens that each has in its buffers.
-    counts
-        New tokens of each.
-    embeds
-        (n, hidden_dim) float32, n in all, those of the first sequence first.
-    cos, sin
-        (n, head_dim / 2) float32 rotary tables of the same tokens.
-
-    Returns
-    -------
-    NDArray[np.float32]
-        (n, hidden_dim) float32. What a sequence gets depends neither on the others nor on threads, to the last bit.
-    """
-    try:
-        return _kernels.decoder_step(sequences, pasts, counts, embeds, cos, sin)
-    except (ValueError, TypeError) as err:
-        raise ArrayError(f"decoder_step: {str(err).splitlines()[0]}") from err
 
 
 def project_rows(
