@@ -114,7 +114,13 @@ class Interrupt:
     def set(self) -> None: ...
 
 def count_masks(
-    logits: NDArray[np.float32], *, crop: tuple[float, float], height: int, width: int, threshold: float
+    logits: NDArray[np.float32],
+    *,
+    crop: tuple[float, float],
+    height: int,
+    width: int,
+    threshold: float,
+    n_threads: int = ...,
 ) -> NDArray[np.uint8]: ...
 def cpu_features() -> list[str]: ...
 def decoder_step(

@@ -372,7 +372,13 @@ def mask_from_logits(
 
 
 def count_masks(
-    logits: NDArray[np.float32], *, crop: tuple[float, float], height: int, width: int, threshold: float = 0.0
+    logits: NDArray[np.float32],
+    *,
+    crop: tuple[float, float],
+    height: int,
+    width: int,
+    threshold: float = 0.0,
+    n_threads: int = 1,
 ) -> NDArray[np.uint8]:
     """Count in how many of several masks each pixel is set: the sum of `mask_from_logits` over them, in one pass.
 
@@ -382,6 +388,8 @@ def count_masks(
         (n, h, w) float32, n up to 255.
     crop, height, width, threshold
         As in `mask_from_logits`, the same for all.
+    n_threads
+        That share the rows of large masks.
 
     Returns
     -------
@@ -397,7 +405,9 @@ def count_masks(
     check_size(height, width)
     _check_crop(crop, logits.shape[1:])
     try:
-        return _kernels.count_masks(logits, crop=crop, height=height, width=width, threshold=threshold)
+        return _kernels.count_masks(
+            logits, crop=crop, height=height, width=width, threshold=threshold, n_threads=n_threads
+        )
     except ValueError as err:  # too many
         raise ArrayError(str(err)) from err
 
