@@ -142,8 +142,7 @@ MR_TARGET inline void weigh(float* scores, int64_t length) {
     std::fill(scores + length, scores + whole, -std::numeric_limits<float>::infinity());
     VecF most = load_float(scores);
     for (int64_t j = MR_LANES; j < whole; j += MR_LANES) most = load_float(scores + j) > most ? load_float(scores + j) : most;
-    float largest = most[0];
-    for (int k = 1; k < MR_LANES; ++k) largest = std::max(largest, most[k]);
+    const float largest = largest_of(most);
     VecF total = VecF{};
     for (int64_t j = 0; j < whole; j += MR_LANES) {
         const VecF weight = exponential(load_float(scores + j) - largest);
