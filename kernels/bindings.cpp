@@ -156,35 +156,38 @@ Array<float> gather_rows_py(const py::array& weight, const std::string& dtype, c
     return out;
 }
 
+void check_enlarging(int64_t logits_height, int64_t logits_width, const std::pair<double, double>& crop, int64_t height,
+                     int64_t width) {
+    const auto [crop_h, crop_w] = crop;
+    require(crop_h > 0 && crop_w > 0 && crop_h <= static_cast<double>(logits_height) &&
+                crop_w <= static_cast<double>(logits_width),
+            "crop must be positive and within the logits");
+    require(height > 0 && width > 0, "height and width must be positive");
+}
+
 Array<bool> mask_from_logits_py(const Array<float>& logits, const std::pair<double, double>& crop, int64_t height,
                                 int64_t width, float threshold) {
     require(logits.ndim() == 2 && logits.size() > 0, "logits must be (h, w) and not empty");
-    const auto [crop_h, crop_w] = crop;
-    require(crop_h > 0 && crop_w > 0 && crop_h <= static_cast<double>(logits.shape(0)) &&
-                crop_w <= static_cast<double>(logits.shape(1)),
-            "crop must be positive and within the logits");
-    require(height > 0 && width > 0, "height and width must be positive");
+    check_enlarging(logits.shape(0), logits.shape(1), crop, height, width);
     Array<bool> out({height, width});
     const float* from = logits.data();
     auto* to = reinterpret_cast<uint8_t*>(out.mutable_data());
     py::gil_scoped_release release;
-    mask_from_logits(from, logits.shape(1), crop_h, crop_w, threshold, height, width, to);
+    mask_from_logits(from, logits.shape(1), crop.first, crop.second, threshold, height, width, to);
     return out;
 }
 
 Array<uint8_t> count_masks_py(const Array<float>& logits, const std::pair<double, double>& crop, int64_t height,
-                              int64_t width, float threshold) {
+                              int64_t width, float threshold, int n_threads) {
     require(logits.ndim() == 3 && logits.size() > 0 && logits.shape(0) <= 255, "logits must be (n <= 255, h, w) and not empty");
-    const auto [crop_h, crop_w] = crop;
-    require(crop_h > 0 && crop_w > 0 && crop_h <= static_cast<double>(logits.shape(1)) &&
-                crop_w <= static_cast<double>(logits.shape(2)),
-            "crop must be positive and within the logits");
-    require(height > 0 && width > 0, "height and width must be positive");
+    check_enlarging(logits.shape(1), logits.shape(2), crop, height, width);
+    require(n_threads > 0 && n_threads <= 1024, "n_threads must be from 1 to 1024");
     Array<uint8_t> out({height, width});
     const float* from = logits.data();
     uint8_t* to = out.mutable_data();
     py::gil_scoped_release release;
-    count_masks(from, logits.shape(0), logits.shape(1), logits.shape(2), crop_h, crop_w, threshold, height, width, to);
+    count_masks(from, logits.shape(0), logits.shape(1), logits.shape(2), crop.first, crop.second, threshold, height, width,
+                to, n_threads);
     return out;
 }
 
@@ -285,7 +288,8 @@ void bind_masks(py::module_& m) {
     m.def("mask_from_logits", &mask_from_logits_py, py::arg("logits").noconvert(), py::kw_only(), py::arg("crop"),
           py::arg("height"), py::arg("width"), py::arg("threshold"), "(h, w) float32 -> (height, width) bool.");
     m.def("count_masks", &count_masks_py, py::arg("logits").noconvert(), py::kw_only(), py::arg("crop"),
-          py::arg("height"), py::arg("width"), py::arg("threshold"), "(n, h, w) float32 -> (height, width) uint8.");
+          py::arg("height"), py::arg("width"), py::arg("threshold"), py::arg("n_threads") = 1,
+          "(n, h, w) float32 -> (height, width) uint8.");
     m.def("mask_box", &mask_box_py, py::arg("mask").noconvert(), "Half-open [x1, y1, x2, y2] of the set pixels, or None.");
     m.def("rle_encode", &rle_encode_py, py::arg("mask").noconvert(), "COCO compressed counts of (H, W) bool.");
     m.def("rle_decode", &rle_decode_py, py::arg("counts"), py::arg("height"), py::arg("width"),
@@ -332,9 +336,9 @@ PYBIND11_MODULE(_kernels, m) {
     m.doc() = "Compiled kernels; use them through medreasoner.ops.";
     bind_images(m);
     bind_rows(m);
-    bind_decoder(m);
     bind_masks(m);
     bind_answers(m);
+    bind_decoder(m);
     m.def("cpu_features", &cpu_features, "Instruction sets that this processor offers, of those that matter here.");
     m.def("simd_level", &simd_level_name, "Name of the instruction set in use.");
     m.def("simd_levels", &simd_level_names, "Names that set_simd_level accepts on this machine, slowest first.");

@@ -3,10 +3,14 @@
 #include "bindings.h"
 
 #include <atomic>
+#include <chrono>
+#include <cmath>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "answer_run.h"
 #include "decoder_step.h"
 #include "packed_matrix.h"
 #include "pages.h"
@@ -200,24 +204,27 @@ class DecoderSequence {
     DecoderCache cache_{};
 };
 
-// Hidden states of new tokens of several sequences, those of one after those of the other.
+// Hidden states of the last new tokens of several sequences, those of one after those of the other.
 Array<float> run_step(const std::vector<DecoderSequence*>& sequences, const std::vector<int64_t>& pasts,
                       const std::vector<int64_t>& counts, const Array<float>& embeds, const Array<float>& cos,
-                      const Array<float>& sin) {
+                      const Array<float>& sin, const std::optional<std::vector<int64_t>>& n_out) {
     require(!sequences.empty() && pasts.size() == sequences.size() && counts.size() == sequences.size(),
             "there must be a past and a count for each sequence");
+    require(!n_out || n_out->size() == sequences.size(), "there must be an n_out for each sequence");
     const std::shared_ptr<DecoderStep> step = sequences[0]->step();
     const DecoderWeights& weights = step->weights();
     std::vector<StepPart> parts;
-    int64_t n = 0;
+    int64_t n = 0, asked_for = 0;
     for (size_t i = 0; i < sequences.size(); ++i) {
         const DecoderCache& cache = sequences[i]->cache();
         require(sequences[i]->step() == sequences[0]->step(), "sequences must be of one decoder");
         require(cache.dtype == sequences[0]->cache().dtype, "sequences must have caches of one type");
         for (size_t j = 0; j < i; ++j) require(sequences[j] != sequences[i], "a sequence may be there once");
         require(counts[i] > 0 && pasts[i] >= 0 && pasts[i] <= cache.capacity - counts[i], "past + n must fit the cache");
-        parts.push_back({&cache, pasts[i], counts[i]});
+        parts.push_back({&cache, pasts[i], counts[i], n_out ? (*n_out)[i] : counts[i]});
+        require(parts[i].n_out >= 0 && parts[i].n_out <= counts[i], "n_out must be from 0 to the count");
         n += counts[i];
+        asked_for += parts[i].n_out;
     }
     const DecoderShape& s = weights.shape;
     require(embeds.ndim() == 2 && embeds.shape(0) == n && embeds.shape(1) == s.hidden, "embeds must be (n, hidden)");
@@ -225,12 +232,118 @@ Array<float> run_step(const std::vector<DecoderSequence*>& sequences, const std:
         require(table->ndim() == 2 && table->shape(0) == n && table->shape(1) == s.head_dim / 2,
                 "cos and sin must be (n, head_dim / 2)");
     }
-    Array<float> out({n, s.hidden});
+    Array<float> out({asked_for, s.hidden});
     const float *from = embeds.data(), *c = cos.data(), *i = sin.data();
     float* to = out.mutable_data();
     py::gil_scoped_release release;
     decoder_step(weights, parts, from, c, i, to, step->crew());
     return out;
+}
+
+// Says to whoever runs that there is something else to do.
+class Interrupt {
+   public:
+    void set() { is_set_ = true; }
+    void clear() { is_set_ = false; }
+    const std::atomic<bool>& flag() const { return is_set_; }
+
+   private:
+    std::atomic<bool> is_set_{false};
+};
+
+// One answer under way, and what it works on.
+class AnswerWriting {
+   public:
+    AnswerWriting(AnswerState& state, const DecoderSequence& sequence, int64_t past, int64_t position,
+                  const std::optional<Array<float>>& hidden, Tokens pending, double temperature, std::vector<double> shares)
+        : step_(sequence.step()) {
+        require(past >= 0 && past <= sequence.cache().capacity && position >= 0, "past must fit the cache");
+        require(hidden.has_value() == pending.empty(), "there must be either a hidden state or tokens to feed");
+        require(!hidden || (hidden->ndim() == 1 && hidden->size() == step_->weights().shape.hidden), "hidden must be (hidden,)");
+        require(temperature >= 0 && std::isfinite(temperature), "temperature must be finite and not negative");
+        row_ = {&state, &sequence.cache(), past, position, {}, std::move(pending), temperature, std::move(shares), {}, 0, 0, false};
+        if (hidden) row_.hidden.assign(hidden->data(), hidden->data() + hidden->size());
+    }
+
+    const std::shared_ptr<DecoderStep>& step() const { return step_; }
+    AnswerRow& row() { return row_; }
+
+    std::optional<Array<float>> hidden() const {
+        if (row_.hidden.empty()) return std::nullopt;
+        return Array<float>(static_cast<py::ssize_t>(row_.hidden.size()), row_.hidden.data());
+    }
+
+   private:
+    std::shared_ptr<DecoderStep> step_;
+    AnswerRow row_{};
+};
+
+void run_answers(const std::vector<AnswerWriting*>& answers, const py::array& embedding, const std::string& embedding_dtype,
+                 const py::array& head, const std::string& head_dtype, const Array<float>& cos, const Array<float>& sin,
+                 const Interrupt& interrupt, const std::optional<double>& seconds, int n_threads) {
+    require(!answers.empty(), "there must be an answer");
+    require(n_threads > 0 && n_threads <= 1024, "n_threads must be from 1 to 1024");
+    const std::shared_ptr<DecoderStep> step = answers[0]->step();
+    const DecoderShape& s = step->weights().shape;
+    const AnswerModel model{&step->weights(), view_matrix(embedding, embedding_dtype), view_matrix(head, head_dtype),
+                            cos.data(), sin.data(), cos.ndim() == 2 ? cos.shape(0) : 0};
+    require(model.embedding.cols == s.hidden && model.head.cols == s.hidden, "embedding and head must be (V, hidden)");
+    for (const auto* table : {&cos, &sin}) {
+        require(table->ndim() == 2 && table->shape(0) == model.n_positions && table->shape(1) == s.head_dim / 2,
+                "cos and sin must be (positions, head_dim / 2)");
+    }
+    std::vector<AnswerRow*> rows;
+    for (AnswerWriting* each : answers) {
+        require(each->step() == step, "answers must be of one decoder");
+        require(each->row().cache->dtype == answers[0]->row().cache->dtype, "answers must have caches of one type");
+        for (const AnswerRow* other : rows) {
+            require(other->cache != each->row().cache && other->state != each->row().state, "an answer may be there once");
+        }
+        rows.push_back(&each->row());
+    }
+    std::optional<std::chrono::steady_clock::time_point> deadline;
+    if (seconds) {
+        require(std::isfinite(*seconds) && std::abs(*seconds) < 1e9, "seconds must be finite");
+        deadline = std::chrono::steady_clock::now() +
+                   std::chrono::duration_cast<std::chrono::steady_clock::duration>(std::chrono::duration<double>(*seconds));
+    }
+    py::gil_scoped_release release;
+    write_answers(model, rows, interrupt.flag(), deadline, step->crew(), n_threads);
+}
+
+int64_t draw_py(const Array<float>& logits, double temperature, double share) {
+    require(logits.ndim() == 1 && logits.size() > 0, "logits must be (K,) with at least one");
+    require(temperature > 0 && std::isfinite(temperature), "temperature must be positive");
+    require(share >= 0 && share < 1, "share must be in [0, 1)");
+    const float* from = logits.data();
+    py::gil_scoped_release release;
+    return draw(from, logits.size(), temperature, share);
+}
+
+void bind_writing(py::module_& m) {
+    py::class_<Interrupt>(m, "Interrupt", "Says to whoever runs that there is something else to do.")
+        .def(py::init<>())
+        .def("set", &Interrupt::set, "Stop between two steps.")
+        .def("clear", &Interrupt::clear, "Go on.");
+    py::class_<AnswerWriting>(m, "AnswerWriting", "One answer under way.")
+        .def(py::init<AnswerState&, const DecoderSequence&, int64_t, int64_t, const std::optional<Array<float>>&, Tokens,
+                      double, std::vector<double>>(),
+             py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::arg("state"), py::arg("sequence"), py::arg("past"),
+             py::arg("position"), py::arg("hidden").noconvert().none(true), py::arg("pending"), py::arg("temperature"),
+             py::arg("shares"))
+        .def_property_readonly("hidden", &AnswerWriting::hidden, "(hidden,) float32 of the last token, or None.")
+        .def_property_readonly("is_stuck", [](AnswerWriting& a) { return a.row().is_stuck; })
+        .def_property_readonly("pending", [](AnswerWriting& a) { return a.row().pending; })
+        .def_property_readonly("written", [](AnswerWriting& a) { return a.row().written; })
+        .def_property_readonly("past", [](AnswerWriting& a) { return a.row().past; })
+        .def_property_readonly("position", [](AnswerWriting& a) { return a.row().position; })
+        .def_property_readonly("n_chosen", [](AnswerWriting& a) { return a.row().n_chosen; })
+        .def_property_readonly("n_runs", [](AnswerWriting& a) { return a.row().n_runs; });
+    m.def("write_answers", &run_answers, py::arg("answers"), py::arg("embedding"), py::arg("embedding_dtype"),
+          py::arg("head"), py::arg("head_dtype"), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
+          py::arg("interrupt"), py::arg("seconds"), py::arg("n_threads"), "Write answers until one is done or cannot go on.");
+    m.def("draw_token", &draw_py, py::arg("logits").noconvert(), py::arg("temperature"), py::arg("share"),
+          "Index into logits (K,) float32, drawn from their softmax.");
 }
 
 }  // namespace
@@ -249,5 +362,7 @@ void bind_decoder(py::module_& m) {
     py::class_<DecoderSequence>(m, "DecoderSequence", "A decoder and one sequence's keys and values.");
     m.def("decoder_step", &run_step, py::arg("sequences"), py::arg("pasts"), py::arg("counts"),
           py::arg("embeds").noconvert(), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
-          "Hidden states (n, hidden) of n more tokens, those of each sequence together.");
+          py::arg("n_out") = py::none(),
+          "Hidden states (n, hidden) of n more tokens, or of the last n_out of each sequence; those of one together.");
+    bind_writing(m);
 }

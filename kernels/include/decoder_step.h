@@ -56,14 +56,16 @@ struct DecoderCache {
     std::vector<LayerCache> layers;
 };
 
-// The new tokens of one sequence: n of them, at the places past .. past + n - 1 of its cache. past + n <= capacity.
+// The new tokens of one sequence: n of them, at the places past .. past + n - 1 of its cache, past + n <= capacity. Hidden
+// states are asked for of the last n_out of them only: the last layer does little for the others.
 struct StepPart {
     const DecoderCache* cache;
-    int64_t past, n;
+    int64_t past, n, n_out;
 };
 
-// embeds (n, hidden) and the tables cos, sin (n, head_dim / 2) of the n tokens of all parts -> out (n, hidden) after the
-// last normalisation; their keys and values are appended. The caches are of one type, and no two parts have the same.
+// embeds (n, hidden) and the tables cos, sin (n, head_dim / 2) of the n tokens of all parts -> out (sum of n_out, hidden)
+// after the last normalisation; keys and values of all are appended. The caches are of one type, and no two parts have
+// the same.
 // What a token gives does not depend on which others go along, nor on the number of threads, to the last bit.
 void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& parts, const float* embeds, const float* cos,
                   const float* sin, float* out, Crew& crew);

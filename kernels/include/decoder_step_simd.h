@@ -95,58 +95,99 @@ MR_TARGET inline void rotate(float* head, const float* cos, const float* sin, in
     }
 }
 
-// out (C vectors) = the sum of `length` rows of values, each by its weight. Two sums, so that one need not wait.
-template <int C, class T>
-MR_TARGET inline void add_weighted(const T* values, int64_t length, int64_t dim, const float* weights, float* out) {
-    VecF even[C], odd[C];
-    for (int c = 0; c < C; ++c) even[c] = odd[c] = VecF{};
-    int64_t j = 0;
-    for (; j + 2 <= length; j += 2, values += 2 * dim) {
-        for (int c = 0; c < C; ++c) even[c] += load_float(values + c * MR_LANES) * weights[j];
-        for (int c = 0; c < C; ++c) odd[c] += load_float(values + dim + c * MR_LANES) * weights[j + 1];
+// What one head of one token looks for: in the first `length` places, weighted by `scores`, which has room for whole vectors.
+struct Query {
+    const float* query;  // (dim,)
+    int64_t length;
+    float* scores;
+    float* out;  // (dim,)
+};
+
+// (C vectors of) out = the sum of the rows of values, each by its score, for R queries. Two sums each, so that one need
+// not wait; those places that only some look at come last, so that what the others have is not even multiplied by 0.
+template <int R, int C, class T>
+MR_TARGET inline void add_weighted(const Query* own, const T* values, int64_t dim, int64_t column) {
+    VecF even[R][C], odd[R][C];
+    int64_t shared = own[0].length;
+    for (int r = 0; r < R; ++r) {
+        shared = std::min(shared, own[r].length);
+        for (int c = 0; c < C; ++c) even[r][c] = odd[r][c] = VecF{};
     }
-    for (int c = 0; c < C && j < length; ++c) even[c] += load_float(values + c * MR_LANES) * weights[j];
-    for (int c = 0; c < C; ++c) save(even[c] + odd[c], out + c * MR_LANES);
+    shared -= shared % 2;
+    values += column;
+    int64_t j = 0;
+    for (; j < shared; j += 2, values += 2 * dim) {
+        for (int c = 0; c < C; ++c) {
+            const VecF one = load_float(values + c * MR_LANES), other = load_float(values + dim + c * MR_LANES);
+            for (int r = 0; r < R; ++r) {
+                even[r][c] += one * own[r].scores[j];
+                odd[r][c] += other * own[r].scores[j + 1];
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r) {
+        const T* from = values;
+        for (j = shared; j + 2 <= own[r].length; j += 2, from += 2 * dim) {
+            for (int c = 0; c < C; ++c) even[r][c] += load_float(from + c * MR_LANES) * own[r].scores[j];
+            for (int c = 0; c < C; ++c) odd[r][c] += load_float(from + dim + c * MR_LANES) * own[r].scores[j + 1];
+        }
+        for (int c = 0; c < C && j < own[r].length; ++c) even[r][c] += load_float(from + c * MR_LANES) * own[r].scores[j];
+        for (int c = 0; c < C; ++c) save(even[r][c] + odd[r][c], own[r].out + column + c * MR_LANES);
+    }
 }
 
-// out (dim,) = softmax(query . keys) @ values over the first `length` places; scores has room for whole vectors.
-template <class C>
-MR_TARGET void attend(const float* query, const C* keys, const C* values, int64_t length, int64_t dim, float* scores,
-                      float* out) {
-    const float scale = 1.f / std::sqrt(static_cast<float>(dim));
-    int64_t j = 0;
-    for (; j + 4 <= length; j += 4) {
-        const C* key = keys + j * dim;
-        VecF totals[4] = {VecF{}, VecF{}, VecF{}, VecF{}};
-        for (int64_t i = 0; i < dim; i += MR_LANES) {
-            const VecF own = load_float(query + i);
-            for (int k = 0; k < 4; ++k) totals[k] += own * load_float(key + k * dim + i);
-        }
-        const Quad four = sums(totals[0], totals[1], totals[2], totals[3]) * scale;
-        std::memcpy(scores + j, &four, sizeof four);
-    }
-    for (; j < length; ++j) {
-        VecF total = VecF{};
-        for (int64_t i = 0; i < dim; i += MR_LANES) total += load_float(query + i) * load_float(keys + j * dim + i);
-        scores[j] = sum(total) * scale;
-    }
+// Scores become their softmax over the first `length` places.
+MR_TARGET inline void weigh(float* scores, int64_t length) {
     const int64_t whole = (length + MR_LANES - 1) / MR_LANES * MR_LANES;
     std::fill(scores + length, scores + whole, -std::numeric_limits<float>::infinity());
     VecF most = load_float(scores);
-    for (j = MR_LANES; j < whole; j += MR_LANES) most = load_float(scores + j) > most ? load_float(scores + j) : most;
-    float largest = most[0];
-    for (int k = 1; k < MR_LANES; ++k) largest = std::max(largest, most[k]);
+    for (int64_t j = MR_LANES; j < whole; j += MR_LANES) most = load_float(scores + j) > most ? load_float(scores + j) : most;
+    const float largest = largest_of(most);
     VecF total = VecF{};
-    for (j = 0; j < whole; j += MR_LANES) {
+    for (int64_t j = 0; j < whole; j += MR_LANES) {
         const VecF weight = exponential(load_float(scores + j) - largest);
         total += weight;
         save(weight, scores + j);
     }
     const VecF share = VecF{} + 1.f / sum(total);
-    for (j = 0; j < whole; j += MR_LANES) save(load_float(scores + j) * share, scores + j);
+    for (int64_t j = 0; j < whole; j += MR_LANES) save(load_float(scores + j) * share, scores + j);
+}
+
+// softmax(query . keys) @ values for R queries of one sequence and group of heads, which share what is loaded; the last
+// one looks at the most places. None depends on the others.
+template <int R, class C>
+MR_TARGET void attend(const Query* own, const C* keys, const C* values, int64_t dim) {
+    const float scale = 1.f / std::sqrt(static_cast<float>(dim));
+    const int64_t longest = own[R - 1].length;
+    int64_t j = 0;
+    for (; j + 4 <= longest; j += 4) {
+        const C* key = keys + j * dim;
+        VecF totals[R][4];
+        for (int r = 0; r < R; ++r)
+            for (int k = 0; k < 4; ++k) totals[r][k] = VecF{};
+        for (int64_t i = 0; i < dim; i += MR_LANES) {
+            for (int k = 0; k < 4; ++k) {
+                const VecF other = load_float(key + k * dim + i);
+                for (int r = 0; r < R; ++r) totals[r][k] += load_float(own[r].query + i) * other;
+            }
+        }
+        for (int r = 0; r < R; ++r) {
+            const Quad four = sums(totals[r][0], totals[r][1], totals[r][2], totals[r][3]) * scale;
+            std::memcpy(own[r].scores + j, &four, sizeof four);
+        }
+    }
+    for (; j < longest; ++j) {
+        for (int r = 0; r < R; ++r) {
+            VecF total = VecF{};
+            for (int64_t i = 0; i < dim; i += MR_LANES) total += load_float(own[r].query + i) * load_float(keys + j * dim + i);
+            own[r].scores[j] = sum(total) * scale;
+        }
+    }
+    for (int r = 0; r < R; ++r) weigh(own[r].scores, own[r].length);
+    constexpr int columns = R > 2 ? 2 : 4;
     int64_t i = 0;
-    for (; i + 4 * MR_LANES <= dim; i += 4 * MR_LANES) add_weighted<4>(values + i, length, dim, scores, out + i);
-    for (; i < dim; i += MR_LANES) add_weighted<1>(values + i, length, dim, scores, out + i);
+    for (; i + columns * MR_LANES <= dim; i += columns * MR_LANES) add_weighted<R, columns>(own, values, dim, i);
+    for (; i < dim; i += MR_LANES) add_weighted<R, 1>(own, values, dim, i);
 }
 
 // x * sigmoid(x) * up, in place of `gate`.
@@ -193,23 +234,32 @@ MR_TARGET void keep_token(const DecoderShape& s, const NewToken& token, size_t i
     }
 }
 
-// Each new token keeps its keys and values, and then each head of each looks at all up to itself.
+// Each head of each token looks at all places up to the token's own.
 template <class C>
-MR_TARGET void attend_all(const DecoderShape& s, size_t index, const std::vector<NewToken>& tokens, const float* cos,
-                          const float* sin, const StepScratch& scratch, Crew& crew) {
-    const int64_t n = static_cast<int64_t>(tokens.size()), dim = s.head_dim, width = s.q_dim() + 2 * s.kv_dim();
-    float* qkv = scratch.wide;
-    crew.each(n, [&](int64_t t, int) MR_TARGET {
-        keep_token<C>(s, tokens[t], index, qkv + t * width, cos + t * dim / 2, sin + t * dim / 2);
-    });
-    crew.each(n * s.heads, [&](int64_t item, int who) MR_TARGET {
-        const int64_t t = item / s.heads, head = item % s.heads;
-        const NewToken& token = tokens[t];
-        const LayerCache& own = token.cache->layers[index];
-        const int64_t start = head / (s.heads / s.kv_heads) * token.cache->capacity * dim;
-        attend(qkv + t * width + head * dim, static_cast<const C*>(own.keys) + start,
-               static_cast<const C*>(own.values) + start, token.place + 1, dim, scratch.scores + who * scratch.n_scores,
-               scratch.attended + t * s.q_dim() + head * dim);
+MR_TARGET void attend_all(const DecoderShape& s, size_t index, const std::vector<NewToken>& tokens,
+                          const StepScratch& scratch, Crew& crew) {
+    constexpr int64_t most = MR_LANES == 16 ? 4 : 2;  // as many sums as there are registers for
+    const int64_t dim = s.head_dim, width = s.q_dim() + 2 * s.kv_dim(), group = s.heads / s.kv_heads;
+    const std::vector<Together> together = look_together(tokens, group, most);
+    crew.each(static_cast<int64_t>(together.size()) * s.kv_heads, [&](int64_t item, int who) MR_TARGET {
+        const Together& some = together[static_cast<size_t>(item / s.kv_heads)];
+        const int64_t head = item % s.kv_heads;
+        Query own[most];
+        for (int64_t r = 0; r < some.count; ++r) {
+            const int64_t t = (some.first + r) / group, place = head * group + (some.first + r) % group;
+            own[r] = {scratch.wide + t * width + place * dim, tokens[static_cast<size_t>(t)].place + 1,
+                      scratch.scores + (who * kMostQueries + r) * scratch.n_scores,
+                      scratch.attended + t * s.q_dim() + place * dim};
+        }
+        const DecoderCache& cache = *tokens[static_cast<size_t>(some.first / group)].cache;
+        const C* keys = static_cast<const C*>(cache.layers[index].keys) + head * cache.capacity * dim;
+        const C* values = static_cast<const C*>(cache.layers[index].values) + head * cache.capacity * dim;
+        switch (some.count) {
+            case 1: return attend<1>(own, keys, values, dim);
+            case 2: return attend<2>(own, keys, values, dim);
+            case 3: return attend<most == 4 ? 3 : 1>(own, keys, values, dim);
+            default: return attend<most == 4 ? 4 : 1>(own, keys, values, dim);
+        }
     });
 }
 
@@ -228,19 +278,30 @@ MR_TARGET void gated_panel(const DecoderShape& s, const DecoderLayer& layer, int
     for (int64_t t = 0; t < n; ++t) gate_with(gate + t * s.mlp + first, up + t * s.mlp + first, size);
 }
 
+// The first half of a layer: each new token's keys and values go to its cache, and its queries to `wide`.
 template <class T, class C>
-MR_TARGET void step_layer(const DecoderShape& s, const DecoderLayer& layer, size_t index,
-                          const std::vector<NewToken>& tokens, const float* cos, const float* sin,
-                          const StepScratch& scratch, Crew& crew) {
-    const int64_t n = static_cast<int64_t>(tokens.size()), q = s.q_dim(), width = q + 2 * s.kv_dim();
-    float *x = scratch.residual, *h = scratch.normed, *qkv = scratch.wide, *attended = scratch.attended;
+MR_TARGET void keep_all(const DecoderShape& s, const DecoderLayer& layer, size_t index, const std::vector<NewToken>& tokens,
+                        const float* cos, const float* sin, const StepScratch& scratch, Crew& crew) {
+    const int64_t n = static_cast<int64_t>(tokens.size()), width = s.q_dim() + 2 * s.kv_dim(), half = s.head_dim / 2;
+    float *x = scratch.residual, *h = scratch.normed, *qkv = scratch.wide;
     crew.each(n, [&](int64_t t, int) MR_TARGET {
         normalise(x + t * s.hidden, layer.input_norm, s.hidden, s.epsilon, h + t * s.hidden);
         round_input<T>(h, t, s.hidden, scratch);
         std::copy(layer.qkv_bias, layer.qkv_bias + width, qkv + t * width);
     });
     add_product<T>(layer.qkv, s.hidden, width, n, input_of<T>(h, scratch), qkv, crew);
-    attend_all<C>(s, index, tokens, cos, sin, scratch, crew);
+    crew.each(n, [&](int64_t t, int) MR_TARGET {
+        keep_token<C>(s, tokens[t], index, qkv + t * width, cos + t * half, sin + t * half);
+    });
+}
+
+// The second half: what the tokens make of all that is kept.
+template <class T, class C>
+MR_TARGET void look_at_all(const DecoderShape& s, const DecoderLayer& layer, size_t index,
+                           const std::vector<NewToken>& tokens, const StepScratch& scratch, Crew& crew) {
+    const int64_t n = static_cast<int64_t>(tokens.size()), q = s.q_dim();
+    float *x = scratch.residual, *h = scratch.normed, *attended = scratch.attended;
+    attend_all<C>(s, index, tokens, scratch, crew);
     crew.each(n, [&](int64_t t, int) MR_TARGET { round_input<T>(attended, t, q, scratch); });
     add_product<T>(layer.output, q, s.hidden, n, input_of<T>(attended, scratch), x, crew);
     crew.each(n, [&](int64_t t, int) MR_TARGET {
@@ -255,11 +316,14 @@ MR_TARGET void step_layer(const DecoderShape& s, const DecoderLayer& layer, size
 }
 
 template <class T, class C>
-MR_TARGET void step(const DecoderWeights& weights, const std::vector<NewToken>& tokens, const float* cos,
-                    const float* sin, const StepScratch& scratch, float* out, Crew& crew) {
+MR_TARGET void step(const DecoderWeights& weights, std::vector<NewToken> tokens, const float* cos, const float* sin,
+                    const StepScratch& scratch, float* out, Crew& crew) {
     const DecoderShape& s = weights.shape;
     for (size_t i = 0; i < weights.layers.size(); ++i) {
-        step_layer<T, C>(s, weights.layers[i], i, tokens, cos, sin, scratch, crew);
+        keep_all<T, C>(s, weights.layers[i], i, tokens, cos, sin, scratch, crew);
+        if (i + 1 == weights.layers.size()) tokens = asked_for(s, tokens, scratch);
+        if (tokens.empty()) return;
+        look_at_all<T, C>(s, weights.layers[i], i, tokens, scratch, crew);
     }
     for (size_t t = 0; t < tokens.size(); ++t) {
         normalise(scratch.residual + t * s.hidden, weights.final_norm, s.hidden, s.epsilon, out + t * s.hidden);

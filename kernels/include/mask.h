@@ -17,9 +17,10 @@ struct Box {
 void mask_from_logits(const float* logits, int64_t logits_width, double crop_height, double crop_width, float threshold,
                       int64_t height, int64_t width, uint8_t* out);
 
-// The same for n <= 255 masks (n, logits_height, logits_width): out counts in how many of them a pixel is set.
+// The same for n <= 255 masks (n, logits_height, logits_width): out counts in how many of them a pixel is set. Up to
+// n_threads share the rows of large ones.
 void count_masks(const float* logits, int64_t n, int64_t logits_height, int64_t logits_width, double crop_height,
-                 double crop_width, float threshold, int64_t height, int64_t width, uint8_t* out);
+                 double crop_width, float threshold, int64_t height, int64_t width, uint8_t* out, int n_threads = 1);
 
 // False where the mask is empty.
 bool mask_box(const uint8_t* mask, int64_t height, int64_t width, Box* box);

@@ -26,6 +26,15 @@ MR_TARGET inline VecI dot4(VecI total, VecI weights, VecI levels) {
 #endif
 }
 
+MR_TARGET inline int32_t total_of(VecI v) {
+    int32_t lanes[MR_LANES];
+    std::memcpy(lanes, &v, sizeof v);
+    typedef int32_t QuadI __attribute__((vector_size(16)));
+    QuadI four = load<QuadI>(lanes);
+    for (int i = 4; i < MR_LANES; i += 4) four += load<QuadI>(lanes + i);
+    return four[0] + four[1] + (four[2] + four[3]);
+}
+
 // x (in,) as levels, blocks of T::kRows; of each block the scale, and what makes up for the zero point of the weights.
 template <class T>
 MR_TARGET inline void round_row(const float* x, int64_t in, const RoundedRows& rows) {
@@ -37,8 +46,7 @@ MR_TARGET inline void round_row(const float* x, int64_t in, const RoundedRows& r
             largest = magnitude > largest ? magnitude : largest;
             poison += v * 0.f;  // not a number or infinite: the whole block must become that
         }
-        float top = 0.f;
-        for (int i = 0; i < MR_LANES; ++i) top = std::max(top, largest[i]);
+        const float top = largest_of(largest);
         const float inverse = top > 0.f ? 127.f / top : 0.f;
         VecI total = VecI{};
         for (int64_t i = 0; i < size; i += MR_LANES) {
@@ -48,8 +56,7 @@ MR_TARGET inline void round_row(const float* x, int64_t in, const RoundedRows& r
             std::memcpy(rows.levels + b * size + i, &narrow, sizeof narrow);
             total += level;
         }
-        int32_t all = 0;
-        for (int i = 0; i < MR_LANES; ++i) all += total[i];
+        const int32_t all = total_of(total);
         rows.scales[b] = top / 127.f + sum(poison);
         rows.offsets[b] = -T::kZero * all;
     }

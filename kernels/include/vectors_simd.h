@@ -64,6 +64,18 @@ MR_TARGET inline float sum(VecF v) {
     return four[0] + four[1];
 }
 
+// The largest of a vector; none may be NaN.
+MR_TARGET inline float largest_of(VecF v) {
+    float lanes[MR_LANES];
+    save(v, lanes);
+    Quad most = load<Quad>(lanes);
+    for (int i = 4; i < MR_LANES; i += 4) {
+        const Quad other = load<Quad>(lanes + i);
+        most = other > most ? other : most;
+    }
+    return std::max(std::max(most[0], most[1]), std::max(most[2], most[3]));
+}
+
 // The sums of four vectors, each as `sum` has it to the last bit.
 MR_TARGET inline Quad sums(VecF v, VecF w, VecF x, VecF y) {
     const Quad a = quarters(v), b = quarters(w), c = quarters(x), d = quarters(y);

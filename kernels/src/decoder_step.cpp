@@ -45,11 +45,19 @@ struct RoundedRows {
     }
 };
 
-// Where a token goes.
+// Where a token goes, and whether its hidden state is asked for.
 struct NewToken {
     const DecoderCache* cache;
     int64_t place;
+    bool is_asked_for;
 };
+
+// Queries that share keys and values: of tokens of one sequence, and of the heads of a group. They are numbered token by
+// token, the heads of a group one after the other.
+struct Together {
+    int64_t first, count;
+};
+constexpr int64_t kMostQueries = 4;
 
 // What a step needs beside its inputs, for n tokens.
 struct StepScratch {
@@ -57,10 +65,38 @@ struct StepScratch {
     float* normed;        // (n, hidden)
     float* wide;          // (n, q_dim + 2 * kv_dim), then twice (n, mlp)
     float* attended;      // (n, q_dim)
-    float* scores;        // (threads, n_scores)
+    float* scores;        // (threads, kMostQueries, n_scores)
     int64_t n_scores;     // as many as there are places, rounded up to whole vectors
     RoundedRows rounded;  // for the widest input of a product
 };
+
+static std::vector<Together> look_together(const std::vector<NewToken>& tokens, int64_t group, int64_t most) {
+    std::vector<Together> found;
+    const auto n = static_cast<int64_t>(tokens.size());
+    for (int64_t t = 0; t < n; ++t) {
+        const bool joins = t > 0 && tokens[static_cast<size_t>(t)].cache == tokens[static_cast<size_t>(t - 1)].cache;
+        if (!joins) found.push_back({t * group, 0});
+        for (int64_t head = 0; head < group; ++head) {
+            if (found.back().count == most) found.push_back({t * group + head, 0});
+            ++found.back().count;
+        }
+    }
+    return found;
+}
+
+// The tokens whose hidden states are asked for; what the scratch holds of them moves to the front.
+static std::vector<NewToken> asked_for(const DecoderShape& s, const std::vector<NewToken>& tokens, const StepScratch& scratch) {
+    std::vector<NewToken> found;
+    const int64_t width = s.q_dim() + 2 * s.kv_dim();
+    for (size_t t = 0; t < tokens.size(); ++t) {
+        if (!tokens[t].is_asked_for) continue;
+        const auto from = static_cast<int64_t>(t), to = static_cast<int64_t>(found.size());
+        std::memmove(scratch.residual + to * s.hidden, scratch.residual + from * s.hidden, static_cast<size_t>(s.hidden) * 4);
+        std::memmove(scratch.wide + to * width, scratch.wide + from * width, static_cast<size_t>(width) * 4);
+        found.push_back(tokens[t]);
+    }
+    return found;
+}
 
 }  // namespace medreasoner
 
@@ -99,12 +135,12 @@ void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& pa
     std::vector<NewToken> tokens;
     int64_t places = 0;
     for (const StepPart& part : parts) {
-        for (int64_t i = 0; i < part.n; ++i) tokens.push_back({part.cache, part.past + i});
+        for (int64_t i = 0; i < part.n; ++i) tokens.push_back({part.cache, part.past + i, i >= part.n - part.n_out});
         places = std::max(places, part.past + part.n);
     }
     const int64_t n = static_cast<int64_t>(tokens.size()), wide = std::max(s.q_dim() + 2 * s.kv_dim(), 2 * s.mlp);
     const int64_t n_scores = (places / kStepAlign + 1) * kStepAlign;
-    std::vector<float> room(static_cast<size_t>(n * (2 * s.hidden + wide + s.q_dim()) + crew.n_threads() * n_scores));
+    std::vector<float> room(static_cast<size_t>(n * (2 * s.hidden + wide + s.q_dim()) + crew.n_threads() * kMostQueries * n_scores));
     float* normed = room.data() + n * s.hidden;
     float* attended = normed + n * s.hidden;
     float* wider = attended + n * s.q_dim();
@@ -116,7 +152,8 @@ void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& pa
     const RoundedRows rounded{levels.data(), scales.data(), offsets.data()};
     const StepScratch scratch{room.data(), normed, wider, attended, wider + n * wide, n_scores, rounded};
     std::copy(embeds, embeds + n * s.hidden, scratch.residual);
-    const std::lock_guard<std::mutex> lock(crew.turn());
+    std::unique_lock<std::mutex> turn(crew.turn(), std::defer_lock);
+    if (crew.n_threads() > 1) turn.lock();  // else there is nothing to share
     step_with(weights, tokens, cos, sin, scratch, out, crew);
 }
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <future>
 
 namespace medreasoner {
 namespace {
@@ -77,20 +78,23 @@ public:
     void write(float weight, uint8_t* out) const {
         for (const Span& span : spans_) {
             if (span.kind == Kind::mixed) {
-                interpolate(span, weight, [out](int64_t x, bool is_set) { out[x] = is_set; });
+                interpolate<put>(span, weight, out);
             } else {
                 std::memset(out + from(span), span.kind == Kind::inside, static_cast<size_t>(to(span) - from(span)));
             }
         }
     }
 
-    void count(float weight, uint8_t* out) const {
+    // Adds what is the same in all rows of the band.
+    void count_whole(uint8_t* out) const {
         for (const Span& span : spans_) {
-            if (span.kind == Kind::mixed) {
-                interpolate(span, weight, [out](int64_t x, bool is_set) { out[x] = static_cast<uint8_t>(out[x] + is_set); });
-            } else if (span.kind == Kind::inside) {
-                add_one(out + from(span), to(span) - from(span));
-            }
+            if (span.kind == Kind::inside) add_one(out + from(span), to(span) - from(span));
+        }
+    }
+
+    void count_mixed(float weight, uint8_t* out) const {
+        for (const Span& span : spans_) {
+            if (span.kind == Kind::mixed) interpolate<add>(span, weight, out);
         }
     }
 
@@ -108,17 +112,27 @@ private:
         return above == 4 ? Kind::inside : above == 0 ? Kind::outside : Kind::mixed;
     }
 
-    template <class Put>
-    void interpolate(const Span& span, float weight, Put put) const {
-        const float* weights = columns_->weights.data();
-        const float threshold = threshold_;
+    using Cross = void (*)(float left, float right, const float* weights, int64_t n, float threshold, uint8_t* out);
+
+    // Loops of their own, with nothing that a byte could lie in: so that the compiler makes vectors of them.
+    static void put(float left, float right, const float* __restrict weights, int64_t n, float threshold,
+                    uint8_t* __restrict out) {
+        for (int64_t i = 0; i < n; ++i) out[i] = left * (1 - weights[i]) + right * weights[i] > threshold;
+    }
+    static void add(float left, float right, const float* __restrict weights, int64_t n, float threshold,
+                    uint8_t* __restrict out) {
+        for (int64_t i = 0; i < n; ++i) {
+            out[i] = static_cast<uint8_t>(out[i] + (left * (1 - weights[i]) + right * weights[i] > threshold));
+        }
+    }
+
+    template <Cross cross>
+    void interpolate(const Span& span, float weight, uint8_t* out) const {
         for (size_t i = span.first; i < span.end; ++i) {
-            const Cell cell = columns_->cells[i];
+            const Cell& cell = columns_->cells[i];
             const float left = top_[cell.low] * (1 - weight) + bottom_[cell.low] * weight;
             const float right = top_[cell.high] * (1 - weight) + bottom_[cell.high] * weight;
-            for (int64_t x = cell.from; x < cell.to; ++x) {
-                put(x, left * (1 - weights[x]) + right * weights[x] > threshold);
-            }
+            cross(left, right, columns_->weights.data() + cell.from, cell.to - cell.from, threshold_, out + cell.from);
         }
     }
 
@@ -143,22 +157,48 @@ void mask_from_logits(const float* logits, int64_t logits_width, double crop_hei
     }
 }
 
+namespace {
+
+constexpr int64_t kPixelsOfAThread = 1 << 20;  // at least: fewer are filled sooner than a thread wakes
+
+// Calls work(first, end) for parts of the rows, in up to n_threads.
+template <class Work>
+void share_rows(int64_t height, int64_t width, int n_threads, Work work) {
+    const int64_t n = std::max<int64_t>(1, std::min<int64_t>(n_threads, height * width / kPixelsOfAThread));
+    std::vector<std::future<void>> others;
+    for (int64_t i = 1; i < n; ++i) {
+        others.push_back(std::async(std::launch::async, work, height * i / n, height * (i + 1) / n));
+    }
+    work(int64_t{0}, height / n);
+    for (auto& other : others) other.get();
+}
+
+}  // namespace
+
 void count_masks(const float* logits, int64_t n, int64_t logits_height, int64_t logits_width, double crop_height,
-                 double crop_width, float threshold, int64_t height, int64_t width, uint8_t* out) {
+                 double crop_width, float threshold, int64_t height, int64_t width, uint8_t* out, int n_threads) {
     const std::vector<Sample> rows = sample_axis(crop_height, height);
     const Columns columns(sample_axis(crop_width, width));
-    std::vector<BandOfRows> bands(static_cast<size_t>(n), BandOfRows(columns, threshold));
-    int64_t entered = -1;
-    for (int64_t y = 0; y < height; ++y, out += width) {
-        const Sample& row = rows[static_cast<size_t>(y)];
-        std::memset(out, 0, static_cast<size_t>(width));
-        for (int64_t i = 0; i < n; ++i) {
-            const float* own = logits + i * logits_height * logits_width;
-            if (row.low != entered) bands[static_cast<size_t>(i)].enter(own + row.low * logits_width, own + row.high * logits_width);
-            bands[static_cast<size_t>(i)].count(row.weight, out);
+    share_rows(height, width, n_threads, [&](int64_t first, int64_t end) {
+        std::vector<BandOfRows> bands(static_cast<size_t>(n), BandOfRows(columns, threshold));
+        std::vector<uint8_t> whole(static_cast<size_t>(width));
+        int64_t entered = -1;
+        for (int64_t y = first; y < end; ++y) {
+            const Sample& row = rows[static_cast<size_t>(y)];
+            if (row.low != entered) {
+                std::fill(whole.begin(), whole.end(), uint8_t{0});
+                const float* own = logits;
+                for (BandOfRows& band : bands) {
+                    band.enter(own + row.low * logits_width, own + row.high * logits_width);
+                    band.count_whole(whole.data());
+                    own += logits_height * logits_width;
+                }
+            }
+            entered = row.low;
+            std::copy(whole.begin(), whole.end(), out + y * width);
+            for (const BandOfRows& band : bands) band.count_mixed(row.weight, out + y * width);
         }
-        entered = row.low;
-    }
+    });
 }
 
 namespace {

@@ -55,6 +55,37 @@ class AnswerParser:
     def feed(self, text: str) -> None: ...
     def result(self) -> ParsedAnswer: ...
 
+class AnswerWriting:
+    """One answer under way."""
+
+    def __init__(
+        self,
+        state: AnswerState,
+        sequence: DecoderSequence,
+        past: int,
+        position: int,
+        hidden: NDArray[np.float32] | None,
+        pending: Sequence[int],
+        temperature: float,
+        shares: Sequence[float],
+    ) -> None: ...
+    @property
+    def hidden(self) -> NDArray[np.float32] | None: ...
+    @property
+    def is_stuck(self) -> bool: ...
+    @property
+    def n_chosen(self) -> int: ...
+    @property
+    def n_runs(self) -> int: ...
+    @property
+    def past(self) -> int: ...
+    @property
+    def pending(self) -> list[int]: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def written(self) -> list[int]: ...
+
 class DecoderSequence:
     """A decoder and one sequence's keys and values."""
 
@@ -75,8 +106,21 @@ class DecoderStep:
     ) -> None: ...
     def open(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> DecoderSequence: ...
 
+class Interrupt:
+    """Says to whoever runs that there is something else to do."""
+
+    def __init__(self) -> None: ...
+    def clear(self) -> None: ...
+    def set(self) -> None: ...
+
 def count_masks(
-    logits: NDArray[np.float32], *, crop: tuple[float, float], height: int, width: int, threshold: float
+    logits: NDArray[np.float32],
+    *,
+    crop: tuple[float, float],
+    height: int,
+    width: int,
+    threshold: float,
+    n_threads: int = ...,
 ) -> NDArray[np.uint8]: ...
 def cpu_features() -> list[str]: ...
 def decoder_step(
@@ -86,7 +130,9 @@ def decoder_step(
     embeds: NDArray[np.float32],
     cos: NDArray[np.float32],
     sin: NDArray[np.float32],
+    n_out: Sequence[int] | None = ...,
 ) -> NDArray[np.float32]: ...
+def draw_token(logits: NDArray[np.float32], temperature: float, share: float) -> int: ...
 def gather_rows(weight: NDArray[Any], dtype: str, ids: NDArray[np.int64]) -> NDArray[np.float32]: ...
 def mask_box(mask: NDArray[np.bool_]) -> list[int] | None: ...
 def mask_from_logits(
@@ -138,3 +184,15 @@ def window_u8(
     function: str,
     invert: bool,
 ) -> NDArray[np.uint8]: ...
+def write_answers(
+    answers: Sequence[AnswerWriting],
+    embedding: NDArray[Any],
+    embedding_dtype: str,
+    head: NDArray[Any],
+    head_dtype: str,
+    cos: NDArray[np.float32],
+    sin: NDArray[np.float32],
+    interrupt: Interrupt,
+    seconds: float | None,
+    n_threads: int,
+) -> None: ...

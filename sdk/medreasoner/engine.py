@@ -152,7 +152,8 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     reasoner, segmenter = spec.reasoner, spec.segmenter
     splits = reasoner.hidden_dim >= _SPLIT_FROM_HIDDEN_DIM
     decoding = step_options(options, splits=splits)
-    n_threads = options.n_threads or usable_cores() if splits else 1  # of what runs without a session
+    n_cores = options.n_threads or usable_cores()
+    n_threads = n_cores if splits else 1  # of what runs without a session
     drawing = step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)
     opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(5) as pool:
@@ -178,8 +179,9 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
                     step=step,
                     n_slots=sharing.n_slots,
                     max_waiting=sharing.max_waiting,
+                    n_threads=n_cores,
                 ),
-                Segmenter(segmenter, encoder=opened[1].session, decoder=opened[3].session),
+                Segmenter(segmenter, encoder=opened[1].session, decoder=opened[3].session, n_threads=n_cores),
             ),
             pool=ThreadPoolExecutor(2, thread_name_prefix="medreasoner"),
             model_name=spec.name,

@@ -1,9 +1,9 @@
 """The compiled kernels, typed and checked: the one door to `medreasoner._kernels`.
 
-All functions on arrays release the interpreter lock while they work, start no threads, and never change their arguments
-(a step of the grammar, or a piece of text for the parser, is shorter than letting go of the lock and taking it). Arrays
-must have the stated shape and dtype and be C-contiguous, numbers lie in the stated range: all else raises `ArrayError`,
-nothing is copied behind the caller's back. Sizes go up to 2**28 pixels.
+All functions on arrays release the interpreter lock while they work, start no threads unless told how many, and never
+change their arguments (a step of the grammar, or a piece of text for the parser, is shorter than letting go of the lock
+and taking it). Arrays must have the stated shape and dtype and be C-contiguous, numbers lie in the stated range: all else
+raises `ArrayError`, nothing is copied behind the caller's back. Sizes go up to 2**28 pixels.
 """
 
 from collections.abc import Sequence
@@ -22,12 +22,15 @@ from medreasoner._array_checks import (
     check_size,
     check_weight,
 )
+from medreasoner._decoder_ops import WeightDtype, decoder_step, draw_token, write_answers
 from medreasoner._kernels import (
     AnswerGrammar,
     AnswerParser,
     AnswerState,
+    AnswerWriting,
     DecoderSequence,
     DecoderStep,
+    Interrupt,
     ParsedAnswer,
     cpu_features,
     simd_level,
@@ -38,8 +41,10 @@ __all__ = [
     "AnswerGrammar",
     "AnswerParser",
     "AnswerState",
+    "AnswerWriting",
     "DecoderSequence",
     "DecoderStep",
+    "Interrupt",
     "ParsedAnswer",
     "Rle",
     "VoiFunction",
@@ -47,6 +52,7 @@ __all__ = [
     "count_masks",
     "cpu_features",
     "decoder_step",
+    "draw_token",
     "gather_rows",
     "mask_box",
     "mask_from_logits",
@@ -59,10 +65,8 @@ __all__ = [
     "select_token",
     "simd_level",
     "window_u8",
+    "write_answers",
 ]
-
-WeightDtype = Literal["float32", "float16", "bfloat16"]
-"""Of a weight matrix; bfloat16 is held as uint16 bit patterns, since NumPy has no such type."""
 
 VoiFunction = Literal["LINEAR", "LINEAR_EXACT", "SIGMOID"]
 """VOI LUT Function (0028,1056)."""
@@ -268,40 +272,6 @@ def select_token(
         raise ArrayError(f"select_token: {err}") from err
 
 
-def decoder_step(
-    sequences: Sequence[DecoderSequence],
-    pasts: Sequence[int],
-    counts: Sequence[int],
-    embeds: NDArray[np.float32],
-    cos: NDArray[np.float32],
-    sin: NDArray[np.float32],
-) -> NDArray[np.float32]:
-    """Run more tokens of one or more sequences through a decoder; their keys and values are appended.
-
-    Parameters
-    ----------
-    sequences
-        Of one `DecoderStep`, each at most once.
-    pasts
-        Tokens that each has in its buffers.
-    counts
-        New tokens of each.
-    embeds
-        (n, hidden_dim) float32, n in all, those of the first sequence first.
-    cos, sin
-        (n, head_dim / 2) float32 rotary tables of the same tokens.
-
-    Returns
-    -------
-    NDArray[np.float32]
-        (n, hidden_dim) float32. What a sequence gets depends neither on the others nor on threads, to the last bit.
-    """
-    try:
-        return _kernels.decoder_step(sequences, pasts, counts, embeds, cos, sin)
-    except (ValueError, TypeError) as err:
-        raise ArrayError(f"decoder_step: {str(err).splitlines()[0]}") from err
-
-
 def project_rows(
     hidden: NDArray[np.float32],
     weight: NDArray[Any],
@@ -402,7 +372,13 @@ def mask_from_logits(
 
 
 def count_masks(
-    logits: NDArray[np.float32], *, crop: tuple[float, float], height: int, width: int, threshold: float = 0.0
+    logits: NDArray[np.float32],
+    *,
+    crop: tuple[float, float],
+    height: int,
+    width: int,
+    threshold: float = 0.0,
+    n_threads: int = 1,
 ) -> NDArray[np.uint8]:
     """Count in how many of several masks each pixel is set: the sum of `mask_from_logits` over them, in one pass.
 
@@ -412,6 +388,8 @@ def count_masks(
         (n, h, w) float32, n up to 255.
     crop, height, width, threshold
         As in `mask_from_logits`, the same for all.
+    n_threads
+        That share the rows of large masks.
 
     Returns
     -------
@@ -427,7 +405,9 @@ def count_masks(
     check_size(height, width)
     _check_crop(crop, logits.shape[1:])
     try:
-        return _kernels.count_masks(logits, crop=crop, height=height, width=width, threshold=threshold)
+        return _kernels.count_masks(
+            logits, crop=crop, height=height, width=width, threshold=threshold, n_threads=n_threads
+        )
     except ValueError as err:  # too many
         raise ArrayError(str(err)) from err
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -64,10 +65,12 @@ class Segmenter:
         Of the bundle.
     encoder, decoder
         Sessions of its graphs.
+    n_threads
+        That share the votes of several masks.
     """
 
-    def __init__(self, spec: SegmenterSpec, *, encoder: Session, decoder: Session) -> None:
-        self._spec, self._encoder, self._decoder = spec, encoder, decoder
+    def __init__(self, spec: SegmenterSpec, *, encoder: Session, decoder: Session, n_threads: int = 1) -> None:
+        self._spec, self._encoder, self._decoder, self._n_threads = spec, encoder, decoder, n_threads
 
     def encode(self, image: Image) -> Embedded:
         """Read an image."""
@@ -164,7 +167,7 @@ class Segmenter:
 
     def votes(self, logits: NDArray[np.float32], image: Embedded) -> NDArray[np.uint8]:
         """(height, width) uint8: in how many masks of `decode_batch` each pixel of the image is."""
-        return self._enlarged(ops.count_masks, logits, image)
+        return self._enlarged(partial(ops.count_masks, n_threads=self._n_threads), logits, image)
 
     def _enlarged(self, enlarge: Callable[..., T], logits: NDArray[np.float32], image: Embedded) -> T:
         placement = image.placement

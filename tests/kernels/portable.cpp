@@ -125,7 +125,7 @@ void decoder() {
     const float* cos = drawn(n * 8, 1);
     const float* sin = drawn(n * 8, 1);
     Crew crew(1);
-    decoder_step(weights, {{&cache, past, n}}, embeds, cos, sin, out.data(), crew);
+    decoder_step(weights, {{&cache, past, n, n}}, embeds, cos, sin, out.data(), crew);
     print_floats("decoder", out);
 }
 
@@ -162,7 +162,7 @@ void packed_decoder() {
     const float* cos = drawn(3 * 32, 1);
     const float* sin = drawn(3 * 32, 1);
     Crew crew(2);
-    decoder_step(weights, {{&caches[0], 0, 1}, {&caches[1], 0, 2}}, embeds, cos, sin, out.data(), crew);
+    decoder_step(weights, {{&caches[0], 0, 1, 1}, {&caches[1], 0, 2, 2}}, embeds, cos, sin, out.data(), crew);
     print_floats("packed", out);
 }
 
@@ -206,7 +206,7 @@ void decoder_in_four_bits() {
     const float* sin = drawn(3 * 32, 0, 1);
     for (const int n_threads : {1, 3}) {
         Crew crew(n_threads);
-        decoder_step(weights, {{&cache, 0, 3}}, embeds, cos, sin, out.data(), crew);
+        decoder_step(weights, {{&cache, 0, 3, 3}}, embeds, cos, sin, out.data(), crew);
         std::printf("%d ", n_threads);
         print_floats("threads, four bits", out);
     }

@@ -138,6 +138,16 @@ def test_counts_are_the_sum_of_masks(n, height, width, seed):
     np.testing.assert_array_equal(found, np.sum(each, axis=0))
 
 
+def test_threads_share_the_rows_of_large_counts():
+    logits = np.random.default_rng(0).standard_normal((3, 9, 7)).astype(np.float32)
+    size = {"crop": (8.5, 7), "height": 1801, "width": 2003}
+    expected = np.sum([ops.mask_from_logits(each, **size) for each in logits], axis=0)
+    for n_threads in (1, 2, 5):
+        np.testing.assert_array_equal(ops.count_masks(logits, **size, n_threads=n_threads), expected)
+    with pytest.raises(ArrayError, match="1 to 1024"):
+        ops.count_masks(logits, **size, n_threads=0)
+
+
 def test_counts_of_too_many_or_cropped_beyond_are_refused():
     with pytest.raises(ArrayError, match="n <= 255"):
         ops.count_masks(np.zeros((256, 1, 1), np.float32), crop=(1, 1), height=1, width=1)

@@ -15,6 +15,7 @@ from tests.sdk.test_grounder import QUERIES, picture, same, with_threshold
 
 import medreasoner as mr
 from medreasoner.readings import ReadingCache
+from medreasoner.reasoner.choosing import Choosing
 
 Loader = Callable[..., mr.Grounder]
 
@@ -90,6 +91,7 @@ class Slow:
         decoder = grounder._engine.reasoner._decoder
         self._run, self._seconds, self.rows = decoder.run, seconds, list[int]()
         patch.setattr(decoder, "run", self.run)
+        patch.setattr(Choosing, "goes_whole", False)  # a tick for each step
 
     def run(self, steps: Any) -> Any:
         self.rows.append(len(steps))

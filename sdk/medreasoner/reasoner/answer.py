@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from medreasoner.errors import BundleError, GenerationError
 from medreasoner.ops import AnswerParser, AnswerState, ParsedAnswer
+from medreasoner.reasoner.choosing import Choosing
 from medreasoner.reasoner.decoder import Step
 from medreasoner.reasoner.generate import Sampler, Sequencer, choose, free_text, if_present
 from medreasoner.reasoner.grammar import GrammarBook
@@ -24,8 +25,8 @@ __all__ = ["AnswerWriter", "Opening", "Written"]
 _FREE_ANSWER_TOKENS = 128  # room for an answer in digits, where no grammar bounds it
 
 States: TypeAlias = NDArray[np.float32]
-Writing: TypeAlias = Generator[Thought | Answer | Step, States, "Written"]
-"""Yields events, and steps whose hidden states it is sent."""
+Writing: TypeAlias = Generator[Thought | Answer | Step | Choosing, States, "Written"]
+"""Yields events, steps whose hidden states it is sent, and an answer's choices, which may be made meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +102,10 @@ class AnswerWriter:
         ids = state.forced()
         pending = [*thought.pending, *ids]
         guess = if_present(state)
-        hidden = yield from sequencer.feed([*pending, *guess])
+        hidden = yield from sequencer.feed([*pending, *guess], len(guess) + 1)
         if sequencer.n_runs == 1:
             sequencer.lap("prefill")
-        at_choice = hidden[len(pending) - 1]
+        at_choice = hidden[0]
         if not state.at_absent_choice:
             return Opening(thought=thought, state=state, ids=ids, hidden=at_choice)
         token, probability = choose(state, at_choice, self._lm_head, self._spec.absent_threshold)
@@ -117,18 +118,17 @@ class AnswerWriter:
 
     def go_on(self, sequencer: Sequencer, opening: "Opening", sampler: Sampler | None) -> Writing:
         """The rest of `write`; an opening may be gone on with several times."""
-        thought, state, ids = opening.thought, opening.state.copy(), list(opening.ids)
-        hidden, pending = opening.hidden, opening.pending
-        n_chosen = int(opening.absent_probability is not None)
-        while not state.done:
-            if hidden is None:
-                hidden = (yield from sequencer.feed(pending))[-1]
-            token, _ = choose(state, hidden, self._lm_head, self._spec.absent_threshold, sampler)
-            state.accept(token)
-            n_chosen += 1
-            pending, hidden = [token, *state.forced()], None  # those behind it ride along in one run
-            ids += pending
+        thought, state = opening.thought, opening.state.copy()
+        choosing = Choosing(
+            sequencer, state, self._lm_head, hidden=opening.hidden, pending=opening.pending, sampler=sampler
+        )
+        while not choosing.done:
+            yield choosing  # whoever runs the decoder may write as far as it can, or leaves it as it is
+            if choosing.is_stuck:
+                yield from choosing.by_hand()
         sequencer.lap("answer")
+        ids = opening.ids + choosing.ids
+        n_chosen = choosing.n_chosen + (opening.absent_probability is not None)
         text = thought.rest + self._text(ids)
         yield Answer(text)
         return Written(

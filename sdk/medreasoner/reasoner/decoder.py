@@ -41,17 +41,22 @@ class SavedPrefix:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """New tokens of a sequence: `embeds` (n, hidden_dim), and their rotary tables `cos` and `sin` (n, head_dim / 2)."""
+    """New tokens of a sequence: `embeds` (n, hidden_dim), and their rotary tables `cos` and `sin` (n, head_dim / 2).
+
+    Hidden states are asked for of the last `n_out` of them.
+    """
 
     cache: "KvCache"
     embeds: Array
     cos: Array
     sin: Array
+    n_out: int
 
     def part(self, start: int, stop: int) -> "Step":
         """Some of its tokens."""
-        at = slice(start, stop)
-        return Step(self.cache, self.embeds[at], self.cos[at], self.sin[at])
+        at, behind = slice(start, stop), len(self.embeds) - stop
+        n_out = min(stop - start, max(0, self.n_out - behind))
+        return Step(self.cache, self.embeds[at], self.cos[at], self.sin[at], n_out)
 
 
 def slots_that_fit(spec: ReasonerSpec, itemsize: int) -> int:
@@ -182,8 +187,15 @@ class Decoder:
         """Take a slot back for the next sequence."""
         self._free.append(cache.index)
 
-    def step(self, cache: KvCache, embeds: Array, positions: NDArray[np.int64]) -> Step:
+    @property
+    def text_tables(self) -> tuple[Array, Array]:
+        """(max_length, head_dim / 2) cosines and sines of text by position."""
+        return self._cos, self._sin
+
+    def step(self, cache: KvCache, embeds: Array, positions: NDArray[np.int64], n_out: int | None = None) -> Step:
         """Tokens (n, hidden_dim) at the positions (3, n), to be appended to a sequence.
+
+        Hidden states are asked for of the last `n_out` of them, None: of all.
 
         Raises
         ------
@@ -191,16 +203,16 @@ class Decoder:
             If the sequence does not fit the cache.
         """
         self._check(cache, len(embeds))
-        return Step(cache, embeds, *self._tables(positions))
+        return Step(cache, embeds, *self._tables(positions), len(embeds) if n_out is None else n_out)
 
-    def text_step(self, cache: KvCache, embeds: Array, position: int) -> Step:
+    def text_step(self, cache: KvCache, embeds: Array, position: int, n_out: int | None = None) -> Step:
         """The same for text, whose first token is at `position`."""
         n = len(embeds)
         self._check(cache, n)
         at = slice(position, position + n)
         if at.stop > len(self._cos):  # a position may run ahead of the number of tokens
-            return Step(cache, embeds, *self._tables(text_positions(position, n)))
-        return Step(cache, embeds, self._cos[at], self._sin[at])
+            return self.step(cache, embeds, text_positions(position, n), n_out)
+        return Step(cache, embeds, self._cos[at], self._sin[at], n if n_out is None else n_out)
 
     def _check(self, cache: KvCache, n: int) -> None:
         total = cache.length + n
@@ -215,7 +227,7 @@ class Decoder:
         Returns
         -------
         list of NDArray[np.float32]
-            Of each step (n, hidden_dim) hidden states of its tokens after the final norm.
+            Of each step (n_out, hidden_dim) hidden states of its last tokens after the final norm.
         """
         short, single, alone = [], [], []
         for index, step in enumerate(steps):
@@ -242,7 +254,7 @@ class Decoder:
 
     def _run_short(self, steps: Sequence[Step]) -> list[Array]:
         """All in one call of the kernel, which gives each what it would get alone."""
-        counts = [len(step.embeds) for step in steps]
+        counts, n_out = [len(step.embeds) for step in steps], [step.n_out for step in steps]
         embeds, cos, sin = _joined(steps) if len(steps) > 1 else (steps[0].embeds, steps[0].cos, steps[0].sin)
         states = ops.decoder_step(
             [step.cache.sequence for step in steps if step.cache.sequence is not None],
@@ -251,14 +263,15 @@ class Decoder:
             embeds,
             cos,
             sin,
+            n_out,
         )
-        return [states] if len(steps) == 1 else np.split(states, np.cumsum(counts[:-1]))
+        return [states] if len(steps) == 1 else np.split(states, np.cumsum(n_out[:-1]))
 
     def _run_alone(self, step: Step) -> Array:
         n = len(step.embeds)
         inputs = _inputs(step.embeds[None], step.cos, step.sin, np.array([step.cache.length + n - 1], np.int32))
         hidden = step.cache.binding.run(inputs)["hidden_states"]
-        return np.asarray(hidden[0], np.float32)
+        return np.asarray(hidden[0, n - step.n_out :], np.float32)
 
     def _run_batch(self, steps: Sequence[Step]) -> list[Array]:
         """One token of each of several sequences, in one run of the graph over all slots up to the last.
@@ -282,7 +295,7 @@ class Decoder:
             )
         hidden = self._batches[batch].run(_inputs(embeds[:, None], cos, sin, np.array(lasts, np.int32)))
         states = np.asarray(hidden["hidden_states"], np.float32)
-        return [states[step.cache.index] for step in steps]
+        return [states[step.cache.index, 1 - step.n_out :] for step in steps]
 
 
 def _joined(steps: Sequence[Step]) -> tuple[Array, Array, Array]:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from medreasoner import ops
 from medreasoner.errors import ArrayError, GenerationError
-from medreasoner.ops import AnswerState
+from medreasoner.ops import AnswerState, DecoderSequence
 from medreasoner.reasoner.decoder import Decoder, KvCache, Step
 from medreasoner.reasoner.weights import LanguageHead, WeightMatrix
 from medreasoner.timing import Stopwatch
@@ -36,19 +37,40 @@ class Sequencer:
     """
 
     def __init__(self, decoder: Decoder, embedding: WeightMatrix, cache: KvCache, next_position: int) -> None:
-        self._decoder, self._embedding, self._cache = decoder, embedding, cache
+        self._decoder, self._cache = decoder, cache
+        self.embedding = embedding
         self.next_position = next_position
         self.n_runs = 0
         self.timings_ms: dict[str, float] = {}
         self._watch = Stopwatch()
 
-    def feed(self, ids: Sequence[int]) -> Feeding:
-        """Yields the step of n text tokens, is sent their hidden states (n, hidden_dim), and returns them."""
-        embeds = self._embedding.embed(np.array(ids, np.int64))
-        states = yield self._decoder.text_step(self._cache, embeds, self.next_position)
+    def feed(self, ids: Sequence[int], n_out: int = 1) -> Feeding:
+        """Yields the step of text tokens, is sent the last hidden states (n_out, hidden_dim), and returns them."""
+        embeds = self.embedding.embed(np.array(ids, np.int64))
+        states = yield self._decoder.text_step(self._cache, embeds, self.next_position, n_out)
         self.next_position += len(ids)
         self.n_runs += 1
         return states
+
+    @property
+    def sequence(self) -> DecoderSequence | None:
+        """What a kernel runs, if there is one."""
+        return self._cache.sequence
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that the cache holds."""
+        return self._cache.length
+
+    @property
+    def tables(self) -> tuple[States, States]:
+        """Cosines and sines of text by position."""
+        return self._decoder.text_tables
+
+    def advance(self, n_tokens: int, next_position: int, n_runs: int) -> None:
+        """Take note of runs that were made without `feed`."""
+        self._cache.length, self.next_position = n_tokens, next_position
+        self.n_runs += n_runs
 
     def lap(self, stage: str) -> None:
         """Book the time since the last lap to a stage."""
@@ -67,14 +89,26 @@ class Sampler:
     """
 
     def __init__(self, temperature: float, seed: int, index: int) -> None:
-        self._temperature = temperature
+        self.temperature = temperature
         self._random = np.random.Generator(np.random.PCG64([seed, index]))
+        self._shares: list[float] = []
 
     def draw(self, logits: NDArray[np.float32]) -> int:
         """Index into finite logits (n,)."""
-        scaled = logits.astype(np.float64) / self._temperature
-        shares = np.cumsum(np.exp(scaled - scaled.max()))
-        return min(int(np.searchsorted(shares, self._random.random() * shares[-1], side="right")), len(logits) - 1)
+        (share,) = self.ahead(1)
+        self.skip(1)
+        return ops.draw_token(logits, self.temperature, share)
+
+    def ahead(self, n: int) -> list[float]:
+        """What the next n draws will go by, in [0, 1)."""
+        missing = n - len(self._shares)
+        if missing > 0:
+            self._shares += self._random.random(missing).tolist()
+        return self._shares[:n]
+
+    def skip(self, n: int) -> None:
+        """So many of them were used."""
+        del self._shares[:n]
 
 
 def choose(

@@ -85,6 +85,8 @@ class Reasoner:
         What takes a few tokens in the decoder graph's place, on the CPU.
     n_slots, max_waiting
         How many sequences run at once, None: as many as `slots_that_fit`; and how many may wait.
+    n_threads
+        That may share the answers of a batch.
 
     Raises
     ------
@@ -104,12 +106,13 @@ class Reasoner:
         step: StepKernel | None = None,
         n_slots: int | None = None,
         max_waiting: int = MAX_WAITING,
+        n_threads: int = 1,
     ) -> None:
         self.spec = spec
         self.prompt = Prompt(tokenizer, spec)
         self._vision = vision
         self._decoder = Decoder(decoder, spec, step, n_slots=n_slots)
-        self._scheduler = Scheduler(self._decoder, max_waiting=max_waiting)
+        self._scheduler = Scheduler(self._decoder, max_waiting=max_waiting, n_threads=n_threads)
         self._embedding, self._lm_head = embedding, lm_head
         self._writer = AnswerWriter(spec, tokenizer, lm_head)
         if isinstance(spec.vision.resize, StretchResize):  # one grid only: its grammar is known now
@@ -169,7 +172,7 @@ class Reasoner:
             inputs = words.copy()
             inputs[start : start + grid.n_tokens] = own
             cache.length, cache.holds = 0, None
-            yield self._decoder.step(cache, inputs, positions)
+            yield self._decoder.step(cache, inputs, positions, 0)
             return cache.save()
 
         deadline, cancellation = (None, None) if limits is None else (limits.deadline, limits.cancellation)
@@ -308,10 +311,10 @@ class Reasoner:
 
         def reading(cache: KvCache) -> Stream[NDArray[np.float32]]:
             sequencer, rest = self._resumed(prefix, whole, cache)
-            return (yield from sequencer.feed([*rest, *ids[:-1]]))
+            return (yield from sequencer.feed([*rest, *ids[:-1]], len(ids)))
 
         states = self._scheduler.start(reading, prefix=prefix.saved).result()
-        return np.stack([self._lm_head.logits(state) for state in np.ascontiguousarray(states[-len(ids) :])])
+        return np.stack([self._lm_head.logits(state) for state in np.ascontiguousarray(states)])
 
     def _decoded(self, written: Written, prefix: Prefix, n_prompt: int, sequencer: Sequencer) -> Decoded:
         corners = points = None

@@ -5,6 +5,8 @@ own answer has got on; then another takes over. A single caller so pays for no c
 
 Each sequence is a generator that yields `Step`s, and is sent their hidden states. A tick runs the next step of every
 sequence that has a slot. Long ones go in pieces while others run, so that reading a prompt does not stall an answer.
+Where all of them have come to an answer's choices, the kernel writes those in one tick, until one is done; who joins or
+gives up interrupts it between two steps.
 """
 
 import threading
@@ -17,6 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner.errors import CancelledError, DeadlineError, MedReasonerError, QueueFullError
+from medreasoner.ops import Interrupt
+from medreasoner.reasoner.choosing import Choosing, write_together
 from medreasoner.reasoner.decoder import Decoder, KvCache, SavedPrefix, Step
 from medreasoner.result import Answer, Thought
 
@@ -24,7 +28,7 @@ __all__ = ["Cancellation", "Event", "Scheduler", "Stream", "Ticket", "gather"]
 
 Event: TypeAlias = Thought | Answer
 T = TypeVar("T")
-Stream: TypeAlias = Generator[Event | Step, NDArray[np.float32], T]
+Stream: TypeAlias = Generator[Event | Step | Choosing, NDArray[np.float32], T]
 
 _CHUNK = 32  # tokens of one sequence in a tick in which others take part
 _LARGEST_CHUNK = 256  # alone, so that who comes meanwhile need not wait for a whole prompt
@@ -75,7 +79,8 @@ class Ticket(Generic[T]):
         self._stream: Stream[T] | None = None
         self._step: Step | None = None
         self._states: list[NDArray[np.float32]] = []
-        self._fed = 0
+        self._fed = self._running = 0  # tokens of the step
+        self.choosing: Choosing | None = None  # in the place of a step
         self._result: T | None = None
         self._error: BaseException | None = None
         self._is_cancelled = False
@@ -116,6 +121,7 @@ class Ticket(Generic[T]):
     def cancel(self) -> None:
         """Give it up, from any thread; its caller gets `CancelledError`."""
         self._is_cancelled = True
+        self._scheduler.interrupt()
         self.ready.set()
 
     @property
@@ -143,20 +149,27 @@ class Ticket(Generic[T]):
         step = self._step
         assert step is not None
         n = len(step.embeds)
-        if n - self._fed <= limit:
-            return step if self._fed == 0 else step.part(self._fed, n)
-        return step.part(self._fed, self._fed + limit)
+        self._running = min(n - self._fed, limit)
+        return step if self._running == n else step.part(self._fed, self._fed + self._running)
 
     def take(self, states: NDArray[np.float32]) -> None:
         """Hidden states of what was run; goes on once the step is complete."""
         assert self._step is not None
-        self._fed += len(states)
+        self._fed += self._running
         if self._fed < len(self._step.embeds):
             self._states.append(states)
             return
         whole = states if not self._states else np.concatenate([*self._states, states])
         self._states, self._fed = [], 0
         self._advance(whole)
+
+    def go_on(self, *, by_hand: bool = False) -> None:
+        """After choices were made; `by_hand` until there is a step to run."""
+        while self.choosing is not None and not self.is_done:
+            self.choosing.is_stuck |= by_hand
+            self._advance(None)
+            if not by_hand:
+                return
 
     def fail(self, error: BaseException) -> None:
         """End with an error, unless it has ended."""
@@ -171,7 +184,7 @@ class Ticket(Generic[T]):
         assert stream is not None
         try:
             item = next(stream) if states is None else stream.send(states)
-            while not isinstance(item, Step):
+            while not isinstance(item, Step | Choosing):
                 self.events.append(item)
                 item = next(stream)
         except StopIteration as stop:
@@ -179,7 +192,7 @@ class Ticket(Generic[T]):
         except Exception as err:
             self._error, self.is_done = err, True
         else:
-            self._step = item
+            self._step, self.choosing = (None, item) if isinstance(item, Choosing) else (item, None)
 
 
 def gather(tickets: Sequence[Ticket[T]]) -> list[T]:
@@ -200,12 +213,15 @@ class Scheduler:
         Nobody else may run it.
     max_waiting
         How many sequences may wait for a slot.
+    n_threads
+        That may share the answers of a batch.
     """
 
-    def __init__(self, decoder: Decoder, *, max_waiting: int) -> None:
-        self._decoder, self._max_waiting = decoder, max_waiting
+    def __init__(self, decoder: Decoder, *, max_waiting: int, n_threads: int = 1) -> None:
+        self._decoder, self._max_waiting, self._n_threads = decoder, max_waiting, n_threads
         self._lock = threading.Lock()
         self._is_driven = False
+        self._interrupt = Interrupt()
         self._waiting: deque[Ticket[object]] = deque()
         self._active: list[Ticket[object]] = []
 
@@ -247,6 +263,7 @@ class Scheduler:
                     f"{len(self._active)} questions are being answered and {len(self._waiting)} wait: try again later"
                 )
             self._waiting.append(ticket)  # type: ignore[arg-type]
+            self._interrupt.set()
         if cancellation is not None:
             cancellation.covers(ticket)  # type: ignore[arg-type]
         return ticket
@@ -271,6 +288,10 @@ class Scheduler:
             else:
                 ticket.ready.wait(ticket.seconds_left or None)  # once it is overdue, until who drives sees it
 
+    def interrupt(self) -> None:
+        """Let whoever drives look at what has changed, after the step that is running."""
+        self._interrupt.set()
+
     def drop(self, ticket: Ticket[T]) -> None:
         """Forget a ticket that nobody asks for any more."""
         with self._lock:
@@ -294,17 +315,23 @@ class Scheduler:
                     heir.ready.set()
 
     def _tick(self) -> None:
-        """One step of each sequence that has a slot."""
+        """One step of each sequence that has a slot, or more of them where all make choices."""
         with self._lock:
+            self._interrupt.clear()  # whatever comes from now on sets it again
             self._admit()
             active = list(self._active)
+            lefts = [each.seconds_left for each in (*active, *self._waiting)]
         if not active:
             return
-        limit = _LARGEST_CHUNK if len(active) == 1 else _CHUNK
         try:
-            results = self._decoder.run([ticket.next_step(limit) for ticket in active])
-            for ticket, states in zip(active, results, strict=True):
-                ticket.take(states)
+            choosing = [ticket.choosing for ticket in active if ticket.choosing and ticket.choosing.goes_whole]
+            if len(choosing) == len(active):
+                seconds = min((left for left in lefts if left is not None), default=None)
+                write_together(choosing, self._interrupt, seconds, n_threads=self._n_threads)
+                for ticket in active:
+                    ticket.go_on()
+            else:
+                self._step(active)
         except BaseException as err:  # of the runtime, or an interrupt: no sequence can be trusted to be whole
             for ticket in active:
                 ticket.fail(err if isinstance(err, Exception) else CancelledError("the run was interrupted"))
@@ -317,6 +344,16 @@ class Scheduler:
                         self._leave(ticket)
                     elif ticket.events:
                         ticket.ready.set()
+
+    def _step(self, active: "Sequence[Ticket[object]]") -> None:
+        """One step of each."""
+        for ticket in active:
+            ticket.go_on(by_hand=True)
+        running = [ticket for ticket in active if not ticket.is_done]
+        limit = _LARGEST_CHUNK if len(active) == 1 else _CHUNK
+        results = self._decoder.run([ticket.next_step(limit) for ticket in running])
+        for ticket, states in zip(running, results, strict=True):
+            ticket.take(states)
 
     def _admit(self) -> None:
         """Give up what is overdue, and free slots to those who wait, the first first."""
