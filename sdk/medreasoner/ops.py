@@ -2,8 +2,8 @@
 
 All functions on arrays release the interpreter lock while they work, start no threads unless told how many, and never
 change their arguments (a step of the grammar, or a piece of text for the parser, is shorter than letting go of the lock
-and taking it). Arrays must have the stated shape and dtype and be C-contiguous, numbers lie in the stated range: all else
-raises `ArrayError`, nothing is copied behind the caller's back. Sizes go up to 2**28 pixels.
+and taking it). Arrays must have the stated shape and dtype and be C-contiguous, numbers lie in the stated range: all
+else raises `ArrayError`, nothing is copied behind the caller's back. Sizes go up to 2**28 pixels.
 """
 
 from collections.abc import Sequence

@@ -320,7 +320,8 @@ class Reasoner:
         corners = points = None
         if written.values is not None:
             pairs = np.reshape(written.values, (4, 2))  # two corners, two points
-            corners, points = np.split(prefix.placement.from_answer(pairs, self.spec.coordinates), 2)
+            places = prefix.placement.from_answer(pairs, self.spec.coordinates)
+            corners, points = places[:2], places[2:]
         return Decoded(
             corners=corners,
             points=points,
