@@ -23,7 +23,7 @@ setup(
     package_data={
         "medreasoner": ["py.typed", "_kernels.pyi", *bundle],
         "medreasoner_export": ["py.typed"],
-        "medreasoner_train": ["py.typed", "queries/*.json"],
+        "medreasoner_train": ["py.typed", "queries/*.json", "recipes/*.toml"],
         "medreasoner_cli": ["py.typed"],
     },
     ext_modules=[
