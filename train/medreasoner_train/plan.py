@@ -9,7 +9,7 @@ gradients      4 T / S, and with DDP the buckets in which they are exchanged, an
 adam           8 T / S: two moments
 reference      2 P / S in bfloat16; 0 with LoRA (the adapters are switched off) or without the KL term
 gathered       FSDP: embedding and language head, two decoder layers (one at work, one under way), and the gradients of
-               the head and one layer; bfloat16 without FSDP: the copies that autocast keeps, 2 P
+               the head and one layer, which are summed in float32; bfloat16 without FSDP: autocast's copies, 2 P
 activations    of n tokens and p patches. One decoder layer keeps n (8 m + 30 h + 4 k), one block of the tower
                p (8 m' + 33 h') in bfloat16, or n (16 m + 32 h + 8 k) and p (16 m' + 52 h') in float32 (h hidden,
                m inner size, k that of all keys). With gradient checkpointing only one layer does so at a time, beside
@@ -210,7 +210,8 @@ def _gathered(model: Any, element: int) -> int:
     layer, head = size(language.layers[0]), size(base.lm_head)
     tied = base.lm_head.weight is language.embed_tokens.weight
     embedding = 0 if tied else size(language.embed_tokens)
-    return element * (embedding + head + 2 * layer + head + layer)
+    gradients = element if element == 4 else element + 4
+    return element * (embedding + head + 2 * layer) + gradients * (head + layer)
 
 
 def _activations(sizes: Any, work: Workload, element: int, *, checkpointing: bool, vision: bool) -> int:
