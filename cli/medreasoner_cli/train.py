@@ -247,6 +247,7 @@ def grpo(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="TOML file with the run's settings.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="In the place of [train] out.")] = None,
     device: Annotated[str | None, typer.Option(help="In the place of [train] device: cpu, cuda or cuda:N.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what memory it needs of each GPU.")] = False,
 ) -> None:
     """Teach the reasoner by reward: answers are drawn, judged, and the better of a group made likelier.
 
@@ -262,8 +263,12 @@ def grpo(
     if device is not None:
         changes["device"] = device
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
+    stage = load("medreasoner_train.grpo_run", extra="train")
+    if plan:
+        print(stage.what_it_needs(settings))
+        return
     _usable(settings.train.device)
-    load("medreasoner_train.grpo_run", extra="train").run(settings)
+    stage.run(settings)
 
 
 def _factors(pairs: list[str]) -> dict[str, float]:

@@ -35,17 +35,24 @@ def found(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, l
         capture_output=True, text=True, timeout=180, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-5000:]
-    return {kind: [torch.load(out / f"{kind}-{rank}.pt") for rank in range(2)] for kind in ("ddp", "fsdp")}
+    both = {kind: [torch.load(out / f"{kind}-{rank}.pt") for rank in range(2)] for kind in ("ddp", "fsdp")}
+    return {**both, "bf16": [torch.load(out / "bf16.pt")]}
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
-    """One process with the whole batch, in plain PyTorch."""
+def worker() -> Any:
+    """The module that the processes run."""
     spec = importlib.util.spec_from_file_location("two_processes", WORKER)
     assert spec is not None
     assert spec.loader is not None
     worker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(worker)
+    return worker
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path, worker: Any) -> dict[str, Any]:
+    """One process with the whole batch, in plain PyTorch."""
     model, reference, policy = load_hub_model(folder), load_hub_model(folder), HubPolicy(folder)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.9)
@@ -105,6 +112,20 @@ def test_fsdp_splits_what_ddp_copies(found: dict[str, list[dict[str, Any]]], alo
     assert [each["shares"] for each in found["ddp"]] == [whole, whole]
     assert sum(each["shares"] for each in found["fsdp"]) == whole
     assert max(each["shares"] for each in found["fsdp"]) < 0.55 * whole
+
+
+def test_fsdp_in_bfloat16_keeps_log_probabilities_whole(
+    found: dict[str, list[dict[str, Any]]], folder: Path, worker: Any
+) -> None:
+    (each,) = found["bf16"]
+    prompt, answers, _ = worker.groups()[0]
+    model = load_hub_model(folder)
+    values, _ = HubPolicy(folder).log_probs(model, [prompt], [answers])
+    values.sum().backward()
+    torch.testing.assert_close(each["log_probs"], values.detach(), atol=0.1, rtol=2**-7)
+    assert each["log_probs"].dtype == torch.float32
+    assert not torch.equal(each["log_probs"].bfloat16().float(), each["log_probs"])
+    assert each["norm"] == pytest.approx(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)), rel=0.03)
 
 
 def test_a_wrong_number_of_processes_is_named() -> None:

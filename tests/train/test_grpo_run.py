@@ -16,6 +16,7 @@ from medreasoner.errors import BundleError, MissingExtraError
 from medreasoner_cli.main import run as command
 from medreasoner_train.checkpoint import load_reasoner, save_reasoner
 from medreasoner_train.config import ConfigError
+from medreasoner_train.distributed import ScaleOptions
 from medreasoner_train.grpo_config import GrpoConfig, read_config
 from medreasoner_train.grpo_run import run
 from medreasoner_train.lora import LoraOptions
@@ -262,6 +263,23 @@ def test_any_checkpoint_is_trained_through_the_runtime(
     if lora is not None:
         assert all(name.split(".")[-2] in lora.targets for name in moved)
         assert (config.train.out / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_plan_needs_the_checkpoints_sizes_alone(
+    settings: Path, start: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (start / "model.safetensors").unlink()
+    assert command(["train", "grpo", str(settings), "--plan"]) == 0
+    told = capsys.readouterr().out
+    assert "memory of one GPU" in told
+    assert "adam" in told
+
+
+def test_many_processes_and_vllm_are_refused_so_far(config: GrpoConfig) -> None:
+    with pytest.raises(ConfigError, match=r"\[scale\] asks for 2 processes"):
+        run(dataclasses.replace(config, scale=ScaleOptions(processes=2)))
+    with pytest.raises(ConfigError, match="vllm"):
+        run(dataclasses.replace(config, rollouts=dataclasses.replace(config.rollouts, engine="vllm")))
 
 
 @pytest.mark.parametrize("name", sorted(each.name for each in RECIPES.glob("*.toml")))

@@ -103,6 +103,20 @@ def run(folder: Path, out: Path, *, fsdp: bool) -> None:
     processes.wait()
 
 
+def run_bf16(folder: Path, out: Path) -> None:
+    processes = Processes(ScaleOptions(processes=2, fsdp=True), precision="bf16", cpu=True)
+    model = load_hub_model(folder, gradient_checkpointing=True)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model, optimiser = processes.prepare(model, optimiser)
+    prompt, answers, _ = groups()[0]
+    found, _ = HubPolicy(folder, gradient_checkpointing=True).log_probs(model, [prompt], [answers])
+    processes.backward(found.sum() / 2)
+    norm = float(processes.clip(model, 1.0))
+    if processes.first:
+        torch.save({"log_probs": found.detach(), "norm": norm}, out / "bf16.pt")
+    processes.wait()
+
+
 def both(rank: int, folder: Path, out: Path, port: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
@@ -110,6 +124,7 @@ def both(rank: int, folder: Path, out: Path, port: str) -> None:
     for fsdp in (False, True):
         run(folder, out, fsdp=fsdp)
         AcceleratorState._reset_state(reset_partial_state=True)
+    run_bf16(folder, out)
     torch.distributed.destroy_process_group()
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from medreasoner_train.config import ConfigError, read_section, read_toml
+from medreasoner_train.distributed import ScaleOptions
 from medreasoner_train.grpo import LossOptions
 from medreasoner_train.lora import LoraOptions
 from medreasoner_train.rollout import Sampling
@@ -93,10 +94,11 @@ class RolloutOptions(Sampling):
     ----------
     engine
         ``"torch"``: the model itself, freely, thoughts too, for policies of kind packed; ``"runtime"``: our ONNX
-        runtime, by the grammar of answers, for any, and much faster on a CPU; ``"auto"``: the first that can.
+        runtime, by the grammar of answers, for any, and much faster on a CPU; ``"auto"``: the first that can; ``"vllm"``: can be
+        planned with, not run yet.
     """
 
-    engine: Literal["auto", "torch", "runtime"] = "auto"
+    engine: Literal["auto", "torch", "runtime", "vllm"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,6 +196,7 @@ class GrpoConfig:
     rollouts: RolloutOptions = dataclasses.field(default_factory=RolloutOptions)
     reward: RewardOptions = dataclasses.field(default_factory=RewardOptions)
     loss: LossOptions = dataclasses.field(default_factory=LossOptions)
+    scale: ScaleOptions = dataclasses.field(default_factory=ScaleOptions)
 
 
 def read_config(path: Path) -> GrpoConfig:
@@ -212,6 +215,7 @@ def read_config(path: Path) -> GrpoConfig:
         "reward": RewardOptions,
         "loss": LossOptions,
         "train": TrainOptions,
+        "scale": ScaleOptions,
     }
     if unknown := sorted(tables.keys() - kinds.keys()):
         raise ConfigError(f"{path}: unknown table {', '.join(unknown)}; there are {', '.join(kinds)}")

@@ -26,6 +26,7 @@ from medreasoner_train.loop import LoopOptions, Optimiser, batches, load_modules
 from medreasoner_train.lora import AdapterReference, add_adapter, merged_weights, save_adapter
 from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.pictures import sheet
+from medreasoner_train.plan import Plan, Workload, plan
 from medreasoner_train.rollout import Rollouts
 from medreasoner_train.runtime_rollouts import RuntimeRollouts
 from medreasoner_train.segmenter import build_segmenter
@@ -35,7 +36,7 @@ from medreasoner_train.tasks import ExampleTasks, GroundingTasks, TaskSource
 from medreasoner_train.torch_rollouts import TorchRollouts
 from medreasoner_train.validation import validate
 
-__all__ = ["run"]
+__all__ = ["run", "what_it_needs"]
 
 logger = logging.getLogger(__name__)
 MANY = 1_000_000  # more batches than any run draws
@@ -71,6 +72,8 @@ def run(config: GrpoConfig) -> None:
     options = config.train
     if options.tensorboard:  # before the data are read
         require("tensorboard", extra="tensorboard", feature="Writing for TensorBoard")
+    if config.scale.processes > 1:
+        raise ConfigError(f"[scale] asks for {config.scale.processes} processes: this command trains in one, so far")
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
     torch.set_flush_denormal(True)
@@ -145,6 +148,32 @@ def _save(config: GrpoConfig, model: Any) -> None:
     save_adapter(model, config.train.out / "adapter")
 
 
+def what_it_needs(config: GrpoConfig) -> Plan:
+    """The memory that the run needs of each GPU; the checkpoint's ``config.json`` is read, no weights.
+
+    Raises
+    ------
+    BundleError
+        If there is no such file.
+    """
+    options = config.policy
+    colocated = config.rollouts.count if config.rollouts.engine == "vllm" else 0
+    return plan(
+        options.checkpoint,
+        scale=config.scale,
+        work=Workload(
+            answers=config.scale.micro_batch or config.train.micro_batch * config.rollouts.count,
+            response_tokens=config.rollouts.max_tokens,
+            rollouts=colocated,
+        ),
+        precision=config.train.precision,
+        gradient_checkpointing=options.gradient_checkpointing,
+        frozen_vision=options.frozen_vision,
+        lora=options.lora,
+        kl=config.loss.kl > 0,
+    )
+
+
 def _loop(config: GrpoConfig) -> LoopOptions:
     options = config.train
     return LoopOptions(
@@ -215,6 +244,8 @@ def _grounding(
 
 def _rollouts(config: GrpoConfig, setup: _Setup) -> Rollouts:
     engine = config.rollouts.engine
+    if engine == "vllm":
+        raise ConfigError('[rollouts] engine "vllm" cannot be run yet: use "runtime"')
     if engine == "auto":
         engine = "torch" if setup.packed is not None else "runtime"
     if engine == "torch":
