@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from medreasoner.manifest import read_record
 from medreasoner.spec import ReasonerSpec
-from medreasoner_export.checkpoint import Entry, Weights, read_json
+from medreasoner_export.checkpoint import Checkpoint, Entry, Weights, read_json
 from medreasoner_export.config_section import naming
 from medreasoner_export.graph import are_large
 from medreasoner_export.qwen_config import QwenConfig
@@ -35,7 +35,7 @@ class LiveExport:
     Parameters
     ----------
     checkpoint_dir
-        Folder with ``config.json``, ``tokenizer.json`` and ``medreasoner.json``; its weights are not read.
+        Folder with ``config.json``, ``tokenizer.json`` and ``medreasoner.json``.
     settings
         Entries that replace those of ``medreasoner.json``.
 
@@ -58,23 +58,22 @@ class LiveExport:
         matrix = matrix_record("embedding.bin", self._config, "float32")
         return read_record(ReasonerSpec, {**section, "embedding": matrix, "lm_head": matrix}, "reasoner")
 
-    def write(self, weights: Mapping[str, npt.NDArray[np.float32]], out: Path) -> ReasonerSpec:
+    def write(self, out: Path, weights: Mapping[str, npt.NDArray[np.float32]] | None = None) -> ReasonerSpec:
         """Write an export into an empty folder.
 
         Parameters
         ----------
-        weights
-            By their names in transformers, none of another model.
         out
             Folder that is there.
+        weights
+            By their names in transformers, none of another model; None: those of the folder.
 
         Raises
         ------
         BundleError
             If a tensor is missing, misshapen, not finite or of no use; the message names it.
         """
-        entries = {name: _held(array, self._folder) for name, array in weights.items()}
-        checkpoint = Weights(self._folder, read_json(self._folder / "config.json"), entries, [])
+        checkpoint: Weights = Checkpoint(self._folder) if weights is None else self._held(weights)
         embedding = embedding_name(checkpoint)
         external = are_large(checkpoint.shapes.values(), "float32")
         section = reasoner_section(self._folder, self._config, self._options, "float32", with_step=not external)
@@ -82,12 +81,15 @@ class LiveExport:
             checkpoint, self._config, self._options, storage="float32", sha256="", section=section
         )
         copy_tokenizer(self._folder, self._config, out)
-        graphs.vision(out, external)
+        graphs.vision(out, True)  # beside it, or they would be copied twice more
         graphs.decoder(out, external, None)
         section |= reasoner_matrices(checkpoint, self._config, embedding, "float32", out)
         checkpoint.check_all_read(ignore=("inv_freq", "lm_head.weight"))
         return read_record(ReasonerSpec, section, "reasoner")
 
+    def _held(self, weights: Mapping[str, npt.NDArray[np.float32]]) -> Weights:
+        def entry(array: npt.NDArray[np.float32]) -> Entry:
+            return Entry(file=self._folder, dtype="F32", shape=array.shape, read=lambda: array)
 
-def _held(array: npt.NDArray[np.float32], folder: Path) -> Entry:
-    return Entry(file=folder, dtype="F32", shape=array.shape, read=lambda: array)
+        entries = {name: entry(array) for name, array in weights.items()}
+        return Weights(self._folder, read_json(self._folder / "config.json"), entries, [])
