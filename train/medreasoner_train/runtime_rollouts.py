@@ -42,7 +42,7 @@ class RuntimeRollouts:
     device, n_threads
         Of the sessions; None: the cores that this process may use.
     n_slots
-        Answers that are decoded at once.
+        Answers that are decoded at once; each takes the memory of its keys and values. More than 16 gained nothing (nano).
     constrained
         Whether answers follow the grammar; else they are whatever the model writes after their opening tag.
 
@@ -61,7 +61,7 @@ class RuntimeRollouts:
         *,
         device: Device = "cpu",
         n_threads: int | None = None,
-        n_slots: int = 32,
+        n_slots: int = 16,
         constrained: bool = True,
     ) -> None:
         from medreasoner_export import LiveExport
