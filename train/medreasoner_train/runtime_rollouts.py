@@ -42,7 +42,7 @@ class RuntimeRollouts:
     device, n_threads
         Of the sessions; None: the cores that this process may use.
     n_slots
-        Answers that are decoded at once; each takes the memory of its keys and values. More than 16 gained nothing (nano).
+        Answers that are decoded at once; each takes the memory of its keys and values. More gained nothing (nano).
     constrained
         Whether answers follow the grammar; else they are whatever the model writes after their opening tag.
 
