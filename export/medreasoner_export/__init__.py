@@ -1,5 +1,6 @@
 """Checkpoints to ONNX graphs, bundles and parity reports."""
 
+from medreasoner_export.live import LiveExport
 from medreasoner_export.package import Licence, build_bundle
 from medreasoner_export.parity_road import Question
 from medreasoner_export.prompts import CalibrationPrompt, read_prompts
@@ -17,6 +18,7 @@ __all__ = [
     "EngineLimits",
     "EngineOptions",
     "Licence",
+    "LiveExport",
     "ParityReport",
     "ParityStage",
     "Question",

@@ -4,11 +4,12 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
-from medreasoner.providers import CPU, RuntimeOptions, is_cpu_only, usable_cores
+from medreasoner.providers import CPU, OrtSession, RuntimeOptions, is_cpu_only, usable_cores
 from medreasoner.readings import CACHE_BYTES, ReadingCache
 from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.model import MAX_WAITING
@@ -16,10 +17,10 @@ from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph, no_graph, steps_pay
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
-from medreasoner.sessions import OpenedSession, SessionOpener
-from medreasoner.spec import ConfidenceSpec
+from medreasoner.sessions import OpenedSession, SessionOpener, decoder_session
+from medreasoner.spec import ConfidenceSpec, ReasonerSpec
 
-__all__ = ["Engine", "Sharing", "load_engine", "step_options"]
+__all__ = ["Engine", "Sharing", "load_engine", "load_reasoner", "step_options"]
 
 # Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
 # times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
@@ -159,7 +160,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     with ThreadPoolExecutor(5) as pool:
         vision = pool.submit(opener.open, reasoner.graphs.vision, options)
         encoder = pool.submit(opener.open, segmenter.graphs.encoder, options)
-        decoder = pool.submit(_open_decoder, bundle, opener, decoding, n_threads)
+        decoder = pool.submit(_open_decoder, reasoner, bundle.path, opener.open, decoding, n_threads)
         mask_decoder = pool.submit(opener.open, segmenter.graphs.decoder, drawing)
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
@@ -194,18 +195,59 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
         )
 
 
+def load_reasoner(
+    spec: ReasonerSpec, folder: Path, options: RuntimeOptions, *, n_slots: int, max_waiting: int
+) -> Reasoner:
+    """The reasoner alone, of a folder that an export wrote; whoever calls vouches for the files.
+
+    Its threads are those of the options, also where a question alone would not be worth waking them.
+
+    Raises
+    ------
+    BundleError
+        If the tokenizer, texts and sizes do not fit together.
+    ProviderError
+        If the device does not work.
+    """
+
+    def open_session(name: str, options: RuntimeOptions) -> OpenedSession:
+        make = decoder_session if name == spec.graphs.decoder else OrtSession
+        session = make(folder / name, options)
+        return OpenedSession(session=session, graph=name, warnings=session.warnings)
+
+    n_threads = options.n_threads or usable_cores()
+    with ThreadPoolExecutor(2) as pool:
+        vision = pool.submit(open_session, spec.graphs.vision, options)
+        tokenizer = pool.submit(load_tokenizer, str(folder / spec.tokenizer))
+        decoder, step = _open_decoder(spec, lambda name: folder / name, open_session, options, n_threads)
+        return Reasoner(
+            spec,
+            vision=vision.result().session,
+            decoder=decoder.session,
+            tokenizer=tokenizer.result(),
+            embedding=load_weight(folder / spec.embedding.file, spec.embedding),
+            lm_head=load_weight(folder / spec.lm_head.file, spec.lm_head, n_threads=n_threads),
+            step=step,
+            n_slots=n_slots,
+            max_waiting=max_waiting,
+        )
+
+
 def _open_decoder(
-    bundle: Bundle, opener: SessionOpener, options: RuntimeOptions, n_threads: int
+    reasoner: ReasonerSpec,
+    find: Callable[[str], Path],
+    open_session: Callable[[str, RuntimeOptions], OpenedSession],
+    options: RuntimeOptions,
+    n_threads: int,
 ) -> tuple[OpenedSession, StepKernel | None]:
     """The decoder's session, and what runs steps in its place; a kernel that runs all needs no session."""
-    reasoner = bundle.spec.reasoner
     step = reasoner.step if reasoner.cpu_graphs.decoder is None and steps_pay() else None
     if step is not None and needs_no_graph(step) and is_cpu_only(options):
         opened = OpenedSession(session=no_graph(step), graph=reasoner.graphs.decoder, warnings=())
     else:
-        opened = opener.open(reasoner.graphs.decoder, options)
+        opened = open_session(reasoner.graphs.decoder, options)
     if step is None or opened.session.providers[0] != CPU:
         return opened, None
     if needs_no_graph(step):  # known now: the graph's memory is let go
         opened = OpenedSession(session=no_graph(step), graph=opened.graph, warnings=opened.warnings)
-    return opened, load_step(bundle.path(step.file), reasoner, step, n_threads=n_threads)
+    return opened, load_step(find(step.file), reasoner, step, n_threads=n_threads)

@@ -246,7 +246,8 @@ def test_any_checkpoint_is_trained_through_the_runtime(
     policy = dataclasses.replace(config.policy, kind="hub", lora=lora)
     data = dataclasses.replace(config.data, path=csv, think=0.0)
     reward = dataclasses.replace(config.reward, mode="soft", mask=1.0, segmenter="nano")
-    own = dataclasses.replace(config, policy=policy, data=data, reward=reward)
+    rollouts = dataclasses.replace(config.rollouts, max_tokens=64)
+    own = dataclasses.replace(config, policy=policy, data=data, reward=reward, rollouts=rollouts)
     run(changed(own, steps=3, eval_every=3, mini_batch=0, micro_batch=2, lr=1e-2, pictures_every=0))
     written = rows(config.train.out)
     assert [row["step"] for row in written] == [0, 1, 2, 3, 3]  # with a look before and after
@@ -275,10 +276,14 @@ def test_a_plan_needs_the_checkpoints_sizes_alone(
     assert "adam" in told
 
 
-def test_many_processes_and_vllm_are_refused_so_far(config: GrpoConfig) -> None:
+def test_many_processes_are_refused_so_far(config: GrpoConfig) -> None:
     with pytest.raises(ConfigError, match=r"\[scale\] asks for 2 processes"):
         run(dataclasses.replace(config, scale=ScaleOptions(processes=2)))
-    with pytest.raises(ConfigError, match="vllm"):
+
+
+def test_vllm_is_an_extra(config: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(MissingExtraError, match=r"medreasoner\[vllm\]"):
         run(dataclasses.replace(config, rollouts=dataclasses.replace(config.rollouts, engine="vllm")))
 
 

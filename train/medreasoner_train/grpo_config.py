@@ -93,12 +93,14 @@ class RolloutOptions(Sampling):
     Parameters
     ----------
     engine
-        ``"torch"``: the model itself, freely, thoughts too, for policies of kind packed; ``"runtime"``: our ONNX
-        runtime, by the grammar of answers, for any, and much faster on a CPU; ``"auto"``: the first that can; ``"vllm"``: can be
-        planned with, not run yet.
+        ``"torch"``: the model itself, freely, for policies of kind packed; ``"runtime"``: our ONNX runtime, by the
+        grammar of answers, for any, and much faster on a CPU; ``"transformers"``, ``"vllm"``: of these, freely;
+        ``"ray:"`` before the last three: Ray workers with one each; ``"auto"``: torch if it can, else the runtime.
     """
 
-    engine: Literal["auto", "torch", "runtime", "vllm"] = "auto"
+    engine: Literal[
+        "auto", "torch", "runtime", "transformers", "vllm", "ray:runtime", "ray:transformers", "ray:vllm"
+    ] = "auto"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

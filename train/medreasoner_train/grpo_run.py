@@ -28,7 +28,7 @@ from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.pictures import sheet
 from medreasoner_train.plan import Plan, Workload, plan
 from medreasoner_train.rollout import Rollouts
-from medreasoner_train.runtime_rollouts import RuntimeRollouts
+from medreasoner_train.rollout_engines import make_rollouts
 from medreasoner_train.segmenter import build_segmenter
 from medreasoner_train.sft_data import SftData, SftOptions
 from medreasoner_train.store import load_store
@@ -243,18 +243,14 @@ def _grounding(
 
 
 def _rollouts(config: GrpoConfig, setup: _Setup) -> Rollouts:
-    engine = config.rollouts.engine
-    if engine == "vllm":
-        raise ConfigError('[rollouts] engine "vllm" cannot be run yet: use "runtime"')
+    engine, packed = config.rollouts.engine, setup.packed
     if engine == "auto":
-        engine = "torch" if setup.packed is not None else "runtime"
+        engine = "runtime" if packed is None else "torch"
     if engine == "torch":
-        if setup.packed is None:
+        if packed is None:
             raise ConfigError('[rollouts] engine "torch" draws for policies of kind "packed": use "runtime"')
-        return TorchRollouts(setup.packed, setup.model, bf16=config.train.precision == "bf16")
-    if config.data.think:
-        raise ConfigError('[rollouts] engine "runtime" draws answers without a thought: set [data] think = 0')
-    return RuntimeRollouts(config.policy.checkpoint, setup.model)
+        return TorchRollouts(packed, setup.model, bf16=config.train.precision == "bf16")
+    return make_rollouts(engine, config.policy.checkpoint)
 
 
 def _judge(config: GrpoConfig, device: torch.device) -> MaskJudge | None:

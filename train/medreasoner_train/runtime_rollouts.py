@@ -1,11 +1,6 @@
-"""Our own ONNX runtime as the engine of rollouts: on a CPU many times as fast as drawing token by token in torch.
+"""Our own ONNX runtime as an engine of rollouts: on CPUs, and under the grammar of answers."""
 
-Answers follow the grammar, so that only their numbers and the choice between present and absent are drawn; the tokens
-between are forced and teach nothing.
-"""
-
-import json
-import re
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -14,118 +9,171 @@ from typing import Any
 
 import numpy as np
 
-from medreasoner import Grounder
-from medreasoner.errors import QueryError
-from medreasoner.reasoner import Decoded
+from medreasoner.engine import load_reasoner
+from medreasoner.errors import GenerationError
+from medreasoner.providers import Device, RuntimeOptions
+from medreasoner.reasoner import Decoded, Prefix, Reasoner, Ticket
 from medreasoner.reasoner.generate import Sampler
-from medreasoner.reasoner.prompt import load_tokenizer
-from medreasoner_train.checkpoint import copy_beside, read_settings
-from medreasoner_train.hub_policy import bare
-from medreasoner_train.lora import merged_weights
+from medreasoner.reasoner.scheduler import gather
+from medreasoner_train.policy_state import as_float32, policy_state
+from medreasoner_train.prompt_maker import MadePrompt, PromptMaker, check_draws
 from medreasoner_train.rollout import Completion, Prompt, Sampling
 
 __all__ = ["RuntimeRollouts"]
 
-# What is chosen in an answer: whether there is a box, and every number behind a bracket or a comma.
-CHOSEN = re.compile(r'(?<="bbox": )(?:\[|null)|(?<=[\[ ])-?\d+(?=[,\]])')
+AT_ONCE = 16  # prompts whose images and questions are held as keys and values
+WAITING = 2**20  # as many answers as anybody asks for
 
 
 class RuntimeRollouts:
-    """Draws with a bundle that is made anew of the trainer's weights; see :class:`medreasoner_train.rollout.Rollouts`.
+    """Draws answers with the runtime that users call; see :class:`medreasoner_train.rollout.Rollouts`.
+
+    An image is read once for all prompts on it, a question once for all its answers, and answers of several prompts are
+    decoded side by side. Under the grammar a completion marks the tokens that had no alternative; whether the target is
+    there at all is drawn too, which users get by a threshold.
 
     Parameters
     ----------
     checkpoint
-        Folder of the reasoner that is trained, whose settings and tokenizer are used.
+        Folder with ``config.json``, ``tokenizer.json`` and ``medreasoner.json``, and with the weights if answers are
+        drawn before the first `refresh`.
     model
-        Its present weights.
+        Whose weights to begin with; None: the folder's.
+    device, n_threads
+        Of the sessions; None: the cores that this process may use.
+    n_slots
+        Answers that are decoded at once; each takes the memory of its keys and values. More gained nothing (nano).
+    constrained
+        Whether answers follow the grammar; else they are whatever the model writes after their opening tag.
+
+    Raises
+    ------
+    BundleError
+        If a file is missing or malformed.
+    ProviderError
+        If there is no ONNX Runtime, or the device does not work.
     """
 
-    def __init__(self, checkpoint: Path, model: Any) -> None:
-        from medreasoner_export import export_segmenter  # lazily: the rest of the trainer does without
-        from medreasoner_export.checkpoint_spec import checkpoint_spec
-        from medreasoner_export.toy import make_toy_segmenter
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        model: Any = None,
+        *,
+        device: Device = "cpu",
+        n_threads: int | None = None,
+        n_slots: int = 16,
+        constrained: bool = True,
+    ) -> None:
+        from medreasoner_export import LiveExport
 
-        self._start = checkpoint
-        spec = checkpoint_spec(checkpoint)
-        self._absent, self._end = spec.answer.absent, spec.answer.end
-        self._tokenizer = load_tokenizer(str(checkpoint / "tokenizer.json"))
-        self._folder = Path(tempfile.mkdtemp(prefix="medreasoner-rollouts-"))
-        self._number = 0
-        self._grounder: Grounder | None = None
-        make_toy_segmenter(self._folder / "segmenter")  # a bundle has one; no answer needs it
-        export_segmenter(self._folder / "segmenter", self._folder / "s")
-        self.refresh(model)
+        self._maker = PromptMaker(Path(checkpoint))
+        self._export = LiveExport(checkpoint)
+        self._options = RuntimeOptions(device=device, n_threads=n_threads)
+        self._n_slots, self._constrained = n_slots, constrained
+        self._reasoner: Reasoner | None = None
+        self._load(model)
 
     def refresh(self, model: Any) -> None:
-        """Take over the weights: write them, make a bundle of them, load it in the place of the last."""
-        from medreasoner_export import ReasonerOptions, build_bundle, export_reasoner
+        """Take over a model's weights, or a state dict's; if that fails the engine keeps what it has.
 
-        own = self._folder / str(self._number)
-        self._number += 1
-        weights = merged_weights(model) if hasattr(model, "get_base_model") else model.state_dict()
-        bare(model).save_pretrained(own / "checkpoint", state_dict={k: v.float() for k, v in weights.items()})
-        copy_beside(self._start, own / "checkpoint")
-        if self._absent is not None:  # never by a threshold: it is drawn, below
-            settings = read_settings(own / "checkpoint") | {"absent_threshold": 1.0}
-            (own / "checkpoint" / "medreasoner.json").write_text(json.dumps(settings), encoding="utf-8")
-        export_reasoner(own / "checkpoint", own / "r", options=ReasonerOptions(precision="fp32"))
-        build_bundle(own / "r", self._folder / "s", own / "bundle", name="rollouts", version="0")
-        grounder = Grounder.load(own / "bundle", device="cpu", cache_bytes=0)
-        self._drop()
-        self._grounder = grounder
+        Raises
+        ------
+        BundleError
+            If they are not of this architecture, or not finite; the message names the tensor.
+        """
+        self._check()
+        self._load(model)
+
+    def _load(self, model: Any) -> None:
+        weights = None if model is None else {name: as_float32(each) for name, each in policy_state(model).items()}
+        folder = Path(tempfile.mkdtemp(prefix="medreasoner-rollouts-"))
+        try:
+            spec = self._export.write(folder, weights)
+            self._reasoner = load_reasoner(
+                spec, folder, self._options, n_slots=self._n_slots, max_waiting=WAITING
+            )  # fmt: skip
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays as long as it is in use
+
+    def _check(self) -> Reasoner:
+        if self._reasoner is None:
+            raise GenerationError("these rollouts are closed")
+        return self._reasoner
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """See :class:`medreasoner_train.rollout.Rollouts`.
 
         Raises
         ------
-        QueryError
-            If a prompt asks for a thought: free text is not drawn by this engine.
+        QueryError, ImageReadError
+            If the model does not accept a prompt; the message counts them from 1.
+        GenerationError
+            If a number of `sampling` is out of range, the weights give no finite logits, or the engine is closed.
         """
-        if thinking := next((prompt.key for prompt in prompts if prompt.think), None):
-            raise QueryError(f"{thinking}: the runtime draws answers without a thought; set [data] think = 0")
-        return [self._one(prompt, sampling, [seed, index]) for index, prompt in enumerate(prompts)]
+        check_draws(sampling, seed)
+        reasoner, made = self._check(), self._maker.read(prompts)
+        answers: list[list[Completion]] = []
+        for start in range(0, len(prompts), AT_ONCE):
+            some = slice(start, start + AT_ONCE)
+            images = self._images(reasoner, made[some])
+            questions = gather(
+                [reasoner.read_question(image, each.query) for image, each in zip(images, prompts[some], strict=True)]
+            )
+            draw = self._answers if self._constrained else self._texts
+            drawn = draw(reasoner, list(zip(questions, prompts[some], strict=True)), sampling, seed, start)
+            answers += [drawn[i : i + sampling.count] for i in range(0, len(drawn), sampling.count)]
+        return answers
 
-    def _one(self, prompt: Prompt, sampling: Sampling, seed: list[int]) -> list[Completion]:
-        assert self._grounder is not None
-        rng = np.random.default_rng(seed)
-        samplers = [Sampler(sampling.temperature, int(rng.integers(2**62)), 0) for _ in range(sampling.count)]
-        with self._grounder.open(prompt.pixels) as study:
-            reasoner, prefix = self._grounder._engine.reasoner, study._reading.prefix
-            drawn = reasoner.sample(prefix, prompt.query, samplers)
-        if len(drawn) < sampling.count:  # certain that it is absent
-            drawn = drawn * sampling.count
-        texts = [self._text(each, sampling.temperature, rng) for each in drawn]
-        return [self._completion(text) for text in texts]
+    def _images(self, reasoner: Reasoner, made: Sequence[MadePrompt]) -> list[Prefix]:
+        """The image of each prompt as the decoder has read it, each image once; those of one grid together."""
+        keys = [(each.pixels.shape, hashlib.sha256(each.pixels.tobytes()).digest()) for each in made]
+        unique = dict(zip(keys, made, strict=True))
+        read: dict[object, Prefix] = {}
+        for grid in {(each.grid.rows, each.grid.columns) for each in made}:
+            members = {key: each for key, each in unique.items() if (each.grid.rows, each.grid.columns) == grid}
+            placements = [each.placement for each in members.values()]
+            patches = np.stack([self._maker.patches(each) for each in members.values()])
+            prefixes = reasoner.read_prefixes(reasoner.encode(patches, placements[0]), placements)
+            read |= zip(members, prefixes, strict=True)
+        return [read[key] for key in keys]
 
-    def _text(self, decoded: Decoded, temperature: float, rng: np.random.Generator) -> str:
-        """The drawn answer, or that there is none, with the model's own probability at this temperature."""
-        if self._absent and decoded.absent_probability is not None:
-            p = min(max(decoded.absent_probability, 1e-12), 1 - 1e-12)
-            odds = min(700.0, float(np.log1p(-p) - np.log(p)) / temperature)  # e to it is still a number
-            share = 1 / (1 + float(np.exp(odds)))
-            if rng.random() < share:
-                return str(self._absent)
-        return decoded.text
+    def _answers(
+        self, reasoner: Reasoner, questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int, start: int
+    ) -> list[Completion]:
+        tickets: list[Ticket[Decoded]] = [
+            reasoner.answer(question, prompt.query, think=prompt.think, sampler=sampler)
+            for (question, prompt), sampler in _draws(questions, sampling, seed, start)
+        ]
+        completions = []
+        for decoded in gather(tickets):
+            ids = (*decoded.ids, self._maker.end)[: sampling.max_tokens]  # nothing else may follow an answer
+            completions.append(self._maker.told(ids, (*decoded.free, False)[: sampling.max_tokens]))
+        return completions
 
-    def _completion(self, text: str) -> Completion:
-        whole = self._tokenizer.encode(text + self._end, add_special_tokens=False)
-        chosen = np.zeros(len(text) + len(self._end) + 1, np.bool_)
-        for match in CHOSEN.finditer(text):
-            chosen[match.start() : match.end()] = True
-        free = tuple(bool(chosen[first:last].any()) for first, last in whole.offsets)
-        return Completion(ids=tuple(whole.ids), text=text, free=free)
-
-    def _drop(self) -> None:
-        if self._grounder is not None:
-            self._grounder.close()
-            self._grounder = None
-            shutil.rmtree(self._folder / str(self._number - 2), ignore_errors=True)
+    def _texts(
+        self, reasoner: Reasoner, questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int, start: int
+    ) -> list[Completion]:
+        tickets = [
+            reasoner.complete(
+                question, prompt.query, think=prompt.think, limit=sampling.max_tokens, sampler=sampler
+            )
+            for (question, prompt), sampler in _draws(questions, sampling, seed, start)
+        ]  # fmt: skip
+        return [
+            self._maker.told(ids, tuple(index >= given for index in range(len(ids)))) for ids, given in gather(tickets)
+        ]
 
     def close(self) -> None:
-        """Close the bundle and remove what was written."""
-        if self._grounder is not None:
-            self._grounder.close()
-            self._grounder = None
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Let go of the sessions and their memory."""
+        self._reasoner = None
+
+
+def _draws(
+    questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int, start: int
+) -> list[tuple[tuple[Prefix, Prompt], Sampler]]:
+    """Each question as often as it is answered, each time with random numbers of its own."""
+    return [
+        (question, Sampler(sampling.temperature, seed, number * sampling.count + index, draws_absent=True))
+        for number, question in enumerate(questions, start)
+        for index in range(sampling.count)
+    ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -11,7 +12,7 @@ from medreasoner.errors import BundleError, GenerationError
 from medreasoner.ops import AnswerParser, AnswerState, ParsedAnswer
 from medreasoner.reasoner.choosing import Choosing
 from medreasoner.reasoner.decoder import Step
-from medreasoner.reasoner.generate import Sampler, Sequencer, choose, free_text, if_present
+from medreasoner.reasoner.generate import NOT_FINITE, Sampler, Sequencer, choose, free_text, if_present
 from medreasoner.reasoner.grammar import GrammarBook
 from medreasoner.reasoner.weights import WeightMatrix
 from medreasoner.result import Answer, Thought
@@ -34,7 +35,8 @@ class Written:
     """What the reasoner wrote.
 
     `values` are x1, y1, x2, y2 and two points x, y in its own numbers, None if absent. Of the tokens of the
-    answer `n_forced` had no alternative.
+    answer `n_forced` had no alternative. `ids` are all tokens after the prompt, those of the thought and of its tags
+    too, and `free` says which of them were chosen, where they were drawn; else it is empty.
     """
 
     values: tuple[float, ...] | None
@@ -45,6 +47,8 @@ class Written:
     n_forced: int = 0
     absent_probability: float | None = None
     warnings: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+    free: tuple[bool, ...] = ()
 
 
 class AnswerWriter:
@@ -64,7 +68,7 @@ class AnswerWriter:
         end = tokenizer.token_to_id(spec.answer.end)
         if end is None:
             raise BundleError(f"reasoner.answer.end: {spec.answer.end!r} is not in the vocabulary")
-        self._end: int = end
+        self.end: int = end
 
     def prepare(self, limits: tuple[int, int]) -> None:
         """Build the grammar for answers up to these limits now, not at the first query."""
@@ -100,6 +104,7 @@ class AnswerWriter:
             thought = yield from self._think(sequencer, pending, sampler)
         state = self._grammars.grammar(max(limits), written=thought.rest).start(*limits)
         ids = state.forced()
+        free = [False] * len(ids)
         pending = [*thought.pending, *ids]
         guess = if_present(state)
         hidden = yield from sequencer.feed([*pending, *guess], len(guess) + 1)
@@ -107,14 +112,19 @@ class AnswerWriter:
             sequencer.lap("prefill")
         at_choice = hidden[0]
         if not state.at_absent_choice:
-            return Opening(thought=thought, state=state, ids=ids, hidden=at_choice)
-        token, probability = choose(state, at_choice, self._lm_head, self._spec.absent_threshold)
+            return Opening(thought=thought, state=state, ids=ids, free=free, hidden=at_choice)
+        token, probability = choose(state, at_choice, self._lm_head, self._spec.absent_threshold, sampler)
         state.accept(token)
         own = [token, *state.forced()]
-        ids += own
-        if own == guess:  # they have been fed already
-            return Opening(thought=thought, state=state, ids=ids, hidden=hidden[-1], absent_probability=probability)
-        return Opening(thought=thought, state=state, ids=ids, pending=own, absent_probability=probability)
+        known = partial(
+            Opening,
+            thought=thought,
+            state=state,
+            ids=ids + own,
+            free=[*free, *_one_chosen(own)],
+            absent_probability=probability,
+        )
+        return known(hidden=hidden[-1]) if own == guess else known(pending=own)  # the guess has been fed already
 
     def go_on(self, sequencer: Sequencer, opening: "Opening", sampler: Sampler | None) -> Writing:
         """The rest of `write`; an opening may be gone on with several times."""
@@ -140,6 +150,8 @@ class AnswerWriter:
             n_forced=len(ids) - n_chosen,
             absent_probability=opening.absent_probability,
             warnings=thought.warnings,
+            ids=(*thought.ids, *ids),
+            free=() if sampler is None else (*thought.free, *opening.free, *_chosen(opening.state, choosing.ids)),
         )
 
     def _think(
@@ -164,17 +176,43 @@ class AnswerWriter:
             sampler=sampler,
         )
         sequencer.lap("think")
-        if rest is None:  # the end token or the limit came first
-            following = [*following, *self._think_close]
+        closing = self._think_close if rest is None else []  # the end token or the limit came first
         cut = len(ids) == limit and rest is None
         return _Thought(
             text="".join(pieces),
             # What came along with the tag's last token is kept if the answer may begin so.
             rest=rest if rest and self._texts.present.startswith(rest) else "",
             n_tokens=len(ids),
-            pending=following,
+            pending=[*following, *closing],
             warnings=(f"the reasoning was cut off after {limit} tokens",) if cut else (),
+            ids=(*self._think_open, *ids, *closing),
+            free=(*[False] * len(self._think_open), *[True] * len(ids), *[False] * len(closing)),
         )
+
+    def write_raw(
+        self, sequencer: Sequencer, pending: list[int], *, think: bool, limit: int, sampler: Sampler
+    ) -> Generator[Thought | Answer | Step, States, tuple[list[int], int]]:
+        """Draw tokens until the end token or the limit, whatever they say: what training without a grammar needs.
+
+        Returns
+        -------
+        ids : list of int
+            What follows the prompt, the end token too.
+        n_opening : int
+            How many of them, at the beginning, were not drawn: the tag that the thought or the answer begins with.
+        """
+        opening = list(self._think_open) if think else self._grammars.opening()
+        ids, unfed = opening[:limit], [*pending, *opening]
+        while len(ids) < limit:
+            states = yield from sequencer.feed(unfed)
+            logits = self._lm_head.logits(states[-1])
+            if not np.isfinite(logits).all():
+                raise GenerationError(NOT_FINITE)
+            unfed = [sampler.draw(logits)]
+            ids += unfed
+            if unfed == [self.end]:
+                break
+        return ids, min(len(opening), limit)
 
     def write_freely(
         self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool, sampler: Sampler | None
@@ -211,7 +249,15 @@ class AnswerWriter:
         if parsed.thought and len(parsed.thought) > len(told):
             yield Thought(parsed.thought[len(told) :])
         yield Answer(text)
-        return Written(values=values, thought=parsed.thought, text=text, n_thought=0, n_answer=len(ids))
+        return Written(
+            values=values,
+            thought=parsed.thought,
+            text=text,
+            n_thought=0,
+            n_answer=len(ids),
+            ids=(*opening, *ids),
+            free=(*[False] * len(opening), *[True] * len(ids)),
+        )
 
     def _free(
         self,
@@ -229,7 +275,7 @@ class AnswerWriter:
             lm_head=self._lm_head,
             tokenizer=self._tokenizer,
             stop=stop,
-            end=self._end,
+            end=self.end,
             limit=limit,
             tell=tell,
             sampler=sampler,
@@ -244,13 +290,15 @@ class AnswerWriter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Thought:
-    """A thought, what of the answer came along with its end, and what to feed next."""
+    """A thought, what of the answer came along with its end, what to feed next, and its tokens as in `Written`."""
 
     text: str | None
     rest: str
     n_tokens: int
     pending: list[int]
     warnings: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+    free: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +308,7 @@ class Opening:
     thought: _Thought
     state: AnswerState
     ids: list[int]
+    free: list[bool]
     hidden: NDArray[np.float32] | None = None
     pending: list[int] = field(default_factory=list)
     absent_probability: float | None = None
@@ -268,6 +317,20 @@ class Opening:
     def is_absent(self) -> bool:
         """Whether there will be no number."""
         return bool(self.state.absent)
+
+
+def _chosen(state: AnswerState, ids: list[int]) -> list[bool]:
+    """Which tokens of an answer that went on from `state` had an alternative: the grammar is followed once more."""
+    state, free = state.copy(), list[bool]()
+    while len(free) < len(ids):
+        state.accept(ids[len(free)])
+        free += [True, *[False] * len(state.forced())]
+    return free
+
+
+def _one_chosen(ids: list[int]) -> list[bool]:
+    """A choice with the tokens that it forces."""
+    return [True, *[False] * (len(ids) - 1)]
 
 
 def _values(parsed: ParsedAnswer, limits: tuple[int, int]) -> tuple[float, ...]:

@@ -22,7 +22,7 @@ States: TypeAlias = NDArray[np.float32]
 E = TypeVar("E")
 Feeding: TypeAlias = Generator[Step, States, States]
 
-_NOT_FINITE = "the decoder returned logits that are not finite; the model or its precision is at fault"
+NOT_FINITE = "the decoder returned logits that are not finite; the model or its precision is at fault"
 
 
 class Sequencer:
@@ -86,10 +86,12 @@ class Sampler:
         Logits are divided by it; above 0.
     seed, index
         Of the draws, and of the sequence among those of one question.
+    draws_absent
+        Whether it also draws if the target is there at all; else the threshold decides that.
     """
 
-    def __init__(self, temperature: float, seed: int, index: int) -> None:
-        self.temperature = temperature
+    def __init__(self, temperature: float, seed: int, index: int, *, draws_absent: bool = False) -> None:
+        self.temperature, self.draws_absent = temperature, draws_absent
         self._random = np.random.Generator(np.random.PCG64([seed, index]))
         self._shares: list[float] = []
 
@@ -132,7 +134,7 @@ def choose(
         Probability of the absent answer, among the tokens allowed, above which it is given; None: if it is the
         likeliest.
     sampler
-        Draws the token where the choice is another one; None: the likeliest.
+        Draws the token where the choice is another one, or it draws that too; None: the likeliest.
 
     Returns
     -------
@@ -149,19 +151,21 @@ def choose(
     if not state.at_absent_choice and sampler is not None:
         logits = lm_head.logits(hidden, rows)
         if not np.isfinite(logits).all():
-            raise GenerationError(_NOT_FINITE)
+            raise GenerationError(NOT_FINITE)
         return int(rows[sampler.draw(logits)]), None
     if not state.at_absent_choice:
         try:
             return lm_head.likeliest(hidden, rows), None
         except ArrayError as err:
-            raise GenerationError(_NOT_FINITE) from err
+            raise GenerationError(NOT_FINITE) from err
     logits = lm_head.logits(hidden, rows)
     if not np.isfinite(logits).all():
-        raise GenerationError(_NOT_FINITE)
+        raise GenerationError(NOT_FINITE)
     is_absent = np.array([_leads_to_absent(state, int(token)) for token in rows])
     weights = np.exp(logits - logits.max())
     probability = float(weights[is_absent].sum() / weights.sum())
+    if sampler is not None and sampler.draws_absent:
+        return int(rows[sampler.draw(logits)]), probability
     if absent_threshold is not None:
         logits = np.where(is_absent == (probability > absent_threshold), logits, -np.inf)
     return int(rows[int(np.argmax(logits))]), probability
@@ -259,7 +263,7 @@ def free_text(
         logits = lm_head.logits(states[-1])
         token = int(np.argmax(logits))
         if not np.isfinite(logits[token]):
-            raise GenerationError(_NOT_FINITE)
+            raise GenerationError(NOT_FINITE)
         if sampler is not None:
             token = sampler.draw(logits)
         if token == end:

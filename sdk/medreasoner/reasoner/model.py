@@ -1,7 +1,7 @@
 """The reasoner as a whole: images to a reusable prefix, a query on that prefix to an answer."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -54,6 +54,10 @@ class Decoded:
     tokens: dict[str, int]
     timings_ms: dict[str, float]
     warnings: tuple[str, ...]
+    ids: tuple[int, ...] = ()
+    """Tokens after the prompt, of the thought too; the end token is not among them."""
+    free: tuple[bool, ...] = ()
+    """Of each token of a drawn answer, whether it was chosen; the others were all that the grammar allowed."""
 
 
 class Limits(Protocol):
@@ -289,6 +293,52 @@ class Reasoner:
             drawn += gather(tickets)
         return drawn
 
+    def read_question(self, prefix: Prefix, query: str) -> Ticket[Prefix]:
+        """Begin to read a question about an image: what comes of it takes the image's place for answers to this query.
+
+        Many answers to one query are drawn in this way without reading it again for each.
+
+        Raises
+        ------
+        QueryError, QueueFullError
+            As `answer`.
+        """
+        ids = self.prompt.whole(query, prefix.grid.n_tokens)[:-1]  # what follows the last token is for the answers
+
+        def reading(cache: KvCache) -> Stream[Prefix]:
+            sequencer, rest = self._resumed(prefix, ids, cache)
+            if rest:
+                yield from sequencer.feed(rest)
+            return replace(prefix, ids=ids, saved=cache.save(), next_position=sequencer.next_position)
+
+        return self._scheduler.start(reading, prefix=prefix.saved)
+
+    def complete(
+        self, prefix: Prefix, query: str, *, think: bool, limit: int, sampler: Sampler
+    ) -> Ticket[tuple[list[int], int]]:
+        """Begin to draw up to `limit` tokens without a grammar, and without asking whether they are an answer.
+
+        The ticket's result is what `AnswerWriter.write_raw` returns.
+
+        Raises
+        ------
+        QueryError, QueueFullError
+            As `answer`.
+        """
+        whole = self.prompt.whole(query, prefix.grid.n_tokens)
+        limit = min(limit, self.spec.max_length - len(whole))
+
+        def completing(cache: KvCache) -> Stream[tuple[list[int], int]]:
+            sequencer, rest = self._resumed(prefix, whole, cache)
+            return (yield from self._writer.write_raw(sequencer, rest, think=think, limit=limit, sampler=sampler))
+
+        return self._scheduler.start(completing, prefix=prefix.saved)
+
+    @property
+    def end_token(self) -> int:
+        """The token that ends an answer."""
+        return self._writer.end
+
     def _resumed(self, prefix: Prefix, whole: list[int], cache: KvCache) -> tuple[Sequencer, list[int]]:
         """A prompt in a slot that holds as much of it as the prefix has, and the tokens that are left."""
         shared = common_length(prefix.ids, whole)  # the whole prefix, but for a query that changes its last token
@@ -338,4 +388,6 @@ class Reasoner:
             },
             timings_ms=sequencer.timings_ms,
             warnings=written.warnings,
+            ids=written.ids,
+            free=written.free,
         )

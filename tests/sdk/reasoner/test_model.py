@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 from medreasoner.errors import GenerationError, QueryError
 from medreasoner.image import Image
 from medreasoner.reasoner import Decoded, Prefix, Ticket
+from medreasoner.reasoner.generate import Sampler
 from medreasoner.reasoner.grammar import GrammarBook, answer_text
 from medreasoner.reasoner.rotary import prompt_positions, rotary_tables
 from medreasoner.result import Answer, Thought
@@ -203,6 +204,7 @@ def test_a_thought_ends_in_an_answer(
     assert "".join(event.text for event in events[:-1]) == thought
     assert decoded.text.startswith("<answer>{")
     assert decoded.text.endswith("}</answer>")
+    assert thought in tokenizer.decode(list(decoded.ids), skip_special_tokens=False)
     assert bool(decoded.warnings) == is_cut
     if not is_cut and "im_end" not in text:
         assert decoded.text == present(spec)
@@ -286,3 +288,25 @@ def test_more_images_than_a_session_takes_at_once_go_in_several_runs(
     session.max_rows, before = 2, len(session.runs)
     np.testing.assert_array_equal(reasoner.encode(patches, placement), together)
     assert [run["patches"][0] for run in session.runs[before:]] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("think", [False, True])
+def test_a_question_that_was_read_before_draws_the_same_answers_and_their_tokens_are_told(
+    spec: BundleSpec, toy: Any, toy_tokenizer: Callable[..., Tokenizer], image: Image, think: bool
+) -> None:
+    own = toy(spec, toy_tokenizer(integers=253))
+    reasoner, prefix = own.reasoner, read(own, image)
+    question = reasoner.read_question(prefix, QUERY).result()
+    assert question.ids == reasoner.prompt.whole(QUERY, prefix.grid.n_tokens)[:-1]
+    for index in range(6):
+        drawn = [
+            reasoner.answer(start, QUERY, think=think, sampler=Sampler(1.5, 0, index, draws_absent=True)).result()
+            for start in (prefix, question)
+        ]
+        assert drawn[0].ids == drawn[1].ids
+        text = own.tokenizer.decode(list(drawn[0].ids), skip_special_tokens=False)
+        assert text.endswith(drawn[0].text)
+        assert text.startswith("<think>") == think
+        assert len(drawn[0].free) == len(drawn[0].ids)
+        assert drawn[0].free[-1] is False  # nothing else could have ended it
+        assert drawn[0].tokens["forced"] == sum(not each for each in drawn[0].free[-drawn[0].tokens["answer"] :])
