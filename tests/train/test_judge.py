@@ -36,12 +36,18 @@ def test_both_judges_see_the_right_answer(task: Task) -> None:
     segmenter = build_segmenter()
     load_weights(NANO, segmenter)
     absent = dataclasses.replace(task, truth=Truth(box=None, points=None, size=(252, 252)), mask=None)
-    answers: list[list[Geometry | None]] = [[RIGHT, WRONG, None, RIGHT], [RIGHT, None, None, WRONG]]
+    assert task.mask is not None
+    smaller = dataclasses.replace(  # every other row and column: an image of another size beside it
+        task, prompt=dataclasses.replace(task.prompt, pixels=task.prompt.pixels[::2, ::2]), mask=task.mask[::2, ::2]
+    )
+    answers: list[list[Geometry | None]] = [[RIGHT, WRONG, None, RIGHT], [RIGHT, None, None, WRONG], [RIGHT, WRONG]]
     torch_judge, runtime = TorchJudge(segmenter, torch.device("cpu")), RuntimeJudge("nano")
-    by_torch, by_runtime = (judge.dice([task, absent], answers) for judge in (torch_judge, runtime))
+    by_torch, by_runtime = (judge.dice([task, absent, smaller], answers) for judge in (torch_judge, runtime))
     for judge in (torch_judge, runtime):
         judge.close()
-    for (right, wrong, none, again), there_is_none in (by_torch, by_runtime):
+    for (right, wrong, none, again), there_is_none, (less, less_wrong) in (by_torch, by_runtime):
+        assert less > 0.8
+        assert less_wrong < 0.5
         assert right > 0.8
         assert wrong < 0.5
         assert none == 0

@@ -90,7 +90,7 @@ class TorchJudge:
         shown = sorted({b for b, _, _ in places})
         number = {b: index for index, b in enumerate(shown)}
         images = torch.stack([_picture(tasks[b].prompt.pixels) for b in shown]).to(self._device)
-        truth = torch.stack([torch.from_numpy(np.asarray(tasks[b].mask)) for b in shown]).to(self._device)
+        truth = torch.stack([_resized(tasks[b].mask) for b in shown]).to(self._device)
         scale = np.array([[SIZE / tasks[b].truth.size[0], SIZE / tasks[b].truth.size[1]] for b, _, _ in places])
         boxes = np.array([answer[0] for _, _, answer in places]) * np.tile(scale, 2)
         points = np.array([answer[1] for _, _, answer in places]) * scale[:, None]
@@ -112,6 +112,13 @@ class TorchJudge:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+
+def _resized(mask: npt.NDArray[np.bool_] | None) -> Tensor:
+    """(256, 256) bool."""
+    values = torch.from_numpy(np.asarray(mask, np.float32))[None, None]
+    resized: Tensor = functional.interpolate(values, size=(SIZE, SIZE), mode="nearest-exact")[0, 0] > 0.5
+    return resized
 
 
 def _picture(pixels: npt.NDArray[np.uint8]) -> Tensor:
