@@ -14,11 +14,12 @@ from PIL import Image as PilImage
 import medreasoner_train
 from medreasoner.errors import BundleError, MissingExtraError
 from medreasoner_cli.main import run as command
-from medreasoner_train.checkpoint import load_reasoner, save_reasoner
+from medreasoner_train.checkpoint import save_reasoner
 from medreasoner_train.config import ConfigError
 from medreasoner_train.distributed import ScaleOptions
 from medreasoner_train.grpo_config import GrpoConfig, read_config
 from medreasoner_train.grpo_run import run
+from medreasoner_train.hub_policy import load_hub_model
 from medreasoner_train.lora import LoraOptions
 from medreasoner_train.vocabulary import Vocabulary
 
@@ -80,7 +81,7 @@ def test_the_command_writes_a_checkpoint_metrics_and_pictures(settings: Path, tm
     written = rows(out)
     assert [row["step"] for row in written] == [1, 2, 3, 4]
     assert all(np.isfinite(list(row.values())).all() for row in written)
-    load_reasoner(out / "checkpoint")
+    load_hub_model(out / "checkpoint")
     assert (out / "checkpoint" / "medreasoner.json").read_bytes() == (start / "medreasoner.json").read_bytes()
     with PilImage.open(out / "samples-000004.png") as picture:
         assert picture.size == (4 * 320, 320 + 58)
@@ -111,7 +112,7 @@ def _stop(*_: object) -> None:
 def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an answer says, it is worth the sign of its second token in one direction of the embedding."""
     shares: list[float] = []
-    sign = load_reasoner(start).model.language_model.embed_tokens.weight[:, 0] > 0
+    sign = load_hub_model(start).model.language_model.embed_tokens.weight[:, 0] > 0
 
     def by_parity(tasks: Any, answers: Any, *_: object) -> Any:
         from medreasoner_train.grpo_trainer import Episode
@@ -137,7 +138,7 @@ def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, mon
     kl = [row["kl"] for row in rows(config.train.out)]
     assert kl[0] == pytest.approx(0, abs=1e-6)  # the reference is the start
     assert kl[-1] > 0.01
-    before, after = load_reasoner(start), load_reasoner(config.train.out / "checkpoint")
+    before, after = load_hub_model(start), load_hub_model(config.train.out / "checkpoint")
     apart = [float((a - b).detach().abs().max()) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
     assert max(apart) > 1e-3
 
@@ -180,7 +181,7 @@ def test_settings_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_checkpoint_is_named(config: GrpoConfig, start: Path) -> None:
     (start / "model.safetensors").write_bytes(b"broken")
-    with pytest.raises(BundleError, match=r"start: no Qwen2\.5-VL checkpoint"):
+    with pytest.raises(BundleError, match=r"start: not a Qwen2\.5-VL checkpoint"):
         run(config)
 
 
@@ -254,7 +255,7 @@ def test_any_checkpoint_is_trained_through_the_runtime(
     assert all(row["segment"] == 1.0 for row in written[1:4])  # the grammar's answers are valid
     assert written[1]["kl"] == pytest.approx(0, abs=1e-5)
     assert written[3]["kl"] > 0
-    before, after = load_reasoner(start), load_reasoner(config.train.out / "checkpoint")
+    before, after = load_hub_model(start), load_hub_model(config.train.out / "checkpoint")
     moved = [
         name
         for (name, a), (_, b) in zip(before.named_parameters(), after.named_parameters(), strict=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from medreasoner_train.checkpoint import load_reasoner
+from medreasoner_train.hub_policy import load_hub_model
 from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.rollout import Completion, Prompt, Sampling
 from medreasoner_train.runtime_rollouts import RuntimeRollouts
@@ -19,7 +19,7 @@ SAMPLING = Sampling(count=8, max_tokens=48)
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_reasoner(NANO).eval()
+    return load_hub_model(NANO).eval()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def prompts() -> list[Prompt]:
 
 def test_the_draws_are_the_policys(model: Any, prompts: list[Prompt]) -> None:
     """Shares of the first number against the policy's probabilities of it, as the grammar leaves them."""
-    policy = PackedPolicy.of(NANO, model)
+    policy = PackedPolicy.of(NANO)
     assert policy is not None
     engine = RuntimeRollouts(NANO)
     answers = [

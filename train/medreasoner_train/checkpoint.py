@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
@@ -16,7 +15,7 @@ from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
 from medreasoner_train.loop import write_settings
 from medreasoner_train.model import NANO
 
-__all__ = ["copy_beside", "load_reasoner", "load_weights", "read_settings", "save_like", "save_reasoner"]
+__all__ = ["copy_beside", "load_weights", "read_settings", "save_like", "save_reasoner"]
 
 
 def load_weights(folder: Path, model: Any) -> None:
@@ -36,25 +35,6 @@ def load_weights(folder: Path, model: Any) -> None:
         raise BundleError(f"{folder}: not a finished checkpoint of these sizes ({one_line(err)})") from err
     if missing := sorted(found["missing_keys"]):
         raise BundleError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-
-
-def load_reasoner(folder: Path) -> Any:
-    """A finished Qwen2.5-VL reasoner, in float32.
-
-    Raises
-    ------
-    BundleError
-        If the folder holds no such checkpoint; the message names it.
-    """
-    try:
-        model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    except Exception as err:  # transformers and safetensors raise many kinds for one cause
-        raise BundleError(f"{folder}: no Qwen2.5-VL checkpoint ({one_line(err)})") from err
-    if missing := sorted(found["missing_keys"]):
-        raise BundleError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    return model
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from medreasoner._extras import require
-from medreasoner_train.checkpoint import load_reasoner, load_weights, save_like
+from medreasoner_train.checkpoint import load_weights, save_like
 from medreasoner_train.config import ConfigError
 from medreasoner_train.data import by_image, leave_out, load_index, split
 from medreasoner_train.examples import Example, load_examples, split_examples
@@ -112,22 +112,16 @@ class _Setup:
 
 def _setup(config: GrpoConfig, device: torch.device) -> _Setup:
     options, start = config.policy, config.policy.checkpoint
-    model, packed = load_reasoner(start), None
+    packed = None
     if options.kind != "hub" and options.lora is None:
         packed = PackedPolicy.of(
-            start, model, frozen_vision=options.frozen_vision, checkpointing=options.gradient_checkpointing
+            start, frozen_vision=options.frozen_vision, checkpointing=options.gradient_checkpointing
         )
         if packed is None and options.kind == "packed":
             raise ConfigError(f'{start}: not a reasoner with square images and one token a coordinate: kind = "hub"')
-    policy: PackedPolicy | HubPolicy
-    if packed is not None:
-        policy = packed
-        model.model.visual.requires_grad_(not options.frozen_vision)
-    else:
-        policy = HubPolicy(start, gradient_checkpointing=options.gradient_checkpointing)
-        model = load_hub_model(
-            start, frozen_vision=options.frozen_vision, gradient_checkpointing=options.gradient_checkpointing
-        )
+    policy = packed or HubPolicy(start, gradient_checkpointing=options.gradient_checkpointing)
+    by_transformers = packed is None and options.gradient_checkpointing
+    model = load_hub_model(start, frozen_vision=options.frozen_vision, gradient_checkpointing=by_transformers)
     reference: tuple[Any, Policy] | None = None
     if options.lora is not None:
         assert isinstance(policy, HubPolicy)

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import Qwen2_5_VLConfig
 
-from medreasoner.errors import QueryError
+from medreasoner._text import one_line
+from medreasoner.errors import BundleError, QueryError
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import read_settings
 from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
@@ -68,21 +70,22 @@ class PackedPolicy:
         self._frozen, self._checkpointing = frozen_vision, checkpointing
 
     @classmethod
-    def of(
-        cls, folder: Path, model: Any, *, frozen_vision: bool = False, checkpointing: bool = False
-    ) -> "PackedPolicy | None":
+    def of(cls, folder: Path, *, frozen_vision: bool = False, checkpointing: bool = False) -> "PackedPolicy | None":
         """The policy for a checkpoint, or None if it is not of this kind.
 
         It is, if images are stretched to a square that whole windows fill, each coordinate is one token, and the
         embeddings are the language head too.
         """
-        settings, vision = read_settings(folder), model.config.vision_config
+        if not (folder / "medreasoner.json").is_file():
+            return None
+        settings, config = read_settings(folder), _config(folder)
+        vision = config.vision_config
         resize, (kind, _, largest) = settings.get("resize", {}), str(settings.get("coordinates", "")).partition("_")
         width = resize.get("width", 0)
         square = resize.get("rule") == "stretch" and width == resize.get("height") and width > 0
         if not square or width % vision.window_size or kind != "relative" or not largest.isdecimal():
             return None
-        if not model.config.get_text_config().tie_word_embeddings:
+        if not config.get_text_config().tie_word_embeddings:
             return None
         tokenizer = load_tokenizer(str(folder / "tokenizer.json"))
         if any(len(tokenizer.encode(str(value)).ids) != 1 for value in range(int(largest) + 1)):
@@ -231,6 +234,14 @@ class PackedPolicy:
             free = (False, *[True] * (len(ids) - 1))  # the opening tag was given
             answers.append(Completion(ids=tuple(ids), text=text, free=free, finished=finished))
         return [answers[start : start + sampling.count] for start in range(0, len(answers), sampling.count)]
+
+
+def _config(folder: Path) -> Any:
+    """Sizes of a checkpoint's model."""
+    try:
+        return Qwen2_5_VLConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as err:  # transformers raises many kinds for one cause
+        raise BundleError(f"{folder}: no config.json of a Qwen2.5-VL ({one_line(err)})") from err
 
 
 def _chosen(states: Tensor, table: Tensor, tokens: Tensor, temperature: float) -> Tensor:
