@@ -291,3 +291,15 @@ def test_vllm_is_an_extra(config: GrpoConfig, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize("name", sorted(each.name for each in RECIPES.glob("*.toml")))
 def test_recipes_are_sound(name: str) -> None:
     assert read_config(RECIPES / name).train.steps > 0
+
+
+def test_a_checkpoint_without_settings_of_ours_is_trained(config: GrpoConfig, csv: Path, start: Path) -> None:
+    """As others write it: images resized as Qwen2.5-VL does, coordinates in pixels of that."""
+    (start / "medreasoner.json").unlink()
+    data = dataclasses.replace(config.data, path=csv, think=0.0)
+    rollouts = dataclasses.replace(config.rollouts, max_tokens=96)
+    run(changed(dataclasses.replace(config, data=data, rollouts=rollouts), steps=1, pictures_every=0))
+    (row,) = rows(config.train.out)
+    assert np.isfinite(list(row.values())).all()
+    assert row["segment"] > 0
+    assert not (config.train.out / "checkpoint" / "medreasoner.json").exists()
