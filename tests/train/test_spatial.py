@@ -25,6 +25,7 @@ from medreasoner_train.spatial import (
     Relation,
     RelationKind,
     ask,
+    choose,
     load_templates,
     relations,
     template_texts,
@@ -148,6 +149,7 @@ def test_a_mirrored_picture_changes_sides_and_nothing_else(
         {"polyp": block(0, 0, 30, 4) | block(0, 0, 4, 30) | block(36, 44, 40, 50)},  # an L: two things that touch?
         {"retinal vessel": block(2, 2, 10, 10) | block(20, 20, 34, 34)},  # parts of one thing
         {"polyp": np.logical_or.reduce([block(5 * k, 5, 5 * k + 3, 8) for k in range(7)])},  # too many
+        {"polyp": block(2, 2, 17, 17) | block(22, 25, 37, 45) | block(39, 49, 40, 50)},  # cut off by the border
         {},
     ],
 )
@@ -157,9 +159,19 @@ def test_nothing_is_asked_where_the_answer_is_not_clear(masks: dict[str, Mask]) 
 
 def test_a_speck_is_no_polyp() -> None:
     polyps = block(2, 2, 17, 17) | block(22, 25, 37, 45)
-    found = relations({"polyp": polyps | block(39, 49, 40, 50)})
+    found = relations({"polyp": polyps | block(30, 10, 31, 11)})
     assert {own.kind for own in found} == {"left", "right", "upper", "lower", "central"}
     assert all(int(own.mask.sum()) in {225, 300} for own in found)
+
+
+def test_kinds_are_chosen_alike_however_many_relations_are_of_each() -> None:
+    mask = block(0, 0, 2, 2)
+    many = [Relation(kind="nearer", category=f"s{k}", mask=mask, other="o", third="t") for k in range(20)]
+    left = Relation(kind="left", category="a", mask=mask, other="o")
+    rng = np.random.default_rng(0)
+    drawn = [choose([*many, left], rng) for _ in range(300)]
+    assert 110 < sum(own is left for own in drawn) < 190
+    assert len({own.category for own in drawn}) == 21
 
 
 def every_template() -> list[tuple[str, str, Part, str]]:

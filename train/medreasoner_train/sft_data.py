@@ -17,7 +17,7 @@ from medreasoner_train.dense import DenseTargets
 from medreasoner_train.language import Phrasings, answer_text, keys_by_category, thought_text, vary
 from medreasoner_train.model import NANO
 from medreasoner_train.pretrain import DenseData, ImageTargets, stack
-from medreasoner_train.spatial import Relation, ask, relations
+from medreasoner_train.spatial import Relation, ask, choose, relations
 from medreasoner_train.store import DRAWS, Stored, redraws
 from medreasoner_train.targets import box_of, inscribed_points
 from medreasoner_train.vocabulary import Vocabulary
@@ -174,7 +174,7 @@ class SftData(DenseData):
     ) -> "Asked":
         """A question about something in the image, or absent from it, as someone might type it."""
         if self._options.spatial and rng.random() < self._options.spatial and (true := relations(masks)):
-            return self._spatial(item, true[int(rng.integers(len(true)))], rng)
+            return self._spatial(item, choose(true, rng), rng)
         category = self._choose(item, masks, rng)
         own = self._own_phrasings(item, category, rng)
         pool = own.plain if own.plain and rng.random() < self._options.plain else own.queries

@@ -18,7 +18,17 @@ import numpy.typing as npt
 from scipy import ndimage
 from scipy.spatial import ConvexHull
 
-__all__ = ["NOUNS", "Part", "Relation", "RelationKind", "ask", "load_templates", "relations", "template_texts"]
+__all__ = [
+    "NOUNS",
+    "Part",
+    "Relation",
+    "RelationKind",
+    "ask",
+    "choose",
+    "load_templates",
+    "relations",
+    "template_texts",
+]
 
 Mask = npt.NDArray[np.bool_]
 Part = Literal["train", "heldout"]
@@ -28,7 +38,7 @@ APART = 0.08  # of the picture's side, by which one structure must lie further t
 TIMES = 1.4  # by which one must be larger
 OVERLAP = 0.2  # of the smaller of two, above which they are not compared: one is a part of the other
 MOST = 6  # things of a kind that are told apart
-SPECK = 0.02  # of the largest thing, below which a part of a mask is noise
+SPECK = 0.02  # of the largest thing, below which a part of a mask is noise, if it is not cut off by the border
 LEAST = 0.15  # of the largest thing, above which it is one more; in between nobody knows
 SOLID = 0.8  # share of its convex hull that a single thing fills: two that touch fill less
 
@@ -133,6 +143,14 @@ def relations(masks: Mapping[str, Mask]) -> list[Relation]:
     return found
 
 
+def choose(found: Sequence[Relation], rng: np.random.Generator) -> Relation:
+    """One of several relations: first a kind, then one of it, for images with many structures have most of one kind."""
+    kinds = sorted({own.kind for own in found})
+    kind = kinds[int(rng.integers(len(kinds)))]
+    own = [relation for relation in found if relation.kind == kind]
+    return own[int(rng.integers(len(own)))]
+
+
 def ask(relation: Relation, part: Part, rng: np.random.Generator) -> str:
     """A question whose answer is the relation's target, of the templates of one part."""
     several = relation.other is None
@@ -222,7 +240,9 @@ def _things(shape: _Shape) -> list[_Shape]:
     if count < 2:
         return []
     sizes = np.bincount(labels.ravel())[1:]
-    kept = np.flatnonzero(sizes >= SPECK * sizes.max()) + 1
+    cut = np.union1d(np.union1d(labels[0], labels[-1]), np.union1d(labels[:, 0], labels[:, -1]))
+    at_border = np.isin(np.arange(1, count + 1), cut)
+    kept = np.flatnonzero((sizes >= SPECK * sizes.max()) | at_border) + 1
     if not 2 <= len(kept) <= MOST or sizes[kept - 1].min() < LEAST * sizes.max():
         return []
     masks = [labels == label for label in kept]
