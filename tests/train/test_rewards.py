@@ -10,7 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medreasoner import MedReasonerError
+from medreasoner.ops import AnswerParser
 from medreasoner_train import rewards
+from medreasoner_train.reward_geometry import box_align, box_iou, box_scale, points_align, points_angle
 from medreasoner_train.rewards import (
     Truth,
     box_reward,
@@ -69,8 +72,53 @@ def test_points_that_are_half_a_disc_off() -> None:
     assert points_reward(points, truth, mode="soft", compat="paper-code") == 0.6839  # the same of 0.486019
     # Off by 25 px on average over x and y; diagonal 188.680: s(0.132500) = 0.931013, 0.978563. The angle is 0: 1.
     assert points_reward(points, truth, mode="hard") == pytest.approx(0.6039 + 0.9786 + 1.0, abs=1e-4)
-    assert points_reward(points, truth, mode="base") == 1.0
-    assert points_reward(((150.0, 100.0), (270.0, 100.0)), truth, mode="base") == 0.0  # outside the box
+
+
+def test_points_that_are_turned_and_closer_together() -> None:
+    points = ((185.0, 130.0), (215.0, 170.0))  # about the same centre, radius 25 in place of 50: 1/4 of the area
+    # Dice 2 * 1 / (4 + 1) = 0.4, 0.1 + 0.9 ln 2.2 / ln 4; theirs 2 * 1 / 4 = 0.5.
+    assert points_reward(points, TRUTH, mode="soft") == 0.6119
+    assert points_reward(points, TRUTH, mode="soft", compat="paper-code") == 0.6949
+    # Off by (35 + 20 + 35 + 20) / 4 = 27.5 of 223.607: s(0.122984) = 0.932833, 0.980371. The directions (30, 40) and
+    # (100, 0): |cos| = 0.6, 0.1 + 0.9 ln 2.8 / ln 4 = 0.768443.
+    assert points_reward(points, TRUTH, mode="hard") == pytest.approx(0.6119 + 0.9804 + 0.7684, abs=1e-9)
+    assert points_reward(points[::-1], TRUTH, mode="hard") == points_reward(points, TRUTH, mode="hard")
+
+
+def test_base_mode_asks_for_points_near_the_true_ones_in_the_answers_own_box() -> None:
+    box, points = (90.0, 90.0, 320.0, 220.0), ((310.0, 150.0), (150.0, 150.0))
+    # Better order swapped: (0 + 0 + 60 + 0) / 4 = 15 px off; one lies outside the true box, which base mode allows.
+    assert points_reward(points, TRUTH, mode="base", box=box) == 1.0
+    assert points_reward(points, TRUTH, mode="base", box=(90.0, 90.0, 305.0, 220.0)) == 0.0
+    assert points_reward(points, TRUTH, mode="base") == 0.0  # there is no box
+    whole = (0.0, 0.0, 840.0, 840.0)
+    # Moved by 99 px along x and by 100 px along y: 99.5 px on average; another px makes it 100.
+    assert points_reward(((249.0, 250.0), (349.0, 250.0)), TRUTH, mode="base", box=whole) == 1.0
+    assert points_reward(((250.0, 250.0), (350.0, 250.0)), TRUTH, mode="base", box=whole) == 0.0
+
+
+def test_a_box_without_area_has_no_scale() -> None:
+    box = (150.0, 100.0, 150.0, 200.0)
+    # IoU 0: 0.1. One true point lies on its edge, which is inside, the other outside; the area is below half: 0.85.
+    assert box_reward(box, TRUTH, mode="soft") == 0.085
+    assert box_reward(box, TRUTH, mode="hard") == 0.0
+    assert box_reward((100.0, 100.0, 300.0, 100.0), TRUTH, mode="hard") == 0.0
+    assert box_reward((300.0, 100.0, 100.0, 200.0), TRUTH, mode="hard") == 0.0  # left and right swapped
+    # Both corners swapped: IoU 0, both points outside, 0.7 + 0.3 * (0.25 + 0.5) / 2 = 0.8125 of each. Off by 150 px of
+    # 223.607: s(0.670820) = 0.728596, 0.777296 (of which 0.6316); area and aspect are right: 1.
+    assert box_reward((300.0, 200.0, 100.0, 100.0), TRUTH, mode="hard") == pytest.approx(
+        0.0812 + 0.6316 + 0.8125, abs=2e-4
+    )
+
+
+def test_geometry_is_judged_on_the_840_px_grid() -> None:
+    # 420 x 210: a pixel is 2 wide and 4 high. So this is TRUTH, and its box that is half the true one.
+    small = Truth(box=(50, 25, 150, 50), points=((75, 37.5), (125, 37.5)), size=(420, 210))
+    found = score(text_of([50, 25, 100, 50], [75, 37.5], [80, 37.5]), small)
+    assert found.box == 0.5906
+    # The points lie 10 px apart, not more: 0.925. Radii 50 and 5, inside: Dice 2 * 25 / (2500 + 25) = 0.019802,
+    # smooth_log 0.1 + 0.9 ln 1.059406 / ln 4 = 0.137465, of which 0.925.
+    assert found.points == 0.1272
 
 
 def test_points_outside_and_close_together_earn_less() -> None:
@@ -133,9 +181,11 @@ def test_all_is_right() -> None:
     assert score(RIGHT, TRUTH, think=False).thinking == 0
 
 
-def test_the_published_base_mode_never_scores_geometry() -> None:
+def test_the_published_base_mode_never_scores_a_box() -> None:
+    """Its rewards for IoU and for the box's L1 fail on the truth; its reward for points does not touch what fails."""
     found = score(RIGHT, TRUTH, mode="base", compat="paper-code")
-    assert (found.thinking, found.segment, found.box, found.points) == (1, 1, 0, 0)
+    assert (found.thinking, found.segment, found.box, found.points) == (1, 1, 0, 1)
+    assert score(NOTHING, ABSENT, mode="base", compat="paper-code").box == 0
 
 
 def test_the_published_overlap_reaches_two_and_the_penalty_cuts_it() -> None:
@@ -154,6 +204,20 @@ def test_absent(mode: Any) -> None:
     assert score(NOTHING, ABSENT, mode=mode).mask == 0  # nothing was measured
 
 
+def test_a_mask_earns_only_where_the_answer_asked_for_one() -> None:
+    assert score(text_of([100, 100, 300, 200], None, None), TRUTH, mask_dice=0.5).mask == 0.5  # by the box alone
+    assert score("<think>Cut off", TRUTH, mask_dice=0.5).mask == 0
+    assert score(NOTHING, TRUTH, mask_dice=1.0).mask == 0
+    assert score(NOTHING, ABSENT, mask_dice=0.0).mask == 1
+    assert score(RIGHT, ABSENT, mask_dice=1.0).mask == 0
+
+
+def test_nulls_are_an_answer_only_together() -> None:
+    assert score(text_of(None, [150, 150], [250, 150]), ABSENT, mode="hard").total == 0.6
+    assert score(text_of([100, 100, 300, 200], None, [1, 1]), TRUTH).segment == 0.6
+    assert score('<answer>{"bbox": null, "points_1": null}</answer>', ABSENT).total == 0.4
+
+
 def test_points_that_the_data_do_not_have_earn_nothing() -> None:
     bare = Truth(box=TRUTH.box, points=None, size=TRUTH.size)
     found = score(RIGHT, bare, mode="hard")
@@ -165,13 +229,60 @@ def test_points_that_the_data_do_not_have_earn_nothing() -> None:
 def test_the_last_answer_counts() -> None:
     both = f"<think>Not {NOTHING}</think>{RIGHT}"
     assert geometry_of(both) == ((100, 100, 300, 200), ((150, 150), (250, 150)))
+    assert score(f"{RIGHT}{NOTHING}", ABSENT).box == 1
+    assert geometry_of(f"{RIGHT} or </answer>") == geometry_of(RIGHT)  # up to the next closing tag
+    assert parse_answer(f"{RIGHT}<answer>") == "no_answer"  # the last was broken off
 
 
-def test_a_truth_is_whole() -> None:
-    with pytest.raises(ValueError, match="points without a box"):
-        Truth(box=None, points=((0, 0), (1, 1)), size=(2, 2))
-    with pytest.raises(ValueError, match="at least 1"):
-        Truth(box=None, points=None, size=(0, 2))
+FRAGMENTS = (
+    "<answer>", "</answer>", "<think>", "</think>", "<answer", "{", "}", "[", "]", ",", ":", '"bbox"', "'points_1'",
+    '"points_2"', "null", "NaN", "true", "1e400", "12", "-0.5", " ", "text", "[1, 2]", "[1, 2, 3, 4]", NOTHING, RIGHT,
+    "{'bbox': [1, 2, 3, 4], 'points_1': [1, 2], 'points_2': [3, ", "4]}",
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(parts=st.lists(st.sampled_from(FRAGMENTS), max_size=9))
+def test_what_is_rewarded_is_what_the_runtime_reads(parts: list[str]) -> None:
+    text = "".join(parts)
+    parser = AnswerParser()
+    parser.feed(text)
+    read = parser.result()
+    found = parse_answer(text)
+    if read.status in ("no_answer", "incomplete"):
+        assert found == "no_answer"
+    assert geometry_of(text) == ((read.bbox, (read.points_1, read.points_2)) if read.status == "ok" else None)
+    assert (score(text, ABSENT).box == 1) == read.absent
+    assert (format_segment(text) == 1) == (read.status in ("ok", "absent"))
+    assert (format_thinking(text) > 0) == ("</think>" in text.partition("<think>")[2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"points": ((0, 0), (1, 1))}, "points without a box"),
+        ({"size": (0, 2)}, "at least 1"),
+        ({"box": (3, 1, 3, 4)}, "x1 is less than x2"),
+        ({"box": (1, 4, 3, 1)}, "y1 less than y2"),
+        ({"box": (1, math.nan, 3, 4)}, "no coordinates"),
+        ({"box": (1, 1, 3, 4), "points": ((1, 1), (math.inf, 1))}, "no coordinates"),
+    ],
+)
+def test_a_truth_is_whole(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(MedReasonerError, match=told):
+        Truth(**{"box": None, "points": None, "size": (8, 8)} | wrong)
+
+
+def test_what_no_caller_means_is_refused() -> None:
+    with pytest.raises(MedReasonerError, match="expected one of base, soft, hard"):
+        score(RIGHT, TRUTH, mode="harder")  # type: ignore[arg-type]
+    for wrong in (-0.1, 1.1, math.nan):
+        with pytest.raises(MedReasonerError, match=r"in \[0, 1\]"):
+            score(RIGHT, TRUTH, mask_dice=wrong)
+    with pytest.raises(MedReasonerError, match="absent"):
+        box_reward((1, 1, 2, 2), ABSENT, mode="soft")
+    with pytest.raises(MedReasonerError, match="absent"):
+        points_reward(((1, 1), (2, 2)), ABSENT, mode="soft")
 
 
 coordinate = st.integers(0, 839)
@@ -203,26 +314,22 @@ def test_every_part_stays_within_its_range(truth: Truth, box: Any, first: Any, s
 
 @settings(deadline=None)
 @given(
-    truth=truths(), box=boxes(), first=pairs, second=pairs,
-    across=st.sampled_from([1, 2, 4]), down=st.sampled_from([1, 2, 5]),
+    truth=truths(), box=boxes(), first=pairs, second=pairs, factor=st.integers(2, 50), side=st.integers(1, 3000),
+    mode=st.sampled_from(["base", "soft", "hard"]),
 )  # fmt: skip
-def test_the_grid_of_the_answer_does_not_matter(
-    truth: Truth, box: Any, first: Any, second: Any, across: int, down: int
+def test_a_finer_grid_changes_nothing(
+    truth: Truth, box: Any, first: Any, second: Any, factor: int, side: int, mode: Any
 ) -> None:
-    def smaller(values: Any) -> Any:
-        return tuple(value / (down if k % 2 else across) for k, value in enumerate(values))
+    def finer(values: Any) -> Any:
+        return tuple(value * factor for value in values)
 
     assert truth.box is not None
     assert truth.points is not None
-    other = Truth(
-        box=smaller(truth.box),
-        points=(smaller(truth.points[0]), smaller(truth.points[1])),
-        size=(840 // across, 840 // down),
-    )
-    for mode in ("base", "soft", "hard"):
-        one = score(text_of(box, first, second), truth, mode=mode)  # type: ignore[arg-type]
-        two = score(text_of(smaller(box), smaller(first), smaller(second)), other, mode=mode)  # type: ignore[arg-type]
-        assert (one.box, one.points) == pytest.approx((two.box, two.points), abs=3e-4)
+    plain = Truth(box=truth.box, points=truth.points, size=(side, side + 7))
+    points = (finer(truth.points[0]), finer(truth.points[1]))
+    fine = Truth(box=finer(truth.box), points=points, size=finer(plain.size))
+    own = score(text_of(box, first, second), plain, mode=mode)
+    assert score(text_of(finer(box), finer(first), finer(second)), fine, mode=mode) == own
 
 
 @settings(deadline=None)
@@ -232,20 +339,57 @@ def test_the_order_of_the_points_does_not_matter(truth: Truth, first: Any, secon
     assert one == pytest.approx(two, abs=1e-9)
 
 
-@settings(deadline=None)
-@given(truth=truths(), box=boxes(), near=st.floats(0, 1), far=st.floats(0, 1), mode=st.sampled_from(["soft", "base"]))
-def test_a_box_on_the_way_to_the_truth_earns_no_less(
-    truth: Truth, box: Any, near: float, far: float, mode: Any
+@settings(deadline=None, max_examples=200)
+@given(truth=boxes(), box=boxes(), near=st.floats(0, 1), far=st.floats(0, 1))
+def test_a_box_on_the_way_to_the_truth_has_no_less_of_any_smooth_part(
+    truth: Any, box: Any, near: float, far: float
 ) -> None:
-    """Sides that move towards the true ones, first in overlap: containing boxes only, whose overlap is theirs."""
+    """Without penalties: that of the area may come and go on the way, where one side shrinks and the other grows."""
+    low, high = (tuple(a + share * (b - a) for a, b in zip(box, truth, strict=True)) for share in sorted((near, far)))
+    for part in (box_iou, box_align, box_scale):
+        assert part(high, truth) >= part(low, truth) - 1e-9  # type: ignore[arg-type]
+
+
+@settings(deadline=None)
+@given(
+    truth=truths(), by=st.tuples(st.integers(-400, 400), st.integers(-400, 400)), ends=st.tuples(*[st.floats(0, 1)] * 2)
+)
+def test_points_that_are_moved_back_have_no_less_of_any_smooth_part(truth: Truth, by: Any, ends: Any) -> None:
     assert truth.box is not None
-    low, high = sorted((near, far))
+    assert truth.points is not None
+    first, second = truth.points
 
-    def between(share: float) -> Any:
-        outer = (*np.minimum(box[:2], truth.box[:2]), *np.maximum(box[2:], truth.box[2:]))  # type: ignore[index]
-        return tuple(float(o + share * (t - o)) for o, t in zip(outer, truth.box, strict=True))  # type: ignore[arg-type]
+    def moved(share: float) -> Any:
+        return tuple((x + share * by[0], y + share * by[1]) for x, y in (first, second))
 
-    assert box_reward(between(high), truth, mode=mode) >= box_reward(between(low), truth, mode=mode) - 1e-9
+    near, far = (moved(share) for share in sorted(ends))
+    assert disc_dice(near, truth.points) >= disc_dice(far, truth.points) - 1e-9
+    assert points_align(near, truth.points, truth.box) >= points_align(far, truth.points, truth.box) - 1e-9
+    assert points_angle(near, truth.points) == pytest.approx(points_angle(far, truth.points), abs=1e-6)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 90), st.floats(0, 90), st.floats(1, 300), st.booleans())
+def test_the_angle_counts_from_none_to_a_right_one(one: float, other: float, length: float, turned: bool) -> None:
+    def pair(degrees: float) -> Any:
+        x, y = length * math.cos(math.radians(degrees)), length * math.sin(math.radians(degrees))
+        return ((400.0, 400.0), (400 + x, 400 + y)) if not turned else ((400 + x, 400 + y), (400.0, 400.0))
+
+    low, high = sorted((one, other))
+    truth = ((10.0, 10.0), (60.0, 10.0))
+    assert points_angle(pair(low), truth) >= points_angle(pair(high), truth) - 1e-9
+
+
+@settings(deadline=None, max_examples=40)
+@given(*[st.tuples(*[st.integers(-2, 30)] * 4)] * 2)
+def test_overlap_of_boxes_against_pixels_that_are_counted(a: Any, b: Any) -> None:
+    def filled(box: Any) -> Any:
+        mask = np.zeros((32, 32), bool)  # of pixels from -2 on
+        mask[slice(*np.array(box[1::2]) + 2), slice(*np.array(box[::2]) + 2)] = True
+        return mask
+
+    one, two = filled(a), filled(b)
+    assert box_iou(a, b) == pytest.approx((one & two).sum() / max((one | two).sum(), 1))
 
 
 @settings(deadline=None, max_examples=30)
@@ -304,6 +448,19 @@ def test_texts_that_were_meant_to_break_it(body: str) -> None:
 
 
 def test_many_tags_are_read_once() -> None:
-    assert parse_answer("<answer>" * 50_000) is None
-    assert parse_answer("<answer></answer>" * 20_000) is None
+    assert parse_answer("<answer>" * 50_000) == "no_answer"
+    assert parse_answer("<answer></answer>" * 20_000) == "malformed"
+    assert parse_answer(f"<answer>{' ' * 70_000}{{}}</answer>") == "malformed"  # longer than the runtime reads
     assert format_thinking("<think>" * 50_000) == 0.0
+
+
+def test_a_step_of_a_thousand_answers_takes_no_time() -> None:
+    thought = "<think>" + "The bright rim on the left is the wall of a vessel. " * 40 + "</think>"
+    texts = [text_of([k % 400, 9, 500, 600], [k % 500, 40.5], [300, 300], thought) for k in range(1000)]
+    spent = []
+    for _ in range(3):
+        start = time.process_time()
+        for text in texts:
+            score(text, TRUTH, mode="hard")
+        spent.append(time.process_time() - start)
+    assert min(spent) < 0.2
