@@ -1,6 +1,12 @@
-"""Results made up by hand, for tests of what is done with results."""
+"""Results made up by hand, for tests of what is done with results; and what keeps a run of all tests short."""
 
+import gc
+import os
 from collections.abc import Callable
+
+# Before torch is imported, here and in the processes that tests start: on models as small as the tests' its threads
+# wait for each other longer than they compute. Who wants more says so in this variable.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
@@ -8,7 +14,16 @@ import pytest
 from medreasoner.image import Image
 from medreasoner.result import Grounding
 
+gc.disable()  # until all is imported: next to nothing of what torch and transformers make by then is garbage
+
 MakeGrounding = Callable[..., Grounding]
+
+
+def pytest_collection_finish() -> None:
+    """Take what is imported by now out of the garbage collector's rounds, which with torch last half a second each."""
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from medreasoner_export.toy import make_toy_bundle
 from medreasoner_export.trt_dialect import trt_graph
 from medreasoner_export.trt_plan import EngineLimits, engine_plans
 
-torch.set_num_threads(2)
-
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:

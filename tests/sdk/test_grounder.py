@@ -29,11 +29,12 @@ QUERIES = (
 )
 
 
-def with_threshold(bundle: Path, copy: Path, threshold: float | None) -> Path:
+def with_threshold(bundle: Path, copy: Path, threshold: float | None, **reasoner: object) -> Path:
+    """Copy of a bundle with this threshold, and with other settings of its reasoner."""
     shutil.copytree(bundle, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     del manifest["sha256"]
-    manifest["reasoner"]["absent_threshold"] = threshold
+    manifest["reasoner"] |= {"absent_threshold": threshold, **reasoner}
     (copy / "manifest.json").write_text(json.dumps(manifest))
     return copy
 

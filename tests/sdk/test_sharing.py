@@ -20,16 +20,24 @@ from medreasoner.reasoner.choosing import Choosing
 Loader = Callable[..., mr.Grounder]
 
 
-@pytest.fixture(scope="module", params=["steps", "graph"])
-def load(
-    request: pytest.FixtureRequest, toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Loader]:
-    """Loads a bundle that finds something in every image, with the decoder's kernel or with its graph."""
-    bundle = with_threshold(toy_bundle, tmp_path_factory.mktemp("sharing") / "bundle", 1.0)
+@pytest.fixture(scope="module")
+def bundle(toy_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Finds something in every image, and does not think for long."""
+    copy = tmp_path_factory.mktemp("sharing") / "bundle"
+    return with_threshold(toy_bundle, copy, 1.0, max_think_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def load(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Loader]:
+    """Loads the bundle, with the decoder's kernel where a test asks for nothing else."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.param == "graph":
+        if getattr(request, "param", "steps") == "graph":
             patch.setattr("medreasoner.engine.steps_pay", lambda: False)
         yield lambda **options: mr.Grounder.load(bundle, device="cpu", **options)
+
+
+both_roads = pytest.mark.parametrize("load", ["steps", "graph"], indirect=True)
+"""For what a decoder does with several rows; what lies above it knows nothing of its kernel and its graph."""
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,7 @@ def all_questions(think: bool) -> list[tuple[NDArray[np.uint8], str, bool]]:
     return [(image, query, think) for image in images for query in QUERIES]
 
 
+@both_roads
 @pytest.mark.parametrize("think", [False, True])
 def test_threads_get_what_they_would_get_alone(load: Loader, plain: Callable[..., mr.Grounding], think: bool) -> None:
     questions = all_questions(think) * 2
@@ -58,6 +67,7 @@ def test_threads_get_what_they_would_get_alone(load: Loader, plain: Callable[...
         assert bool(decoder._batches) == (think and decoder._step is None)  # several rows in a run of the graph
 
 
+@both_roads
 @pytest.mark.parametrize("think", [False, True])
 def test_a_list_of_questions_gets_what_each_would_get(
     load: Loader, plain: Callable[..., mr.Grounding], think: bool
@@ -99,6 +109,7 @@ class Slow:
         return self._run(steps)
 
 
+@both_roads
 def test_a_deadline_ends_an_answer_and_only_that(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
     with load() as grounder, grounder.open(picture()) as study, concurrent.futures.ThreadPoolExecutor(3) as pool:
         expected = study.ground(QUERIES[1])
@@ -127,6 +138,7 @@ def test_who_waits_for_a_slot_has_a_deadline_too(load: Loader, monkeypatch: pyte
                 study.ground(QUERIES[1], timeout_s=0.05)
             assert time.monotonic() - start < 1
             assert not long.done()
+            monkeypatch.undo()
             assert long.result(60).found
 
 
@@ -139,6 +151,7 @@ def test_a_full_queue_refuses_at_once(load: Loader, monkeypatch: pytest.MonkeyPa
                 time.sleep(0.005)
             with pytest.raises(mr.QueueFullError, match="2 questions are being answered and 1 wait"):
                 study.ground(QUERIES[3])
+            monkeypatch.undo()
             assert all(future.result(60).found for future in asked)
         assert study.ground(QUERIES[3]).found
         assert all(each.found for each in grounder.ground(picture(), QUERIES * 3))  # a list is no crowd
@@ -197,6 +210,7 @@ def test_an_interrupt_leaves_the_model_usable(load: Loader, monkeypatch: pytest.
         assert same(study.ground(QUERIES[0]), expected)
 
 
+@both_roads
 def test_python_goes_on_beside_the_kernels(load: Loader) -> None:
     """A thread that counts must not stand still while another one answers."""
     counted, stop = [0], threading.Event()
@@ -307,6 +321,7 @@ def test_a_reading_that_failed_is_not_kept() -> None:
     assert len(cache) == 0
 
 
+@both_roads
 @pytest.mark.parametrize("think", [False, True])
 def test_drawn_answers_are_the_same_again_whatever_runs_beside(load: Loader, think: bool) -> None:
     image, options = picture(), {"samples": 5, "seed": 3, "think": think}
@@ -325,6 +340,7 @@ def test_drawn_answers_are_the_same_again_whatever_runs_beside(load: Loader, thi
     assert other.concord != alone.concord
 
 
+@both_roads
 def test_drawn_answers_agree_on_a_mask(load: Loader) -> None:
     image = picture()
     with load() as grounder, grounder.open(image) as study:
@@ -349,6 +365,7 @@ def test_drawn_answers_agree_on_a_mask(load: Loader) -> None:
         assert same(several[0], found)
 
 
+@both_roads
 def test_drawn_answers_share_the_question(load: Loader) -> None:
     with load() as grounder, grounder.open(picture()) as study:
         one, many = study.ground(QUERIES[0]), study.ground(QUERIES[0], samples=8)

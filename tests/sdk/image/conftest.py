@@ -1,5 +1,6 @@
 """Small DICOM data sets made to order, and the public files of pydicom and pydicom-data."""
 
+import functools
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+
+from medreasoner.image import Image, read_image
 
 MakeDataset = Callable[..., FileDataset]
 
@@ -73,6 +76,12 @@ def corpus() -> Mapping[str, Path]:
     files = {f"pydicom/{path.relative_to(own).as_posix()}": path for path in own.rglob("*") if path.is_file()}
     files |= {path.relative_to(extra).as_posix(): path for path in extra.rglob("*") if path.is_file()}
     return {name: path for name, path in files.items() if "__pycache__" not in name and not name.endswith(".py")}
+
+
+@pytest.fixture(scope="session")
+def read_first(corpus: Mapping[str, Path]) -> Callable[[str], Image]:
+    """First frame of a file of the corpus, by its name there; decoded once for all who only look at it."""
+    return functools.cache(lambda name: read_image(corpus[name]))
 
 
 @pytest.fixture(scope="session")

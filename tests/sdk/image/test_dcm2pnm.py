@@ -67,17 +67,17 @@ def _run(tool, arguments, path):
 
 
 @pytest.mark.slow
-def test_every_file_that_dcmtk_reads_looks_the_same_there(corpus):
+def test_every_file_that_dcmtk_reads_looks_the_same_there(corpus, read_first):
     wrong, compared = [], 0
     for name, path in corpus.items():
         if name in NOT_COMPARED:
             continue
         try:
-            last = read_image(path).n_frames - 1
+            first = read_first(name)
         except ImageReadError:
             continue
-        for frame in {0, last}:
-            image = read_image(path, frame=frame)
+        for frame in {0, first.n_frames - 1}:
+            image = read_image(path, frame=frame) if frame else first
             reference = _render(path, image)
             if reference is None:
                 continue
