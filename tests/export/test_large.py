@@ -99,7 +99,7 @@ def test_short_weights_lie_beside_the_graph_too(toy: Path, segmenter: Path, tmp_
 
 
 def test_an_export_that_fails_leaves_nothing(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import medreasoner_export.reasoner as module
+    import medreasoner_export.reasoner_parts as module
 
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
