@@ -464,3 +464,10 @@ def test_a_step_of_a_thousand_answers_takes_no_time() -> None:
             score(text, TRUTH, mode="hard")
         spent.append(time.process_time() - start)
     assert min(spent) < 0.2
+
+
+def test_discs_that_are_hardly_apart_are_one() -> None:
+    near = ((0.0, 0.0), (0.0, 0.0)), ((0.0, 5e-324), (0.0, 5e-324))
+    assert disc_dice(*near) == pytest.approx(disc_dice(near[0], near[0]))
+    wide = ((0.0, 0.0), (100.0, 0.0)), ((1e-200, 0.0), (100.0, 1e-200))
+    assert disc_dice(*wide) == pytest.approx(1.0)

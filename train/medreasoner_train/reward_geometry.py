@@ -283,7 +283,7 @@ def _lens(a: float, b: float, apart: float) -> float:
     """Area shared by discs of radii a and b whose centres lie so far apart."""
     if apart >= a + b:
         return 0.0
-    if apart <= abs(a - b):
+    if apart <= abs(a - b) + 1e-12 * (a + b):  # so near that the cosine below would divide by nothing
         return math.pi * min(a, b) ** 2
 
     def segment(r: float, other: float) -> float:
