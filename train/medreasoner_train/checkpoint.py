@@ -15,7 +15,7 @@ from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
 from medreasoner_train.loop import write_settings
 from medreasoner_train.model import NANO
 
-__all__ = ["copy_beside", "load_weights", "read_settings", "save_like", "save_reasoner"]
+__all__ = ["load_weights", "read_settings", "save_like", "save_reasoner"]
 
 
 def load_weights(folder: Path, model: Any) -> None:
@@ -62,10 +62,10 @@ def save_like(model: Any, start: Path, out: Path, *, weights: Mapping[str, torch
     """
     state = {name: value.to(torch.bfloat16) for name, value in (weights or model.state_dict()).items()}
     model.save_pretrained(out, state_dict=state)
-    copy_beside(start, out)
+    _copy_beside(start, out)
 
 
-def copy_beside(start: Path, out: Path) -> None:
+def _copy_beside(start: Path, out: Path) -> None:
     """Copy what a checkpoint holds beside its weights and its configuration: tokenizer, settings, templates."""
     for file in sorted(start.iterdir()):
         own = file.suffix in (".json", ".jinja", ".txt") and not file.name.endswith(("config.json", ".index.json"))

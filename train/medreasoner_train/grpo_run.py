@@ -219,12 +219,13 @@ def _grounding(
     samples = leave_out(load_index(config.data.path), config.data.without)
     mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=policy.size)
     points = None if config.data.cache is None else config.data.cache / "points.npz"
+    phrasings = load_phrasings("train")
     train, val = (
         SftData(
             samples,
             load_store(by_image(part), cache=points),
             vocabulary=policy.vocabulary,
-            phrasings=load_phrasings("train"),
+            phrasings=phrasings,
             options=mixture,
         )
         for part in split(samples)

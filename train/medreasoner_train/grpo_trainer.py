@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medreasoner_train.completions import chosen
 from medreasoner_train.grpo import group_advantages, policy_loss, telling_groups, token_weights
 from medreasoner_train.grpo_config import GrpoConfig
 from medreasoner_train.judge import MaskJudge
 from medreasoner_train.loop import Optimiser
-from medreasoner_train.prior import box_iou
+from medreasoner_train.reward_geometry import box_iou
 from medreasoner_train.rewards import Reward, geometry_of, score
 from medreasoner_train.rollout import Completion, Prompt, Rollouts, Sampling
 from medreasoner_train.tasks import ExampleTasks, Task
@@ -117,7 +118,9 @@ class GrpoTrainer:
             answers = self._rollouts.sample(prompts, self._config.rollouts, seed=seed + drawn)
             episodes = judged(tasks, answers, self._config, self._judge)
             if options.dynamic:
-                episodes = [each for each in episodes if max(each.totals) - min(each.totals) > 1e-6]
+                totals, groups = _totals(episodes)
+                telling = set(groups[telling_groups(totals, groups)].tolist())
+                episodes = [each for index, each in enumerate(episodes) if index in telling]
             kept += episodes
             if len(kept) >= options.prompts:
                 break
@@ -132,7 +135,7 @@ class GrpoTrainer:
         size = options.mini_batch or len(episodes)
         parts = [range(start, min(start + size, len(episodes))) for start in range(0, len(episodes), size)]
         # With one update the policy is still the one that answered; with several it moves away from it.
-        old = None if len(parts) == 1 else self._read(self._model, episodes)
+        old = None if len(parts) == 1 else self._read(episodes)
         measured: dict[str, float] = {}
         for part in parts:
             for name, value in self._one_update(episodes, part, advantages, old, share).items():
@@ -141,19 +144,17 @@ class GrpoTrainer:
         return summary(episodes) | measured
 
     def _advantages(self, episodes: Sequence[Episode]) -> list[Tensor]:
-        totals = torch.tensor([value for each in episodes for value in each.totals])
-        groups = torch.tensor([index for index, each in enumerate(episodes) for _ in each.totals])
-        found = group_advantages(totals, groups, scale=self._config.loss.scale_by_deviation)
+        found = group_advantages(*_totals(episodes), scale=self._config.loss.scale_by_deviation)
         return list(torch.split(found, [len(each.totals) for each in episodes]))
 
-    def _read(self, model: Any, episodes: Sequence[Episode]) -> list[Tensor]:
-        """Log-probabilities (G, L) of each group under a model, without gradients; L of the group's micro-batch."""
+    def _read(self, episodes: Sequence[Episode]) -> list[Tensor]:
+        """Log-probabilities (G, L) of each group as the model is now, without gradients; L of its micro-batch."""
         size = self._config.train.micro_batch
         found: list[Tensor] = []
         with torch.no_grad():
             for start in range(0, len(episodes), size):
                 some = episodes[start : start + size]
-                values, _ = self._log_probs(model, self._policy, some)
+                values, _ = self._log_probs(self._model, self._policy, some)
                 found += torch.split(values, [len(each.completions) for each in some])
         return found
 
@@ -177,7 +178,7 @@ class GrpoTrainer:
         share: float,
     ) -> dict[str, float]:
         options = self._config.train
-        mask = _mask([each for index in part for each in episodes[index].completions])
+        mask = chosen([each for index in part for each in episodes[index].completions])
         weights = token_weights(mask, self._config.loss.normalise, max_tokens=self._config.rollouts.max_tokens)
         sums: dict[str, Tensor] = {}
         at = 0
@@ -204,13 +205,10 @@ class GrpoTrainer:
         return {name: float(value) for name, value in sums.items()}
 
 
-def _mask(completions: Sequence[Completion]) -> Tensor:
-    """(N, L) bool: the tokens that were chosen."""
-    longest = max(len(each.ids) for each in completions)
-    mask = torch.zeros((len(completions), longest), dtype=torch.bool)
-    for row, each in zip(mask, completions, strict=True):
-        row[: len(each.ids)] = True if each.free is None else torch.tensor(each.free)
-    return mask
+def _totals(episodes: Sequence[Episode]) -> tuple[Tensor, Tensor]:
+    """What each answer is worth (N,), and its group (N,)."""
+    totals = torch.tensor([value for each in episodes for value in each.totals])
+    return totals, torch.tensor([index for index, each in enumerate(episodes) for _ in each.totals])
 
 
 def _joined(values: Sequence[Tensor], length: int) -> Tensor:
@@ -223,8 +221,7 @@ def _joined(values: Sequence[Tensor], length: int) -> Tensor:
 def summary(episodes: Sequence[Episode]) -> dict[str, float]:
     """Means over the answers: rewards and their parts, box IoU of those about something that is there, lengths."""
     flat = [each for episode in episodes for each in episode.rewards]
-    totals = torch.tensor([value for each in episodes for value in each.totals])
-    groups = torch.tensor([index for index, each in enumerate(episodes) for _ in each.totals])
+    totals, groups = _totals(episodes)
     answers = [(each, episode.task) for episode in episodes for each in episode.completions]
     ious = [_iou(each, task) for each, task in answers if task.truth.box is not None]
     found = {
@@ -261,4 +258,4 @@ def _iou(completion: Completion, task: Task) -> float:
     geometry = geometry_of(completion.text)
     if geometry is None or task.truth.box is None:
         return 0.0
-    return float(box_iou(np.array([geometry[0]]), np.array([task.truth.box]))[0])
+    return box_iou(geometry[0], task.truth.box)

@@ -24,6 +24,7 @@ from medreasoner.geometry import Placement, place
 from medreasoner.reasoner.prompt import Prompt as PromptBuilder
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.vision import image_patches
+from medreasoner_train.completions import as_rows
 from medreasoner_train.rollout import Completion, Pixels, Prompt
 
 __all__ = ["HubPolicy", "bare", "load_hub_model"]
@@ -122,7 +123,7 @@ class HubPolicy:
             stack.enter_context(_replaced(qwen.model.visual, partial(_seen_once, batch.grids, batch.image_of)))
             stack.enter_context(_replaced(qwen.lm_head, partial(_chosen, batch.keep, batch.targets, temperature)))
             flat = model(**batch.inputs, use_cache=False).logits
-        return _as_rows(flat, [each for own in completions for each in own])
+        return as_rows(flat, [each for own in completions for each in own])
 
     def _batch(
         self, config: Any, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], device: torch.device
@@ -273,21 +274,6 @@ def _chosen(
 def _log_prob(forward: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     logits = forward(states).float() / temperature
     return logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-
-
-def _as_rows(flat: Tensor, completions: Sequence[Completion]) -> tuple[Tensor, Tensor]:
-    """Values of all tokens, one after the other, as rows (N, L); and the mask of those that were chosen."""
-    longest = max(len(each.ids) for each in completions)
-    mask = torch.zeros((len(completions), longest), dtype=torch.bool)
-    index = torch.full((len(completions), longest), len(flat), dtype=torch.int64)  # the place of the zero
-    start = 0
-    for row, each in enumerate(completions):
-        own = len(each.ids)
-        index[row, :own] = torch.arange(start, start + own)
-        mask[row, :own] = True if each.free is None else torch.tensor(each.free)
-        start += own
-    padded = torch.cat([flat.float(), flat.new_zeros(1, dtype=torch.float32)])
-    return padded[index.to(flat.device)], mask.to(flat.device)
 
 
 def _two_frames(config: Any, patches: Tensor) -> Tensor:

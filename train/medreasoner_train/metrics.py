@@ -8,12 +8,13 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from medreasoner_train.rewards import disc_dice
+from medreasoner_train.targets import GRID
 
 __all__ = ["DiscOverlap", "Interval", "dice", "disc_overlap", "group_mean", "surface_dice"]
 
 Mask = npt.NDArray[np.bool_]
 
-_GRID = 840  # the paper's image side: all of its pixel thresholds belong to it
+_GRID = int(GRID)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from medreasoner._text import one_line
 from medreasoner.errors import BundleError, QueryError
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import read_settings
+from medreasoner_train.completions import as_rows
 from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
 from medreasoner_train.loop import moved
 from medreasoner_train.model import to_tensor, tower
@@ -32,10 +33,10 @@ BRANCHES = 8  # answers in a row: attention's mask grows with the square of a ro
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Row:
-    """Some answers of one prompt: the prompt's number, the answers' places among all, their tokens."""
+    """Some answers of one prompt: its number, the answers' numbers of tokens, question and answer as tokens."""
 
     prompt: int
-    places: list[int]
+    lengths: list[int]
     branches: list[list[int]]
 
 
@@ -128,7 +129,7 @@ class PackedPolicy:
             a token was not chosen.
         """
         device = model.model.language_model.embed_tokens.weight.device
-        rows, lengths, mask = self._rows(prompts, completions)
+        rows = self._rows(prompts, completions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             images = torch.stack([self.shown(prompt) for prompt in prompts]).to(device)
             embeds = tower(model.model.visual, images)
@@ -136,46 +137,28 @@ class PackedPolicy:
         # Where each answer's tokens are predicted from: one place before them.
         row_of: list[int] = []
         place_of: list[int] = []
-        at = [(0, 0)] * len(lengths)
-        count = 0
         for b, row in enumerate(rows):
-            start = first
-            for place, branch in zip(row.places, row.branches, strict=True):
-                begin = start + len(branch) - lengths[place]
-                row_of += [b] * lengths[place]
-                place_of += range(begin - 1, begin - 1 + lengths[place])
-                at[place] = (count, lengths[place])
-                count += lengths[place]
-                start += len(branch)
+            end = first
+            for length, branch in zip(row.lengths, row.branches, strict=True):
+                end += len(branch)
+                row_of += [b] * length
+                place_of += range(end - length - 1, end - 1)
         where = torch.tensor([row_of, place_of], device=device)
         states = hidden[where[0], where[1]]
         table = model.model.language_model.embed_tokens.weight  # tied: the language head too
         flat = _chosen(states, table, packed.ids[where[0], where[1] + 1], temperature)
-        longest = max(lengths)
-        index = torch.full((len(lengths), longest), count, dtype=torch.int64)
-        for place, (start, own) in enumerate(at):
-            index[place, :own] = torch.arange(start, start + own)
-        padded = torch.cat([flat.float(), flat.new_zeros(1, dtype=torch.float32)])
-        return padded[index.to(device)], mask.to(device)
+        return as_rows(flat, [each for own in completions for each in own])
 
-    def _rows(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]
-    ) -> tuple[list[_Row], list[int], Tensor]:
-        """Answers laid out in rows, each one's number of tokens, and which of these count (N, L)."""
+    def _rows(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[_Row]:
+        """Answers laid out in rows, in their order."""
         rows: list[_Row] = []
-        lengths: list[int] = []
         for number, (prompt, own) in enumerate(zip(prompts, completions, strict=True)):
             asked = self.vocabulary.prompt(prompt.query)
             for start in range(0, len(own), BRANCHES):
                 part = own[start : start + BRANCHES]
-                places = list(range(len(lengths), len(lengths) + len(part)))
-                rows.append(_Row(prompt=number, places=places, branches=[[*asked, *each.ids] for each in part]))
-                lengths += [len(each.ids) for each in part]
-        mask = torch.zeros((len(lengths), max(lengths)), dtype=torch.bool)
-        flat = [each for own in completions for each in own]
-        for place, each in enumerate(flat):
-            mask[place, : len(each.ids)] = True if each.free is None else torch.tensor(each.free)
-        return rows, lengths, mask
+                branches = [[*asked, *each.ids] for each in part]
+                rows.append(_Row(prompt=number, lengths=[len(each.ids) for each in part], branches=branches))
+        return rows
 
     def _hidden(self, model: Any, embeds: Tensor, rows: list[_Row]) -> tuple[Tensor, Packed, int]:
         """Final states (rows, T, D), the rows' tokens, and the place of the first after the shared prefix."""
