@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -38,11 +38,14 @@ def test_dynamic_sampling_keeps_the_groups_that_differ() -> None:
 
 
 @given(st.lists(st.floats(-100, 100, width=32), min_size=2, max_size=12))
+@example([5.389615058898926] * 3)
 @settings(max_examples=50, deadline=None)
 def test_advantages_sum_to_nothing_and_do_not_see_a_constant(rewards: list[float]) -> None:
     values, groups = torch.tensor(rewards), torch.zeros(len(rewards), dtype=torch.int64)
     found = group_advantages(values, groups)
-    assert float(found.sum().abs()) < 1e-2
+    assert float(found.double().sum().abs()) < 1e-5
+    if len(set(rewards)) == 1:
+        assert float(found.abs().max()) < 1e-6
     centred = group_advantages(values, groups, scale=False)
     torch.testing.assert_close(group_advantages(values + 10, groups, scale=False), centred, atol=1e-3, rtol=1e-3)
 

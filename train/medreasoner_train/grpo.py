@@ -55,16 +55,16 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, scale: bool = True) -> 
     >>> group_advantages(torch.tensor([0.0, 1.0, 5.0]), torch.tensor([7, 7, 3]), scale=False).tolist()
     [-0.5, 0.5, 0.0]
     """
-    rewards = rewards.float()
+    rewards = rewards.double()  # or the rounding of a mean, over EPSILON, would be an advantage where all are the same
     _, index = torch.unique(groups, return_inverse=True)
-    count = torch.bincount(index).float()
+    count = torch.bincount(index).double()
     mean = torch.zeros_like(count).index_add_(0, index, rewards) / count
     centred = rewards - mean[index]
     if not scale:
-        return centred
+        return centred.float()
     squares = torch.zeros_like(count).index_add_(0, index, centred**2)
     deviation = (squares / (count - 1).clamp(min=1)).sqrt()  # of a sample, as torch.std
-    return centred / (deviation[index] + EPSILON)
+    return (centred / (deviation[index] + EPSILON)).float()
 
 
 def telling_groups(rewards: Tensor, groups: Tensor, *, apart: float = 1e-6) -> Tensor:
