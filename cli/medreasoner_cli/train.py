@@ -40,6 +40,7 @@ MinutesOption = Annotated[
 CooldownOption = Annotated[
     float, typer.Option(min=0, max=1, help="Share of the run over which the learning rate falls to zero.")
 ]
+RateOption = Annotated[float, typer.Option(min=0, help="Times the usual learning rate.")]
 DecayOption = Annotated[float, typer.Option(min=0, help="Decay of the weights, in shares of the learning rate.")]
 DeviceOption = Annotated[str, typer.Option(callback=_usable, help="Where to train: cpu, cuda or cuda:N.")]
 WorkersOption = Annotated[
@@ -131,7 +132,7 @@ def sft(
     frozen: Annotated[
         bool, typer.Option("--frozen-vision", help="Leave the vision tower as it is: new questions, in half the time.")
     ] = False,
-    rate: Annotated[float, typer.Option(min=0, help="Times the usual learning rate.")] = 1.0,
+    rate: RateOption = 1.0,
     without: Annotated[
         list[str] | None, typer.Option(metavar="SOURCE", help="Leave a source out, to measure on it; may be repeated.")
     ] = None,
@@ -190,6 +191,12 @@ def segmenter(
         typer.Option(metavar="SOURCE=FACTOR", help="Draw a source's images so many times as often; may be repeated."),
     ] = None,
     start: Annotated[Path | None, typer.Option(help="Folder of a finished segmenter to start from.")] = None,
+    frozen_encoder: Annotated[bool, typer.Option("--frozen-encoder", help="Leave the image encoder as it is.")] = False,
+    reasoner: Annotated[
+        Path | None, typer.Option(help="Folder of a finished reasoner of nano's kind: its answers are prompts too.")
+    ] = None,
+    written: Annotated[float, typer.Option(min=0, max=1, help="Share of the images that it prompts.")] = 0.5,
+    rate: RateOption = 1.0,
     cache: CacheOption = None,
     minutes: MinutesOption = float("inf"),
     cooldown: CooldownOption = 0.35,
@@ -202,11 +209,19 @@ def segmenter(
 
     \b
     medreasoner-cli train segmenter --data grounding/ -o runs/segmenter --steps 4000
+
+    Afterwards, with the errors that the reasoner really makes:
+
+    \b
+    medreasoner-cli train segmenter --data grounding/ -o runs/segmenter2 --steps 600 --rate 0.3 \\
+        --start runs/segmenter/checkpoint --frozen-encoder --reasoner runs/sft/checkpoint
     """  # noqa: D301
     stage = load("medreasoner_train.segmenter", extra="train")
     loop = stage.LoopOptions(
         steps=steps,
         out=output,
+        lr=1e-3 * rate,
+        matrix_lr=2e-3 * rate,
         minutes=minutes,
         cooldown=cooldown,
         weight_decay=weight_decay,
@@ -222,6 +237,9 @@ def segmenter(
             per_image=per_image,
             emphasis=_factors(emphasis or []),
             start=start,
+            frozen_encoder=frozen_encoder,
+            reasoner=reasoner,
+            written=written,
             cache=cache,
         )
     )

@@ -14,7 +14,7 @@ from medreasoner_train.metrics import dice
 from medreasoner_train.segmenter import BOTH, SIZE, Prompts, segment
 from medreasoner_train.tasks import Task
 
-__all__ = ["Geometry", "MaskJudge", "RuntimeJudge", "TorchJudge"]
+__all__ = ["Geometry", "MaskJudge", "RuntimeJudge", "TorchJudge", "as_mask", "as_picture"]
 
 Geometry = tuple[tuple[float, float, float, float], tuple[tuple[float, float], tuple[float, float]]]
 """Box and points of an answer, in the grid of ``task.truth.size``."""
@@ -89,8 +89,8 @@ class TorchJudge:
     def _dice(self, tasks: Sequence[Task], places: Sequence[tuple[int, int, Geometry]]) -> list[float]:
         shown = sorted({b for b, _, _ in places})
         number = {b: index for index, b in enumerate(shown)}
-        images = torch.stack([_picture(tasks[b].prompt.pixels) for b in shown]).to(self._device)
-        truth = torch.stack([_resized(tasks[b].mask) for b in shown]).to(self._device)
+        images = torch.stack([as_picture(tasks[b].prompt.pixels) for b in shown]).to(self._device)
+        truth = torch.stack([as_mask(tasks[b].mask) for b in shown]).to(self._device)
         scale = np.array([[SIZE / tasks[b].truth.size[0], SIZE / tasks[b].truth.size[1]] for b, _, _ in places])
         boxes = np.array([answer[0] for _, _, answer in places]) * np.tile(scale, 2)
         points = np.array([answer[1] for _, _, answer in places]) * scale[:, None]
@@ -114,15 +114,15 @@ class TorchJudge:
         """Nothing to give back."""
 
 
-def _resized(mask: npt.NDArray[np.bool_] | None) -> Tensor:
-    """(256, 256) bool."""
+def as_mask(mask: npt.NDArray[np.bool_] | None) -> Tensor:
+    """As the segmenter's training has it: (256, 256) bool."""
     values = torch.from_numpy(np.asarray(mask, np.float32))[None, None]
     resized: Tensor = functional.interpolate(values, size=(SIZE, SIZE), mode="nearest-exact")[0, 0] > 0.5
     return resized
 
 
-def _picture(pixels: npt.NDArray[np.uint8]) -> Tensor:
-    """(3, 256, 256) in [-1, 1]."""
+def as_picture(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """As nano's segmenter sees it: (3, 256, 256) in [-1, 1]."""
     colour = pixels[..., None].repeat(3, axis=2) if pixels.ndim == 2 else pixels
     image = torch.from_numpy(colour.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1.0)
     resized: Tensor = functional.interpolate(image[None], size=(SIZE, SIZE), mode="bilinear", antialias=True)[0]

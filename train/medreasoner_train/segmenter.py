@@ -4,7 +4,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import SamConfig, SamModel
 from medreasoner.errors import MedReasonerError
 from medreasoner_train.augment import NO_CHANGE, Augmented, Options, augment
 from medreasoner_train.checkpoint import load_weights
-from medreasoner_train.data import by_image, load_index, split
+from medreasoner_train.data import Sample, by_image, load_index, split
 from medreasoner_train.loop import LoopOptions, moved, train, write_settings
 from medreasoner_train.model import to_tensor
 from medreasoner_train.store import DRAWS, Stored, load_store, redraws, sampling_weights
@@ -254,7 +254,9 @@ def evaluate(model: Any, data: SegmenterData) -> dict[str, float]:
 class SegmenterOptions:
     """One run of the segmenter's training.
 
-    `emphasis`: sources of the data to draw so many times as often; `start`: the folder of a finished segmenter.
+    `emphasis`: sources of the data to draw so many times as often; `start`: the folder of a finished segmenter;
+    `frozen_encoder`: only prompt encoder and mask decoder learn; `reasoner`: a checkpoint of nano's kind, whose own
+    answers are the prompts of a `written` share of the images.
     """
 
     data: Path
@@ -263,6 +265,9 @@ class SegmenterOptions:
     per_image: int = 3
     emphasis: Mapping[str, float] = dataclasses.field(default_factory=dict)
     start: Path | None = None
+    frozen_encoder: bool = False
+    reasoner: Path | None = None
+    written: float = 0.5
     cache: Path | None = None
     eval_every: int = 300
 
@@ -277,17 +282,43 @@ def run(options: SegmenterOptions) -> None:
     model = build_segmenter()
     if options.start is not None:
         load_weights(options.start, model)
+    model.vision_encoder.requires_grad_(not options.frozen_encoder)
     train(
         modules={"segmenter": model},
-        make_batch=lambda step: train_data.batch(
-            step, count=options.images, per_image=options.per_image, seed=options.loop.seed
-        ),
+        make_batch=_batches(options, train_samples, train_data),
         loss_of=lambda batch: mask_loss(model, *batch),
         options=options.loop,
         evaluate=lambda _: evaluate(model, val_data),
         eval_every=options.eval_every,
     )
     save_segmenter(model, options.loop.out / "checkpoint")
+
+
+def _batches(
+    options: SegmenterOptions, samples: list[Sample], data: SegmenterData
+) -> Callable[[int], tuple[Tensor, Prompts]]:
+    """How the batch of a step is made."""
+    seed, per_image = options.loop.seed, options.per_image
+    if options.reasoner is None:
+        return lambda step: data.batch(step, count=options.images, per_image=per_image, seed=seed)
+    from medreasoner_train.written import written_prompts  # which reads this module
+
+    source = written_prompts(options.reasoner, samples, data.stored)
+    count = round(options.images * options.written)
+
+    def make(step: int) -> tuple[Tensor, Prompts]:
+        images, given = data.batch(step, count=options.images - count, per_image=per_image, seed=seed)
+        others, found = source.batch(step, count=count, per_image=per_image, seed=seed)
+        return (images, given) if found is None else (torch.cat([images, others]), joined(given, found, len(images)))
+
+    return make
+
+
+def joined(first: Prompts, second: Prompts, images: int) -> Prompts:
+    """Two batches of prompts as one, the second's images behind the first's `images`."""
+    later = dataclasses.replace(second, image=second.image + images)
+    names = [field.name for field in dataclasses.fields(Prompts)]
+    return Prompts(**{name: torch.cat([getattr(first, name), getattr(later, name)]) for name in names})
 
 
 def save_segmenter(model: Any, out: Path) -> None:
