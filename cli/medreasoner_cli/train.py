@@ -267,7 +267,14 @@ def grpo(
     if plan:
         print(stage.what_it_needs(settings))
         return
-    _usable(settings.train.device)
+    if settings.scale.processes > 1:
+        if load("medreasoner_train.distributed", extra="train").started() == 1:
+            options = [] if output is None else ["-o", str(output)]
+            options += [] if device is None else ["--device", device]
+            launcher = load("medreasoner_train.launch", extra="train")
+            raise typer.Exit(launcher.launch(settings.scale, ["train", "grpo", *options, str(config)]))
+    else:
+        _usable(settings.train.device)
     stage.run(settings)
 
 

@@ -22,6 +22,7 @@ from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import read_settings
 from medreasoner_train.completions import as_rows
 from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
+from medreasoner_train.hub_policy import bare, replaced
 from medreasoner_train.loop import moved
 from medreasoner_train.model import to_tensor, tower
 from medreasoner_train.rollout import Completion, Pixels, Prompt, Sampling, stream_of
@@ -118,7 +119,7 @@ class PackedPolicy:
         Parameters
         ----------
         model
-            Whose; on any device.
+            Whose: of :func:`medreasoner_train.model.build_reasoner`, or what DDP made of it; on any device.
         prompts, completions
             B prompts and the answers to each, N in all.
         temperature
@@ -130,6 +131,19 @@ class PackedPolicy:
             N in the order of the prompts, L tokens of the longest; the mask is False behind an answer's end and where
             a token was not chosen.
         """
+
+        def flat(*_: Any) -> Tensor:
+            return self._flat(inner, prompts, completions, temperature)
+
+        inner = bare(model)
+        with replaced(inner, flat):  # called as a whole, so that DDP knows of it
+            found = model()
+        return as_rows(found, [each for own in completions for each in own])
+
+    def _flat(
+        self, model: Any, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], temperature: float
+    ) -> Tensor:
+        """Log-probabilities of all tokens, one completion behind the other."""
         device = model.model.language_model.embed_tokens.weight.device
         rows = self._rows(prompts, completions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
@@ -148,8 +162,7 @@ class PackedPolicy:
         where = torch.tensor([row_of, place_of], device=device)
         states = hidden[where[0], where[1]]
         table = model.model.language_model.embed_tokens.weight  # tied: the language head too
-        flat = _chosen(states, table, packed.ids[where[0], where[1] + 1], temperature)
-        return as_rows(flat, [each for own in completions for each in own])
+        return _chosen(states, table, packed.ids[where[0], where[1] + 1], temperature)
 
     def _rows(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[_Row]:
         """Answers laid out in rows, in their order."""
