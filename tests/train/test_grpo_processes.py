@@ -5,18 +5,20 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from medreasoner_cli.main import run as command
 from medreasoner_train.config import ConfigError
-from medreasoner_train.distributed import ProcessesError, ScaleOptions
+from medreasoner_train.distributed import Processes, ProcessesError, ScaleOptions
 from medreasoner_train.grpo_config import read_config
 from medreasoner_train.grpo_run import run
+from medreasoner_train.grpo_setup import make_setup
 from medreasoner_train.hub_policy import load_hub_model
+from medreasoner_train.launch import launch
 
 LR = 1e-5  # so low that what rounding does to a step changes no draw of the next
 TEXT = """
@@ -38,9 +40,8 @@ save_every = 1
 ROLLOUTS = '[rollouts]\nengine = "runtime"\ncount = 3\nmax_tokens = 64\n'  # by the grammar: rewards differ
 PACKED = "mini_batch = 5\nmicro_batch = 2\ndynamic = 1\npictures_every = 3\n" + ROLLOUTS
 HUB = "micro_batch = 1\neval_every = 3\n" + ROLLOUTS
-LORA = "[policy.lora]\nrank = 2\nalpha = 4.0\n"
 FSDP = "fsdp = true\nmicro_batch = 2\n"
-KINDS = {"packed": (PACKED, ""), "hub": (HUB, FSDP), "lora": (HUB + LORA, FSDP)}
+KINDS = {"packed": (PACKED, ""), "hub": (HUB, FSDP)}
 
 
 def settings(folder: Path, kind: str, *, steps: int, processes: int, data: Path, start: Path, out: str) -> Path:
@@ -74,7 +75,9 @@ def assert_same(one: Path, two: Path, before: dict[str, torch.Tensor]) -> None:
         torch.testing.assert_close(moments[name], again[name], rtol=1e-3, atol=1e-4 * float(moments[name].abs().max()))
 
 
-def check(tmp_path: Path, kind: str, data: Path, start: Path, launch: Any) -> None:
+def trained_on(tmp_path: Path, kind: str, data: Path, start: Path, launch: Callable[[Path], None]) -> Path:
+    """Three steps by one process, and one by one and two by two: they must come to the same. The latter's folder."""
+
     def written(steps: int, processes: int, out: str) -> Path:
         return settings(tmp_path, kind, steps=steps, processes=processes, data=data, start=start, out=out)
 
@@ -84,37 +87,37 @@ def check(tmp_path: Path, kind: str, data: Path, start: Path, launch: Any) -> No
     shutil.copytree(two, one)
     run(read_config(written(3, 1, "one")))
     launch(written(3, 2, "two"))  # goes on from the checkpoint of a single process
-    known = before if kind != "lora" else {}
-    if known:
-        assert_same(one, two, known)
-    alone, both = rows(one), rows(two)
-    for step in (2, 3):
-        assert alone[step].keys() == both[step].keys()
-        for name in alone[step].keys() - {"s_per_step", "eta_min"}:
-            assert both[step][name] == pytest.approx(alone[step][name], rel=1e-3, abs=1e-5), (step, name)
+    assert_same(one, two, before)
+    assert_same_metrics(one, two, (2, 3))
     first, second = (load_hub_model(each / "checkpoint").state_dict() for each in (one, two))
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=2**-7, atol=4 * LR)
     for out in (one, two):  # and one goes on from that of two
         run(read_config(written(4, 1, out.name)))
-    for name in alone[3].keys() - {"s_per_step", "eta_min"}:
-        assert rows(two)[4].get(name, 0) == pytest.approx(rows(one)[4].get(name, 0), rel=1e-3, abs=1e-5), name
+    assert_same_metrics(one, two, (4,))
+    return two
+
+
+def assert_same_metrics(one: Path, two: Path, steps: tuple[int, ...]) -> None:
+    alone, both = rows(one), rows(two)
+    for step in steps:
+        assert alone[step].keys() == both[step].keys()
+        for name in alone[step].keys() - {"s_per_step", "eta_min"}:
+            assert both[step][name] == pytest.approx(alone[step][name], rel=1e-3, abs=1e-5), (step, name)
 
 
 def test_two_processes_train_as_one(tmp_path: Path, grounding_set: Path, start: Path) -> None:
-    """With DDP, groups dealt out unevenly and drawn again where they teach nothing, several updates a round."""
-    check(
-        tmp_path,
-        "packed",
-        grounding_set,
-        start,
-        lambda path: pytest.fail if command(["train", "grpo", str(path)]) else None,
-    )
-    assert [each.name for each in (tmp_path / "two").glob("samples-*")] == ["samples-000003.png"]
+    """With DDP; groups that are dealt out unevenly and drawn again where they teach nothing, two updates a round."""
+
+    def launch(path: Path) -> None:
+        assert command(["train", "grpo", str(path)]) == 0
+
+    two = trained_on(tmp_path, "packed", grounding_set, start, launch)
+    assert (two / "samples-000003.png").exists()
+    assert not list(tmp_path.glob("**/*.part*"))
 
 
-@pytest.mark.parametrize("kind", ["hub", "lora"])
-def test_a_split_model_trains_as_a_whole_one(tmp_path: Path, csv: Path, start: Path, kind: str) -> None:
+def test_a_split_model_trains_as_a_whole_one(tmp_path: Path, csv: Path, start: Path) -> None:
     """With FSDP, by torchrun; answers of the runtime, masks of nano's segmenter, parts of groups at a time."""
 
     def torchrun(path: Path) -> None:
@@ -125,4 +128,30 @@ def test_a_split_model_trains_as_a_whole_one(tmp_path: Path, csv: Path, start: P
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-5000:]
 
-    check(tmp_path, kind, csv, start, torchrun)
+    trained_on(tmp_path, "hub", csv, start, torchrun)
+
+
+def test_a_process_that_fails_is_heard(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever the command; this one starts sooner than a training."""
+    assert launch(ScaleOptions(processes=2), ["ground", str(tmp_path / "none.png"), "Where?"]) == 3
+    said = capfd.readouterr().err
+    assert f"error: {tmp_path / 'none.png'}" in said
+    assert "Traceback" not in said
+
+
+def test_several_machines_are_told_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(
+        ProcessesError, match=r"torchrun --nnodes 2 --nproc-per-node 4 .* -m medreasoner_cli .* a\.toml"
+    ):
+        launch(ScaleOptions(nodes=2, processes=8), ["train", "grpo", "a.toml"])
+
+
+def test_what_many_processes_cannot_do_is_named(tmp_path: Path, grounding_set: Path, start: Path) -> None:
+    path = settings(tmp_path, "packed", steps=1, processes=1, data=grounding_set, start=start, out="out")
+    config = read_config(path)
+    with pytest.raises(ProcessesError, match=r"asks for 2 processes and 1 were started; .* medreasoner-cli train grpo"):
+        run(dataclasses.replace(config, scale=ScaleOptions(processes=2)))
+    with pytest.raises(ConfigError, match=r"prompts: 5 are too few for 6 processes"):
+        run(dataclasses.replace(config, scale=ScaleOptions(processes=6)))
+    with pytest.raises(ConfigError, match=r'fsdp splits policies of kind "hub"'):
+        make_setup(dataclasses.replace(config, scale=ScaleOptions(processes=2, fsdp=True)), Processes(ScaleOptions()))

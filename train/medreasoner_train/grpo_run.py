@@ -176,7 +176,6 @@ def _steps(
             row = trainer.update(groups, loop.rate(step, spent))
             done, spent = step + 1, processes.agreed(log.spent())
             ended = loop.progress(done, spent) >= 1
-            log.show(done, spent)
             log.write(done, row | log.pace(done, spent), names=SHOWN if done % options.log_every == 0 else ())
             if options.pictures_every and (done % options.pictures_every == 0 or ended) and processes.first:
                 _picture(options.out, done, groups.episodes)
@@ -187,6 +186,7 @@ def _steps(
                 )
             if options.eval_every and (done % options.eval_every == 0 or ended):
                 log.write(done, look())
+            log.show(done, spent)
             if ended:
                 break
 

@@ -67,7 +67,7 @@ def make_setup(config: GrpoConfig, processes: Processes) -> Setup:
         )
         if packed is None and options.kind == "packed":
             raise ConfigError(f'{start}: not a reasoner with square images and one token a coordinate: kind = "hub"')
-    if packed is not None and config.scale.fsdp and processes.count > 1:
+    if packed is not None and config.scale.fsdp and config.scale.processes > 1:
         raise ConfigError(
             '[scale] fsdp splits policies of kind "hub"; this one is small: leave fsdp out, or set that kind'
         )

@@ -16,6 +16,7 @@ from medreasoner_train.distributed import ProcessesError, ScaleOptions, launch_l
 
 __all__ = ["launch"]
 
+LAST_LINES = 20  # of what a failed process has said
 GRACE_S = 10.0  # for a process to end when it is told to
 
 
@@ -47,7 +48,9 @@ def launch(options: ScaleOptions, arguments: Sequence[str]) -> int:
         if failed is None:
             return 0
         if failed:  # the first has said it itself
-            sys.stderr.write(said[failed].read_text(encoding="utf-8", errors="replace"))
+            lines = said[failed].read_text(encoding="utf-8", errors="replace").splitlines()
+            told = [f"process {failed + 1} of {options.processes}:", *lines[-LAST_LINES:]]
+            sys.stderr.write("\n".join(told) + "\n")
         code = running[failed].returncode
         if code < 0:
             raise ProcessesError(f"process {failed + 1} of {options.processes} was ended by signal {-code}")

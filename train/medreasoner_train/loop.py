@@ -292,7 +292,6 @@ def train(
                 sums[name] = sums[name] + value if name in sums else value
             done, spent = step + 1, log.spent()
             ended = options.progress(done, spent) >= 1
-            log.show(done, spent)
             if done % options.log_every == 0:
                 row = {name: value.item() / (done - since) for name, value in sums.items()}
                 log.write(done, row | log.pace(done, spent))
@@ -302,5 +301,6 @@ def train(
                 save_checkpoint(last, step=done, modules=modules, optimiser=optimiser)
             if evaluate is not None and eval_every and (done % eval_every == 0 or ended):
                 log.write(done, evaluate(done))
+            log.show(done, spent)
             if ended:
                 break

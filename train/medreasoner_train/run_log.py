@@ -62,7 +62,7 @@ class RunLog:
         """Show how far the run is, to whom the options name."""
         if self._options.show is not None and not self._silent:
             left = self.pace(done, spent)["eta_min"]
-            text = f"{done}/{self._options.steps}, {left:.0f} min left" if done > self._start else f"{done} done"
+            text = f"{done}/{self._options.steps} steps, {left:.0f} min left"
             self._options.show(min(1.0, self._options.progress(done, spent)), text)
 
     def write(self, step: int, row: Mapping[str, float], *, names: Iterable[str] | None = None) -> None:
