@@ -3,19 +3,17 @@
 import dataclasses
 import json
 import logging
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
+from medreasoner_train.batches import batches
 from medreasoner_train.files import appearing
 from medreasoner_train.loop_options import LoopOptions
 from medreasoner_train.muon import Muon
@@ -157,62 +155,6 @@ def moved(value: Any, device: torch.device) -> Any:
         parts = {field.name: moved(getattr(value, field.name), device) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **parts)
     return value
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _ByStep:
-    """A data set whose item `step` is the batch of that step."""
-
-    make: Callable[[int], Any]
-
-    def __getitem__(self, step: int) -> Any:
-        return self.make(step)
-
-
-def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3, workers: int = 0) -> Generator[Any]:
-    """``make(step)`` for each step, prepared `ahead` of the use in a thread, or in `workers` processes.
-
-    A batch depends on its step alone, so a resumed run sees the very batches that it would have seen.
-    """
-    if workers:
-        # Forked processes share the decoded images; one thread each, or they fight over the cores.
-        steps: Iterable[int] = range(start, stop)
-        loader: DataLoader[Any] = DataLoader(
-            _ByStep(make),  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=steps,
-            collate_fn=lambda batch: batch,  # the default makes lists of tuples
-            num_workers=workers,
-            prefetch_factor=ahead,
-            multiprocessing_context="fork",
-            worker_init_fn=lambda _: torch.set_num_threads(1),
-        )
-        yield from loader
-        return
-    queue: Queue[tuple[Any, BaseException | None]] = Queue(maxsize=ahead)
-    stopped = threading.Event()
-
-    def fill() -> None:
-        for step in range(start, stop):
-            if stopped.is_set():
-                return
-            try:
-                queue.put((make(step), None))
-            except BaseException as err:
-                queue.put((None, err))
-                return
-
-    threading.Thread(target=fill, daemon=True).start()
-    try:
-        for _ in range(start, stop):
-            batch, err = queue.get()
-            if err is not None:
-                raise err
-            yield batch
-    finally:
-        stopped.set()
-        while not queue.empty():
-            queue.get_nowait()
 
 
 @contextmanager
