@@ -160,7 +160,12 @@ def rollouts_of(config: GrpoConfig, setup: Setup) -> Rollouts:
         if packed is None:
             raise ConfigError('[rollouts] engine "torch" draws for policies of kind "packed": use "runtime"')
         return TorchRollouts(packed, bare(setup.model), bf16=config.train.precision == "bf16")
-    return make_rollouts(engine, config.policy.checkpoint)
+    options: dict[str, Any] = {}
+    if engine == "vllm":  # beside the trainer on its GPU, with the share of it that the plan counts
+        options = {"colocated": True, "gpu_memory_utilization": 0.3}
+        if config.scale.processes > 1:
+            options["distributed_executor_backend"] = "external_launcher"  # one engine in each process, on its own GPU
+    return make_rollouts(engine, config.policy.checkpoint, **options)
 
 
 def make_judge(config: GrpoConfig, device: torch.device) -> MaskJudge | None:
