@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from medreasoner_cli.extras import load
+from medreasoner_cli.training import close_bar, show_lines, training_bar
 
 __all__ = ["app"]
 
@@ -62,15 +63,9 @@ CompileOption = Annotated[
 
 
 @app.callback()
-def _progress() -> None:
-    import logging
-
-    logger = logging.getLogger("medreasoner_train")
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+def _lines(context: typer.Context) -> None:
+    show_lines()
+    context.call_on_close(close_bar)
 
 
 @app.command()
@@ -105,6 +100,7 @@ def dense(
         device=device,
         workers=workers,
         seed=seed,
+        show=training_bar(),
     )
     stage.run(
         stage.DenseOptions(data=data, loop=loop, size=size, batch=batch, start=start, cache=cache, compiled=compiled)
@@ -162,6 +158,7 @@ def sft(
         device=device,
         workers=workers,
         seed=seed,
+        show=training_bar(),
     )
     options = stage.SftOptions(images=batch, branches=branches, size=size, frozen=frozen)
     stage.run(
@@ -228,6 +225,7 @@ def segmenter(
         device=device,
         workers=workers,
         seed=seed,
+        show=training_bar(),
     )
     stage.run(
         stage.SegmenterOptions(
@@ -281,12 +279,16 @@ def grpo(
     if device is not None:
         changes["device"] = device
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, **changes))
-    stage = load("medreasoner_train.grpo_run", extra="train")
     if plan:
-        print(stage.what_it_needs(settings))
+        print(load("medreasoner_train.grpo_run", extra="train").what_it_needs(settings))
         return
-    _usable(settings.train.device)
-    stage.run(settings)
+    if settings.scale.processes == 1:
+        _usable(settings.train.device)
+    elif load("medreasoner_train.distributed", extra="train").started() == 1:
+        given = ["train", "grpo", *([] if output is None else ["-o", str(output)])]
+        given += [*([] if device is None else ["--device", device]), str(config)]
+        raise typer.Exit(load("medreasoner_train.launch", extra="train").launch(settings.scale, given))
+    load("medreasoner_train.grpo_run", extra="train").run(settings, show=training_bar())
 
 
 def _factors(pairs: list[str]) -> dict[str, float]:

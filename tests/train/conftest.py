@@ -13,6 +13,7 @@ from PIL import Image as PilImage
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from medreasoner_train.checkpoint import save_reasoner
 from medreasoner_train.data import by_image, load_index
 from medreasoner_train.model import NanoConfig, build_reasoner
 from medreasoner_train.sft import start_embeddings
@@ -204,3 +205,26 @@ def reference_patches(image: Tensor, patch: int, merge: int) -> Tensor:
 @pytest.fixture(scope="session")
 def cut_patches() -> Callable[[Tensor, int, int], Tensor]:
     return reference_patches
+
+
+@pytest.fixture
+def start(tmp_path: Path, toy_reasoner: Any, vocabulary: Vocabulary) -> Path:
+    """The toy reasoner's checkpoint, for images of 84 x 84."""
+    save_reasoner(toy_reasoner, vocabulary.tokenizer, tmp_path / "start", size=84)
+    return tmp_path / "start"
+
+
+@pytest.fixture
+def csv(tmp_path: Path) -> Path:
+    """Rows with a mask, with a box alone, and absent ones; images of 80 x 60."""
+    folder, rng = tmp_path / "csv", np.random.default_rng(0)
+    folder.mkdir()
+    mask = np.zeros((60, 80), np.uint8)
+    mask[15:45, 20:60] = 255
+    PilImage.fromarray(mask).save(folder / "mask.png")
+    lines = ["image,query,mask,x1,y1,x2,y2,group,category"]
+    for k in range(6):
+        PilImage.fromarray(rng.integers(0, 255, (60, 80), dtype=np.uint8)).save(folder / f"{k}.png")
+        lines.append(f"{k}.png,Where is it?," + ("mask.png,,,,", ",40,30,80,60", ",,,,")[k % 3] + f",g{k},thing")
+    (folder / "rows.csv").write_text("\n".join(lines) + "\n")
+    return folder

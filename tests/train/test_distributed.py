@@ -104,7 +104,8 @@ def test_the_clipped_step_is_the_same_and_can_be_resumed(
     for name in alone["weights"]:
         assert torch.equal(first["weights"][name], first["restored"][name])
         assert torch.equal(first["restored"][name], second["restored"][name])
-    assert first["means"] == second["means"] == {"reward": pytest.approx(0.75)}
+    for name, again in first["moments"].items():
+        assert torch.equal(again, second["moments"][name])
 
 
 def test_fsdp_splits_what_ddp_copies(found: dict[str, list[dict[str, Any]]], alone: dict[str, Any]) -> None:
@@ -130,6 +131,6 @@ def test_fsdp_in_bfloat16_keeps_log_probabilities_whole(
 
 def test_a_wrong_number_of_processes_is_named() -> None:
     with pytest.raises(ProcessesError, match="asks for 64 processes and 1 were started"):
-        Processes(ScaleOptions(nodes=8, processes=64), cpu=True)
+        Processes(ScaleOptions(nodes=8, processes=64))
     with pytest.raises(ValueError, match="do not divide evenly"):
         ScaleOptions(nodes=8, processes=9)

@@ -1,6 +1,7 @@
 """A killed run goes on as if nothing had happened, and a checkpoint is whole or absent."""
 
 import dataclasses
+import gc
 import json
 import os
 import pickle
@@ -260,16 +261,33 @@ def test_processes_prepare_the_same_batches_in_order() -> None:
     ]
 
 
-def test_an_error_in_a_process_arrives_as_it_was() -> None:
+def test_an_error_in_a_process_arrives_at_once_and_as_it_was() -> None:
     def make(step: int) -> int:
         if step == 2:
             raise QueryError("no structure is left")
+        if step == 3:
+            time.sleep(60)
         return step
 
     stream = batches(make, 0, 5, workers=2)
     assert [next(stream), next(stream)] == [0, 1]
-    with pytest.raises(QueryError, match="no structure is left"):
+    began = time.monotonic()
+    with pytest.raises(QueryError, match=r"^no structure is left$"):
         next(stream)
+    del stream
+    gc.collect()
+    assert time.monotonic() - began < 4  # a worker that is at work was given five seconds
+
+
+def test_an_error_that_cannot_be_sent_arrives_in_words() -> None:
+    class Own(Exception):  # noqa: N818
+        """No other process can find it."""
+
+    def make(step: int) -> int:
+        raise Own("no structure is left")
+
+    with pytest.raises(RuntimeError, match="Own: no structure is left"):
+        next(batches(make, 0, 5, workers=1))
 
 
 def test_a_batch_moves_as_a_whole() -> None:

@@ -100,7 +100,7 @@ def drawn(
     policy: PackedPolicy, model: Any, prompts: list[Prompt], *, seed: int = 0, **changes: Any
 ) -> list[list[Completion]]:
     sampling = replace(Sampling(count=3, max_tokens=12), **changes)
-    return policy.sample(model, prompts, sampling, torch.Generator().manual_seed(seed))
+    return policy.sample(model, prompts, sampling, seed=seed)
 
 
 def test_draws_depend_on_their_seed_alone(policy: PackedPolicy, prompts: list[Prompt], toy_reasoner: Any) -> None:
@@ -116,6 +116,14 @@ def test_draws_depend_on_their_seed_alone(policy: PackedPolicy, prompts: list[Pr
             ids = each.ids[:-1] if each.finished else each.ids
             assert each.text == decode(ids, skip_special_tokens=False)
             assert each.finished or len(each.ids) == 12
+
+
+def test_draws_do_not_depend_on_what_else_is_asked(
+    policy: PackedPolicy, prompts: list[Prompt], toy_reasoner: Any
+) -> None:
+    both = drawn(policy, toy_reasoner, prompts)
+    assert [drawn(policy, toy_reasoner, [prompt])[0] for prompt in prompts] == both
+    assert both[0] != drawn(policy, toy_reasoner, [replace(prompts[0], key="another")])[0]
 
 
 def test_draws_follow_the_model(policy: PackedPolicy, prompts: list[Prompt], toy_reasoner: Any) -> None:
@@ -139,10 +147,10 @@ def test_an_ended_answer_stays_ended(policy: PackedPolicy, prompts: list[Prompt]
     with torch.no_grad():  # whatever it has read, all tokens are as likely, and most of them are made the end
         toy_reasoner.model.language_model.norm.weight.zero_()
     policy.end = vocabulary_end = 7
-    real = torch.Tensor.argmax
+    real = torch.searchsorted
     answers = []
     with pytest.MonkeyPatch.context() as patch:  # each draw ends its answer with probability 1/16
-        patch.setattr(torch.Tensor, "argmax", lambda self, *a, **k: real(self, *a, **k) % 16)
+        patch.setattr(torch, "searchsorted", lambda *a, **k: real(*a, **k) % 16)
         answers = [each for own in drawn(policy, toy_reasoner, prompts, count=40, max_tokens=40) for each in own]
     assert {each.finished for each in answers} == {True, False}
     assert len({len(each.ids) for each in answers}) > 10

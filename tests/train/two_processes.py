@@ -15,10 +15,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration  # noqa: F401 - impo
 from medreasoner_train.distributed import Processes, ScaleOptions
 from medreasoner_train.grpo import LossOptions, Normalise, policy_loss
 from medreasoner_train.hub_policy import HubPolicy, load_hub_model
+from medreasoner_train.loop import Optimiser, resume, save_checkpoint
+from medreasoner_train.loop_options import LoopOptions
+from medreasoner_train.policy_state import policy_state
 from medreasoner_train.rollout import Completion, Prompt
 
 NORMALISE: tuple[Normalise, ...] = ("sequence", "token", "constant")
 MAX_TOKENS = 16
+OPTIONS = LoopOptions(steps=2, out=Path(), lr=1e-3, matrix_lr=0.0, weight_decay=0.01, clip=0.1)
 Group = tuple[Prompt, list[Completion], Tensor]
 
 
@@ -51,7 +55,7 @@ def loss_of(policy: HubPolicy, model: Any, reference: Any, group: Group, weights
 
 
 def step(processes: Processes, policy: HubPolicy, model: Any, reference: Any, normalise: Normalise) -> float:
-    own = processes.own(groups())
+    own = [groups()[place] for place in processes.own(len(groups()))]
     weights = processes.token_weights(
         mask_of([each for _, answers, _ in own for each in answers]), normalise, max_tokens=MAX_TOKENS
     )
@@ -73,45 +77,46 @@ def whole(value: Any) -> Tensor:
 
 
 def run(folder: Path, out: Path, *, fsdp: bool) -> None:
-    processes = Processes(ScaleOptions(processes=2, fsdp=fsdp), cpu=True)
-    model = load_hub_model(folder, gradient_checkpointing=True)
+    processes = Processes(ScaleOptions(processes=2, fsdp=fsdp))
     reference = load_hub_model(folder)
     with torch.no_grad():
         reference.lm_head.weight.mul_(0.9)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimiser = processes.prepare(model, optimiser)
+    model = processes.prepare(load_hub_model(folder, gradient_checkpointing=True))
+    optimiser = Optimiser({"model": model}, OPTIONS)
     reference = processes.frozen(reference)
     policy = HubPolicy(folder, gradient_checkpointing=True)
     found: dict[str, Any] = {}
+    inner = processes.inner(model)
     for normalise in NORMALISE:
-        optimiser.zero_grad()
+        model.zero_grad()
         found[f"{normalise} loss"] = step(processes, policy, model, reference, normalise)
-        grads = {name.removeprefix("module."): whole(each.grad) for name, each in model.named_parameters()}
-        found[normalise] = grads
-    found["norm"] = float(processes.clip(model, 0.1))
-    optimiser.step()
-    found["weights"] = processes.weights(model)
+        found[normalise] = {name: whole(each.grad) for name, each in inner.named_parameters()}
+    found["norm"] = float(optimiser.step(1.0))
+    found["weights"] = {name: value.clone() for name, value in policy_state(processes.shared(model)).items()}
     found["shares"] = sum(int(getattr(each, "_local_tensor", each).numel()) for each in model.parameters())
-    processes.save(str(out / f"state-{fsdp}"))
-    optimiser.step()
-    moved = {name: whole(each) for name, each in model.named_parameters()}
-    processes.load(str(out / f"state-{fsdp}"))
-    found["moved"] = sum(not torch.equal(whole(each), moved[name]) for name, each in model.named_parameters())
-    found["restored"] = {name.removeprefix("module."): whole(each) for name, each in model.named_parameters()}
-    found["means"] = processes.means({"reward": float(processes.index)}, 1 + 2 * processes.index)
+    last, modules = out / f"last-{fsdp}.pt", {"model": inner}
+    save_checkpoint(last, step=1, modules=modules, optimiser=optimiser, write=processes.first)
+    step(processes, policy, model, reference, "token")
+    optimiser.step(1.0)
+    moved = {name: whole(each) for name, each in inner.named_parameters()}
+    processes.wait()
+    resume(last, modules, optimiser)
+    found["moved"] = sum(not torch.equal(whole(each), moved[name]) for name, each in inner.named_parameters())
+    found["restored"] = {name: whole(each) for name, each in inner.named_parameters()}
+    (state,) = optimiser.state_dict()
+    found["moments"] = {str(number): whole(each["exp_avg"]) for number, each in state["state"].items()}
     torch.save(found, out / f"{'fsdp' if fsdp else 'ddp'}-{processes.index}.pt")
     processes.wait()
 
 
 def run_bf16(folder: Path, out: Path) -> None:
-    processes = Processes(ScaleOptions(processes=2, fsdp=True), precision="bf16", cpu=True)
-    model = load_hub_model(folder, gradient_checkpointing=True)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimiser = processes.prepare(model, optimiser)
+    processes = Processes(ScaleOptions(processes=2, fsdp=True), precision="bf16")
+    model = processes.prepare(load_hub_model(folder, gradient_checkpointing=True))
+    optimiser = Optimiser({"model": model}, OPTIONS)
     prompt, answers, _ = groups()[0]
     found, _ = HubPolicy(folder, gradient_checkpointing=True).log_probs(model, [prompt], [answers])
     processes.backward(found.sum() / 2)
-    norm = float(processes.clip(model, 1.0))
+    norm = float(optimiser.step(1.0))
     if processes.first:
         torch.save({"log_probs": found.detach(), "norm": norm}, out / "bf16.pt")
     processes.wait()

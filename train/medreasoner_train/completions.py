@@ -12,7 +12,7 @@ __all__ = ["as_rows", "chosen"]
 
 def chosen(completions: Sequence[Completion]) -> Tensor:
     """(N, L) bool: the tokens that were chosen, L those of the longest completion."""
-    longest = max(len(each.ids) for each in completions)
+    longest = max((len(each.ids) for each in completions), default=0)
     mask = torch.zeros((len(completions), longest), dtype=torch.bool)
     for row, each in zip(mask, completions, strict=True):
         row[: len(each.ids)] = True if each.free is None else torch.tensor(each.free)

@@ -10,7 +10,9 @@ Y. Zhao et al., "PyTorch FSDP" (arXiv 2304.11277).
 
 import contextlib
 import dataclasses
+import datetime
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -19,11 +21,14 @@ from torch import Tensor
 
 from medreasoner.errors import MedReasonerError
 from medreasoner_train.grpo import Normalise, token_weights
+from medreasoner_train.lora import merged_weights
+from medreasoner_train.sharded import gathered
 
-__all__ = ["Processes", "ProcessesError", "ScaleOptions"]
+__all__ = ["Processes", "ProcessesError", "ScaleOptions", "launch_line", "started"]
 
 T = TypeVar("T")
 LAYERS = ("Qwen2_5_VLDecoderLayer", "Qwen2_5_VLVisionBlock")  # each is a unit of FSDP
+PATIENCE = datetime.timedelta(hours=2)  # for processes whose answers take longer, or that read the data
 
 
 class ProcessesError(MedReasonerError, ValueError):
@@ -32,7 +37,7 @@ class ProcessesError(MedReasonerError, ValueError):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleOptions:
-    """The processes of a run; ``accelerate launch`` or ``torchrun`` starts them.
+    """The processes of a run: started by the command itself on one machine, by ``torchrun`` on several.
 
     Parameters
     ----------
@@ -62,8 +67,23 @@ class ScaleOptions:
             raise ValueError(f"micro_batch: 0 or more, not {self.micro_batch}")
 
 
+def started() -> int:
+    """Processes of this run, as ``torchrun``, ``accelerate launch`` or :mod:`medreasoner_train.launch` started them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launch_line(options: ScaleOptions, config: str = "CONFIG") -> str:
+    """What to type for a run of these processes, on each of its machines."""
+    if options.nodes == 1:
+        return f"medreasoner-cli train grpo {config}"
+    return (
+        f"torchrun --nnodes {options.nodes} --nproc-per-node {options.processes // options.nodes} "
+        f"--rdzv-backend c10d --rdzv-endpoint FIRST_MACHINE:29500 -m medreasoner_cli train grpo {config}"
+    )
+
+
 class Processes:
-    """The processes of the run, seen from one of them.
+    """The processes of the run, seen from one of them; a single one needs neither accelerate nor a network.
 
     Parameters
     ----------
@@ -71,72 +91,73 @@ class Processes:
         What the settings ask for.
     precision
         ``"bf16"``: mixed precision; the weights that are trained stay in float32.
-    cpu
-        Whether to use CPUs and gloo although there is a GPU.
+    device
+        torch's name of where to compute; of ``"cuda"`` each process takes the GPU of its number on its machine.
 
     Raises
     ------
     ProcessesError
-        If another number of processes was started.
+        If another number of processes was started, or they are all to use one GPU.
     """
 
     def __init__(
-        self, options: ScaleOptions, *, precision: Literal["fp32", "bf16"] = "fp32", cpu: bool = False
+        self, options: ScaleOptions, *, precision: Literal["fp32", "bf16"] = "fp32", device: str = "cpu"
     ) -> None:
-        from accelerate import Accelerator
-
-        cpu = cpu or not torch.cuda.is_available()
-        self._accelerator = Accelerator(
-            cpu=cpu,
-            mixed_precision="bf16" if precision == "bf16" else "no",
-            fsdp_plugin=_fsdp_plugin(options, precision) if options.fsdp else None,
-        )
-        if options.fsdp and cpu and self._accelerator.num_processes > 1:
-            _fsdp_on_cpu(_fsdp_plugin(options, precision))
-        self._fsdp = options.fsdp
-        self.count, self.index = self._accelerator.num_processes, self._accelerator.process_index
+        self.count, self.index = started(), 0
         if self.count != options.processes:
             raise ProcessesError(
                 f"[scale] asks for {options.processes} processes and {self.count} were started; "
-                f"start them with: accelerate launch --num_machines {options.nodes} --num_processes {options.processes}"
+                f"start them with: {launch_line(options)}"
             )
-
-    @property
-    def device(self) -> torch.device:
-        """Where this process computes."""
-        found: torch.device = self._accelerator.device
-        return found
+        self._fsdp = options.fsdp and self.count > 1
+        self._accelerator: Any = None
+        self.device = torch.device(device)
+        if self.count > 1:
+            if self.device.index is not None:
+                raise ProcessesError(f"{self.count} processes cannot share {device}; give the device without a number")
+            local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+            if self.device.type == "cuda" and local >= gpus:
+                raise ProcessesError(f"no GPU is left for process {local + 1} of this machine, which has {gpus}")
+            self._accelerator = _accelerator(options, precision, cpu=self.device.type == "cpu")
+            self.index, self.device = self._accelerator.process_index, self._accelerator.device
 
     @property
     def first(self) -> bool:
         """Whether this is the process that writes files and prints."""
-        return bool(self._accelerator.is_main_process)
+        return self.index == 0
 
-    def prepare(self, model: Any, optimiser: Any) -> tuple[Any, Any]:
-        """The model as DDP or FSDP has it, and the optimiser of its parts; before any weights have moved."""
-        model, optimiser = self._accelerator.prepare(model, optimiser)
-        return model, optimiser
+    def prepare(self, model: Any) -> Any:
+        """The model, on the CPU, as DDP or FSDP has it, on the device; make the optimiser of what this returns."""
+        if self._fsdp:
+            return self._split(model)
+        model = model.to(self.device)
+        return model if self.count == 1 else self._accelerator.prepare_model(model)
+
+    def inner(self, model: Any) -> Any:
+        """What :meth:`prepare` was given, by whose names checkpoints go; split, if it is."""
+        return model if self._fsdp or self.count == 1 else model.module
 
     def frozen(self, model: Any) -> Any:
         """The reference, split like the model that is trained or moved to the device as a whole; without gradients."""
         model = model.requires_grad_(False).eval()
-        if self._fsdp and self.count > 1:
-            from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+        return self._split(model) if self._fsdp else model.to(self.device)
 
-            return fsdp2_prepare_model(self._accelerator, model)
-        return model.to(self.device)
+    def _split(self, model: Any) -> Any:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    def own(self, groups: Sequence[T]) -> list[T]:
-        """The groups of the whole batch that are this process's: every process is given the same batch."""
-        return list(groups[self.index :: self.count])
+        return fsdp2_prepare_model(self._accelerator, model)
+
+    def own(self, count: int) -> range:
+        """The places, of `count` groups of a whole batch, that are this process's."""
+        return range(self.index, count, self.count)
 
     def even(self, batches: Sequence[T], spare: T) -> Iterator[tuple[T, bool]]:
         """As many micro-batches in each process as in the one with most, and whether each counts.
 
-        FSDP's processes gather weights together, so none may stop before the others. `spare` is a micro-batch that a
-        process runs in place of one that it does not have; give its tokens the weight 0.
+        Processes gather weights or exchange gradients together, so none may stop before the others. `spare` is a
+        micro-batch that a process runs in place of one that it does not have; give its tokens the weight 0.
         """
-        most = int(max(self.everywhere(len(batches))))
+        most = max(self.everywhere(len(batches)))
         yield from ((each, True) for each in batches)
         yield from itertools.repeat((spare, False), most - len(batches))
 
@@ -149,19 +170,14 @@ class Processes:
         found: list[T] = gather_object([value])
         return found
 
-    def means(self, values: dict[str, float], count: int) -> dict[str, float]:
-        """Means over the processes' samples, of each of which `values` are the means over `count` samples."""
-        all_values, counts = self.everywhere(values), self.everywhere(count)
-        total = max(1, sum(counts))
-        return {
-            name: sum(each[name] * own for each, own in zip(all_values, counts, strict=True) if own) / total
-            for name in sorted({name for each in all_values for name in each})
-        }
+    def agreed(self, value: float) -> float:
+        """The first process's value, in all of them: of clocks, by which they must do the same."""
+        return self.everywhere(value)[0]
 
     def sums(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over the processes, as of losses whose weights add up over the whole batch."""
         everyone = self.everywhere(values)
-        names = sorted({name for each in everyone for name in each})
+        names = dict.fromkeys(name for each in everyone for name in each)
         return {name: sum(each.get(name, 0.0) for each in everyone) for name in names}
 
     def token_weights(self, mask: Tensor, normalise: Normalise, *, max_tokens: int) -> Tensor:
@@ -175,39 +191,46 @@ class Processes:
 
         FSDP does it each time: it would keep the whole model's gradients in every process instead.
         """
-        with contextlib.nullcontext() if last or self._fsdp else self._accelerator.no_sync(model):
+        with contextlib.nullcontext() if last or self._fsdp or self.count == 1 else model.no_sync():
             yield
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the sum of all processes' losses: DDP and FSDP make the mean of them."""
-        self._accelerator.backward(loss * self.count)
+        (loss * self.count).backward()  # type: ignore[no-untyped-call]
 
-    def clip(self, model: Any, norm: float) -> Tensor:
-        """Scale the gradients down to a `norm` over the whole model; returns theirs before."""
-        found: Any = self._accelerator.clip_grad_norm_(model.parameters(), norm)
-        return torch.as_tensor(found.full_tensor() if hasattr(found, "full_tensor") else found)
+    def shared(self, model: Any) -> Any:
+        """What an engine of rollouts takes over: the model, or with FSDP its whole weights, in every process.
 
-    def weights(self, model: Any) -> dict[str, Tensor]:
-        """The whole weights under the model's own names; all processes take part, and with FSDP the first gets them."""
-        found: dict[str, Tensor] = self._accelerator.get_state_dict(model)
-        return {name.removeprefix("module."): value for name, value in found.items()}
-
-    def save(self, folder: str) -> None:
-        """Write model, optimiser and random states, each process its own part; :meth:`load` reads them."""
-        self._accelerator.save_state(folder)
-        self.wait()  # nobody reads what the first is still writing
-
-    def load(self, folder: str) -> None:
-        """Restore what :meth:`save` wrote, with as many processes."""
-        self._accelerator.load_state(folder)
+        They are on the CPU: with FSDP that takes the size of the model in each process.
+        """
+        if not self._fsdp:
+            return self.inner(model)
+        return gathered(merged_weights(model) if hasattr(model, "get_base_model") else model.state_dict())
 
     def wait(self) -> None:
         """Until all processes are here."""
-        self._accelerator.wait_for_everyone()
+        if self.count > 1:
+            self._accelerator.wait_for_everyone()
 
     def close(self) -> None:
         """Leave the others."""
-        self._accelerator.end_training()
+        if self.count > 1:
+            self._accelerator.end_training()
+
+
+def _accelerator(options: ScaleOptions, precision: str, *, cpu: bool) -> Any:
+    from accelerate import Accelerator, InitProcessGroupKwargs
+
+    plugin = _fsdp_plugin(options, precision) if options.fsdp else None
+    found = Accelerator(
+        cpu=cpu,
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        fsdp_plugin=plugin,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+    )
+    if plugin is not None and cpu:
+        _fsdp_on_cpu(plugin)
+    return found
 
 
 def _fsdp_plugin(options: ScaleOptions, precision: str) -> Any:

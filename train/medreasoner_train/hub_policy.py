@@ -27,7 +27,7 @@ from medreasoner.reasoner.vision import image_patches
 from medreasoner_train.completions import as_rows
 from medreasoner_train.rollout import Completion, Pixels, Prompt
 
-__all__ = ["HubPolicy", "bare", "load_hub_model"]
+__all__ = ["HubPolicy", "bare", "load_hub_model", "replaced"]
 
 POSITIONS = 512  # whose logits exist at a time: 0.3 GB in float32 at a vocabulary of 152k
 
@@ -120,8 +120,8 @@ class HubPolicy:
         wanted = torch.is_grad_enabled() and self._checkpointing
         with contextlib.ExitStack() as stack:
             stack.enter_context(_training(qwen, wanted=wanted))
-            stack.enter_context(_replaced(qwen.model.visual, partial(_seen_once, batch.grids, batch.image_of)))
-            stack.enter_context(_replaced(qwen.lm_head, partial(_chosen, batch.keep, batch.targets, temperature)))
+            stack.enter_context(replaced(qwen.model.visual, partial(_seen_once, batch.grids, batch.image_of)))
+            stack.enter_context(replaced(qwen.lm_head, partial(_chosen, batch.keep, batch.targets, temperature)))
             flat = model(**batch.inputs, use_cache=False).logits
         return as_rows(flat, [each for own in completions for each in own])
 
@@ -234,7 +234,7 @@ def _training(model: nn.Module, *, wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
+def replaced(module: nn.Module, instead: Callable[..., Any]) -> Iterator[None]:
     """``instead(forward, ...)`` takes the place of a module's forward; its hooks, such as FSDP's, run as always."""
     own = module.forward
     kept = module.__dict__.get("forward")  # another's replacement

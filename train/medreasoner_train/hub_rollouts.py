@@ -11,7 +11,7 @@ from medreasoner._text import one_line
 from medreasoner.errors import BundleError, GenerationError
 from medreasoner_train.policy_state import policy_state
 from medreasoner_train.prompt_maker import MadePrompt, PromptMaker, check_draws
-from medreasoner_train.rollout import Completion, Prompt, Sampling
+from medreasoner_train.rollout import Completion, Prompt, Sampling, stream_of
 
 __all__ = ["TransformersRollouts"]
 
@@ -93,8 +93,8 @@ class TransformersRollouts:
         made = self._maker.read(prompts)
         answers: list[list[Completion]] = []
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []), torch.inference_mode():
-            torch.manual_seed(seed)
             for start in range(0, len(made), self._at_once):
+                torch.manual_seed((seed + stream_of(prompts[start].key)) % 2**63)
                 answers += self._draw(made[start : start + self._at_once], sampling)
         return answers
 

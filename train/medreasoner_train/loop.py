@@ -3,22 +3,22 @@
 import dataclasses
 import json
 import logging
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
+from medreasoner_train.batches import batches
 from medreasoner_train.files import appearing
+from medreasoner_train.loop_options import LoopOptions
 from medreasoner_train.muon import Muon
+from medreasoner_train.run_log import RunLog
+from medreasoner_train.sharded import gathered, like
 
 __all__ = [
     "LoopOptions",
@@ -26,47 +26,13 @@ __all__ = [
     "batches",
     "load_checkpoint",
     "load_modules",
+    "resume",
     "save_checkpoint",
     "train",
     "write_settings",
 ]
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LoopOptions:
-    """Length, pace and place of a stage.
-
-    The rate warms up, stays, and falls linearly to zero over the last `cooldown` of the steps, so that a run can be
-    prolonged from its last checkpoint before the cooldown. `minutes`: the time after which the run ends even if steps
-    are left; the rate then falls over the last `cooldown` of that time. `device` is torch's name of one, such as
-    ``cuda``; `workers` the processes that prepare batches (0: a thread, which is enough beside a CPU's steps).
-    """
-
-    steps: int
-    out: Path
-    minutes: float = float("inf")
-    device: str = "cpu"
-    workers: int = 0
-    lr: float = 1e-3
-    matrix_lr: float = 2e-3
-    weight_decay: float = 0.05
-    warmup: int = 100
-    cooldown: float = 0.35
-    clip: float = 1.0
-    save_every: int = 200
-    log_every: int = 20
-    seed: int = 0
-
-    def progress(self, step: int, seconds: float = 0.0) -> float:
-        """How much of the run is over at `step`, that many seconds after it began or was resumed; 1 at its end."""
-        return max(step / self.steps, seconds / 60 / self.minutes)
-
-    def rate(self, step: int, seconds: float = 0.0) -> float:
-        """Share of the full learning rate at `step`, in [0, 1]."""
-        left = max(0.0, 1 - self.progress(step, seconds))
-        return min(1.0, (step + 1) / max(1, self.warmup), left / max(self.cooldown, 1 / self.steps))
 
 
 class Optimiser:
@@ -96,14 +62,17 @@ class Optimiser:
             self._all.append((muon, options.matrix_lr))
 
     def step(self, share: float) -> Tensor:
-        """Clip, update at a `share` of the full rate and clear the gradients; returns their norm before clipping."""
+        """Clip, update at a `share` of the full rate and clear the gradients; returns their norm before clipping.
+
+        The norm is that of the whole model, also where FSDP has split it.
+        """
         norm = nn.utils.clip_grad_norm_(self._parameters, self._options.clip)
         for optimiser, rate in self._all:
             for group in optimiser.param_groups:
                 group["lr"] = rate * share
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
-        return norm
+        return torch.as_tensor(gathered(norm))
 
     def state_dict(self) -> list[dict[str, Any]]:
         """States of the two optimisers."""
@@ -112,9 +81,22 @@ class Optimiser:
     def load_state_dict(self, states: list[dict[str, Any]]) -> None:
         """Restore what :meth:`state_dict` gave."""
         for (optimiser, _), state in zip(self._all, states, strict=True):
-            optimiser.load_state_dict(state)
+            optimiser.load_state_dict(_as_parameters_are(optimiser, state))
             for group in optimiser.param_groups:  # the run's own wish, not that of the run before
                 group["weight_decay"] = self._options.weight_decay
+
+
+def _as_parameters_are(optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's whole state, its moments split as its parameters are."""
+    parameters = [each for group in optimiser.param_groups for each in group["params"]]
+    own = {
+        number: {
+            name: like(value, parameters[number]) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in values.items()
+        }
+        for number, values in state["state"].items()
+    }
+    return {**state, "state": own}
 
 
 def save_checkpoint(
@@ -124,14 +106,19 @@ def save_checkpoint(
     modules: Mapping[str, nn.Module],
     optimiser: Optimiser,
     extra: Mapping[str, int] | None = None,
+    write: bool = True,
 ) -> None:
     """Write a checkpoint beside and rename it, so that a killed run never leaves half a file.
 
-    `extra`: what else the stage must know to go on.
+    It is the same for any number of processes, and holds everything whole. Of several all take part, and one alone is
+    told to `write`. `extra`: what else the stage must know to go on.
     """
-    state = {name: module.state_dict() for name, module in modules.items()}
+    state = gathered({name: module.state_dict() for name, module in modules.items()}, keep=write)
+    moments = gathered(optimiser.state_dict(), keep=write)
+    if not write:
+        return
     with appearing(path) as beside:
-        torch.save({"step": step, "modules": state, "optimiser": optimiser.state_dict(), **(extra or {})}, beside)
+        torch.save({"step": step, "modules": state, "optimiser": moments, **(extra or {})}, beside)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -170,62 +157,6 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _ByStep:
-    """A data set whose item `step` is the batch of that step."""
-
-    make: Callable[[int], Any]
-
-    def __getitem__(self, step: int) -> Any:
-        return self.make(step)
-
-
-def batches(make: Callable[[int], Any], start: int, stop: int, *, ahead: int = 3, workers: int = 0) -> Iterator[Any]:
-    """``make(step)`` for each step, prepared `ahead` of the use in a thread, or in `workers` processes.
-
-    A batch depends on its step alone, so a resumed run sees the very batches that it would have seen.
-    """
-    if workers:
-        # Forked processes share the decoded images; one thread each, or they fight over the cores.
-        steps: Iterable[int] = range(start, stop)
-        loader: DataLoader[Any] = DataLoader(
-            _ByStep(make),  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=steps,
-            collate_fn=lambda batch: batch,  # the default makes lists of tuples
-            num_workers=workers,
-            prefetch_factor=ahead,
-            multiprocessing_context="fork",
-            worker_init_fn=lambda _: torch.set_num_threads(1),
-        )
-        yield from loader
-        return
-    queue: Queue[tuple[Any, BaseException | None]] = Queue(maxsize=ahead)
-    stopped = threading.Event()
-
-    def fill() -> None:
-        for step in range(start, stop):
-            if stopped.is_set():
-                return
-            try:
-                queue.put((make(step), None))
-            except BaseException as err:
-                queue.put((None, err))
-                return
-
-    threading.Thread(target=fill, daemon=True).start()
-    try:
-        for _ in range(start, stop):
-            batch, err = queue.get()
-            if err is not None:
-                raise err
-            yield batch
-    finally:
-        stopped.set()
-        while not queue.empty():
-            queue.get_nowait()
-
-
 @contextmanager
 def _of_this_run(path: Path) -> Iterator[None]:
     """Whatever does not fit while a checkpoint is restored is the checkpoint's fault."""
@@ -246,18 +177,27 @@ def load_modules(path: Path, modules: Mapping[str, nn.Module]) -> dict[str, Any]
     state = load_checkpoint(path)
     with _of_this_run(path):
         for name, module in modules.items():
-            module.load_state_dict(state["modules"][name])
+            own = module.state_dict()
+            saved = state["modules"][name].items()
+            module.load_state_dict({key: like(value, own[key]) if key in own else value for key, value in saved})
     return state
 
 
-def _resume(last: Path, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> int:
-    """Restore everything from a checkpoint; returns the steps that were done."""
+def resume(last: Path, modules: Mapping[str, nn.Module], optimiser: Optimiser) -> dict[str, Any]:
+    """Restore everything from a checkpoint, if it is there; returns all that it holds, at least ``"step"``.
+
+    Raises
+    ------
+    BundleError
+        If it is damaged or of another stage; the message names it.
+    """
+    if not last.exists():
+        return {"step": 0}
     state = load_modules(last, modules)
     with _of_this_run(last):
-        start = int(state["step"])
         optimiser.load_state_dict(state["optimiser"])
-    logger.info("resumed from %s at step %d", last, start)
-    return start
+        logger.info("resumed from %s at step %d", last, state["step"])
+    return state
 
 
 def train(
@@ -276,22 +216,14 @@ def train(
         module.to(device)
     optimiser = Optimiser(modules, options)
     last = options.out / "last.pt"
-    start = _resume(last, modules, optimiser) if last.exists() else 0
-    options.out.mkdir(parents=True, exist_ok=True)
+    start = int(resume(last, modules, optimiser)["step"])
     sums: dict[str, Tensor] = {}
     since = start  # the step after which `sums` began
-    began = time.monotonic()
-    with (options.out / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-
-        def write(row: dict[str, float]) -> None:
-            metrics.write(json.dumps(row) + "\n")
-            metrics.flush()
-            logger.info(" ".join(f"{k}={v:.4g}" for k, v in row.items()))
-
+    with RunLog(options, start=start) as log:
         prepared = batches(make_batch, start, options.steps, workers=options.workers)
         falls = options.progress(start) >= 1 - options.cooldown
         for step, batch in enumerate(prepared, start=start):
-            spent = time.monotonic() - began
+            spent = log.spent()
             if not falls and options.progress(step, spent) >= 1 - options.cooldown:
                 falls = True
                 save_checkpoint(options.out / "stable.pt", step=step, modules=modules, optimiser=optimiser)
@@ -300,18 +232,17 @@ def train(
             parts |= {"norm": optimiser.step(options.rate(step, spent)), "loss": loss.detach()}
             for name, value in parts.items():  # read when they are written: each reading waits for the device
                 sums[name] = sums[name] + value if name in sums else value
-            done, spent = step + 1, time.monotonic() - began
+            done, spent = step + 1, log.spent()
             ended = options.progress(done, spent) >= 1
             if done % options.log_every == 0:
                 row = {name: value.item() / (done - since) for name, value in sums.items()}
-                pace = spent / (done - start)
-                left = min(pace * (options.steps - done) / 60, options.minutes - spent / 60)
-                write({"step": done, **row, "s_per_step": pace, "eta_min": max(0.0, left)})
+                log.write(done, row | log.pace(done, spent))
                 sums.clear()
                 since = done
             if done % options.save_every == 0 or ended:
                 save_checkpoint(last, step=done, modules=modules, optimiser=optimiser)
             if evaluate is not None and eval_every and (done % eval_every == 0 or ended):
-                write({"step": done, **evaluate(done)})
+                log.write(done, evaluate(done))
+            log.show(done, spent)
             if ended:
                 break

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -20,9 +22,10 @@ from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import read_settings
 from medreasoner_train.completions import as_rows
 from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
+from medreasoner_train.hub_policy import bare, replaced
 from medreasoner_train.loop import moved
 from medreasoner_train.model import to_tensor, tower
-from medreasoner_train.rollout import Completion, Pixels, Prompt, Sampling
+from medreasoner_train.rollout import Completion, Pixels, Prompt, Sampling, stream_of
 from medreasoner_train.tokenizer import token_id
 from medreasoner_train.vocabulary import Vocabulary
 
@@ -116,7 +119,7 @@ class PackedPolicy:
         Parameters
         ----------
         model
-            Whose; on any device.
+            Whose: of :func:`medreasoner_train.model.build_reasoner`, or what DDP made of it; on any device.
         prompts, completions
             B prompts and the answers to each, N in all.
         temperature
@@ -128,6 +131,19 @@ class PackedPolicy:
             N in the order of the prompts, L tokens of the longest; the mask is False behind an answer's end and where
             a token was not chosen.
         """
+
+        def flat(*_: Any) -> Tensor:
+            return self._flat(inner, prompts, completions, temperature)
+
+        inner = bare(model)
+        with replaced(inner, flat):  # called as a whole, so that DDP knows of it
+            found = model()
+        return as_rows(found, [each for own in completions for each in own])
+
+    def _flat(
+        self, model: Any, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], temperature: float
+    ) -> Tensor:
+        """Log-probabilities of all tokens, one completion behind the other."""
         device = model.model.language_model.embed_tokens.weight.device
         rows = self._rows(prompts, completions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
@@ -146,8 +162,7 @@ class PackedPolicy:
         where = torch.tensor([row_of, place_of], device=device)
         states = hidden[where[0], where[1]]
         table = model.model.language_model.embed_tokens.weight  # tied: the language head too
-        flat = _chosen(states, table, packed.ids[where[0], where[1] + 1], temperature)
-        return as_rows(flat, [each for own in completions for each in own])
+        return _chosen(states, table, packed.ids[where[0], where[1] + 1], temperature)
 
     def _rows(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[_Row]:
         """Answers laid out in rows, in their order."""
@@ -198,16 +213,14 @@ class PackedPolicy:
         return to_tensor(pixels)
 
     @torch.no_grad()
-    def sample(
-        self, model: Any, prompts: Sequence[Prompt], sampling: Sampling, generator: torch.Generator
-    ) -> list[list[Completion]]:
+    def sample(self, model: Any, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """Draw answers freely, without a grammar, each from its opening tag to its end.
 
-        `generator` is on the model's device. The answers of all prompts are written side by side.
+        The answers of all prompts are written side by side, those of each by random numbers of its own.
         """
         device = model.model.language_model.embed_tokens.weight.device
-        writing = _Writing(self, model, prompts, sampling, device)
-        while writing.step(generator):
+        writing = _Writing(self, model, prompts, sampling, device, seed)
+        while writing.step():
             pass
         encode = self.vocabulary.tokenizer
         answers = []
@@ -237,11 +250,31 @@ def _chosen(states: Tensor, table: Tensor, tokens: Tensor, temperature: float) -
     return torch.cat(parts)
 
 
+def _shares(seed: int, prompt: Prompt, sampling: Sampling) -> npt.NDArray[np.float32]:
+    """(count, max_tokens) numbers in [0, 1), each of which draws a token."""
+    rng = np.random.default_rng([seed, stream_of(prompt.key)])
+    return rng.random((sampling.count, sampling.max_tokens), dtype=np.float32)
+
+
+def _drawn(logits: Tensor, shares: Tensor) -> Tensor:
+    """(N,) tokens, each the one at a share (N,) of the way through the probabilities of its row (N, V)."""
+    sums = logits.softmax(-1).cumsum(-1)
+    whole = sums[:, -1]
+    wanted = torch.minimum(shares * whole, torch.nextafter(whole, torch.zeros_like(whole)))  # or rounding leads outside
+    return torch.searchsorted(sums, wanted[:, None], right=True)[:, 0]
+
+
 class _Writing:
     """Answers that are being drawn, N rows of one batch; those that have ended leave it from time to time."""
 
     def __init__(
-        self, policy: PackedPolicy, model: Any, prompts: Sequence[Prompt], sampling: Sampling, device: torch.device
+        self,
+        policy: PackedPolicy,
+        model: Any,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        device: torch.device,
+        seed: int,
     ) -> None:
         self._model, self._sampling, self._end = model.model.language_model, sampling, policy.end
         count = len(prompts) * sampling.count
@@ -266,12 +299,14 @@ class _Writing:
         self._ids[:, 0] = self._pending
         self._rows = torch.arange(count, device=device)  # the answer that each row of the batch is
         self._done = torch.zeros(count, dtype=torch.bool, device=device)
+        shares = [_shares(seed, prompt, sampling) for prompt in prompts]
+        self._shares = torch.from_numpy(np.concatenate(shares)).to(device)  # (N, max_tokens)
         self._at = 1
 
     def _keep(self, rows: Tensor) -> None:
         self._cache = [(keys[rows], values[rows]) for keys, values in self._cache]
 
-    def step(self, generator: torch.Generator) -> bool:
+    def step(self) -> bool:
         """Write one token of each answer; False when all have ended."""
         if self._at >= self._sampling.max_tokens:
             return False
@@ -285,9 +320,7 @@ class _Writing:
             self._cache,
         )
         logits = (hidden[:, -1] @ self._model.embed_tokens.weight.T).float() / self._sampling.temperature
-        # The Gumbel form of a draw: no table of sums over the vocabulary, and nothing that waits for the device.
-        noise = torch.empty_like(logits).exponential_(generator=generator)
-        token = (logits - noise.log()).argmax(-1)
+        token = _drawn(logits, self._shares[self._rows, self._at])
         token = torch.where(self._done, self._end, token)
         self._ids[self._rows, self._at] = torch.where(self._done, -1, token)
         self._done = self._done | (token == self._end)

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image as PilImage
 from PIL import ImageDraw
 
-from medreasoner_train.grpo_trainer import Episode
+from medreasoner_train.episodes import Episode
 from medreasoner_train.rewards import geometry_of
 
 __all__ = ["sheet"]

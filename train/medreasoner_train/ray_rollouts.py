@@ -119,7 +119,6 @@ class RayRollouts:
         check_draws(sampling, seed)
         bounds = np.linspace(0, len(prompts), self._n_runs + 1).round().astype(int)
         runs = [list(prompts[start:stop]) for start, stop in itertools.pairwise(bounds)]
-        seeds = [int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) for number in range(len(runs))]
         waiting = [number for number, run in enumerate(runs) if run]
         idle, answers = list(self._workers), dict[int, list[list[Completion]]]()
         running: dict[Any, tuple[Any, int]] = {}
@@ -127,7 +126,7 @@ class RayRollouts:
         while waiting or running:
             while waiting and idle:
                 worker, number = idle.pop(0), waiting.pop(0)
-                running[worker.sample.remote(runs[number], sampling, seeds[number])] = (worker, number)
+                running[worker.sample.remote(runs[number], sampling, seed)] = (worker, number)
             if not running:
                 raise self._none_left()
             ref = self._ray.wait(list(running), num_returns=1)[0][0]

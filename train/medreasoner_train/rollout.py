@@ -1,13 +1,14 @@
 """What stands between the trainer and whatever writes the answers: one interface, several engines."""
 
 import dataclasses
+import zlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Completion", "Pixels", "Prompt", "Rollouts", "Sampling"]
+__all__ = ["Completion", "Pixels", "Prompt", "Rollouts", "Sampling", "stream_of"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -16,7 +17,10 @@ Pixels = npt.NDArray[np.uint8]
 class Prompt:
     """A question about an image, to be answered several times.
 
-    pixels : (H, W) or (H, W, 3) uint8, grey or RGB, before the reasoner's own resizing.
+    key
+        Its name among those that are asked beside it.
+    pixels : (H, W) or (H, W, 3) uint8
+        Grey or RGB, before the reasoner's own resizing.
     """
 
     key: str
@@ -62,7 +66,18 @@ class Rollouts(Protocol):
         """Take over the weights of the model that is trained (a transformers model)."""
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
-        """``sampling.count`` completions of each prompt; the same seed and weights give the same completions."""
+        """``sampling.count`` completions of each prompt; the same seed and weights give the same completions.
+
+        Engines that can do so give a prompt the same ones whatever else is asked beside it (:func:`stream_of`).
+        """
 
     def close(self) -> None:
         """Give back what the engine holds."""
+
+
+def stream_of(key: str) -> int:
+    """Number of the random numbers that a prompt's answers are drawn by, beside a seed; in [0, 2**32).
+
+    They go by the prompt's name and not by its place, so that many processes draw what one does.
+    """
+    return zlib.crc32(key.encode())

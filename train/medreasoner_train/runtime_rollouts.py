@@ -17,7 +17,7 @@ from medreasoner.reasoner.generate import Sampler
 from medreasoner.reasoner.scheduler import gather
 from medreasoner_train.policy_state import as_float32, policy_state
 from medreasoner_train.prompt_maker import MadePrompt, PromptMaker, check_draws
-from medreasoner_train.rollout import Completion, Prompt, Sampling
+from medreasoner_train.rollout import Completion, Prompt, Sampling, stream_of
 
 __all__ = ["RuntimeRollouts"]
 
@@ -120,7 +120,7 @@ class RuntimeRollouts:
                 [reasoner.read_question(image, each.query) for image, each in zip(images, prompts[some], strict=True)]
             )
             draw = self._answers if self._constrained else self._texts
-            drawn = draw(reasoner, list(zip(questions, prompts[some], strict=True)), sampling, seed, start)
+            drawn = draw(reasoner, list(zip(questions, prompts[some], strict=True)), sampling, seed)
             answers += [drawn[i : i + sampling.count] for i in range(0, len(drawn), sampling.count)]
         return answers
 
@@ -138,11 +138,11 @@ class RuntimeRollouts:
         return [read[key] for key in keys]
 
     def _answers(
-        self, reasoner: Reasoner, questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int, start: int
+        self, reasoner: Reasoner, questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int
     ) -> list[Completion]:
         tickets: list[Ticket[Decoded]] = [
             reasoner.answer(question, prompt.query, think=prompt.think, sampler=sampler)
-            for (question, prompt), sampler in _draws(questions, sampling, seed, start)
+            for (question, prompt), sampler in _draws(questions, sampling, seed)
         ]
         completions = []
         for decoded in gather(tickets):
@@ -151,13 +151,13 @@ class RuntimeRollouts:
         return completions
 
     def _texts(
-        self, reasoner: Reasoner, questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int, start: int
+        self, reasoner: Reasoner, questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int
     ) -> list[Completion]:
         tickets = [
             reasoner.complete(
                 question, prompt.query, think=prompt.think, limit=sampling.max_tokens, sampler=sampler
             )
-            for (question, prompt), sampler in _draws(questions, sampling, seed, start)
+            for (question, prompt), sampler in _draws(questions, sampling, seed)
         ]  # fmt: skip
         return [
             self._maker.told(ids, tuple(index >= given for index in range(len(ids)))) for ids, given in gather(tickets)
@@ -169,11 +169,12 @@ class RuntimeRollouts:
 
 
 def _draws(
-    questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int, start: int
+    questions: list[tuple[Prefix, Prompt]], sampling: Sampling, seed: int
 ) -> list[tuple[tuple[Prefix, Prompt], Sampler]]:
     """Each question as often as it is answered, each time with random numbers of its own."""
     return [
-        (question, Sampler(sampling.temperature, seed, number * sampling.count + index, draws_absent=True))
-        for number, question in enumerate(questions, start)
+        (question, Sampler(sampling.temperature, seed, stream + index, draws_absent=True))
+        for question in questions
+        for stream in [stream_of(question[1].key) * sampling.count]
         for index in range(sampling.count)
     ]

@@ -32,8 +32,8 @@ class Task:
 class TaskSource(Protocol):
     """Where tasks come from."""
 
-    def draw(self, number: int, *, count: int, seed: int) -> list[Task]:
-        """The `number`-th batch of `count` tasks; depends on its arguments alone."""
+    def draw(self, number: int, *, count: int, seed: int, places: Sequence[int] | None = None) -> list[Task]:
+        """The `number`-th batch of `count` tasks, or those at `places` of it; each depends on its place alone."""
 
 
 class GroundingTasks:
@@ -50,11 +50,14 @@ class GroundingTasks:
     def __init__(self, data: SftData, *, think: float) -> None:
         self._data, self._think = data, think
 
-    def draw(self, number: int, *, count: int, seed: int) -> list[Task]:
+    def draw(self, number: int, *, count: int, seed: int, places: Sequence[int] | None = None) -> list[Task]:
         """See :class:`TaskSource`."""
         rng = np.random.default_rng([seed, number])
         chosen = rng.choice(len(self._data.stored), size=count, p=self._data.weights)
-        return [self._task(int(index), f"{number}/{place}", rng) for place, index in enumerate(chosen)]
+        return [
+            self._task(int(chosen[place]), f"{number}/{place}", np.random.default_rng([seed, number, place]))
+            for place in (range(count) if places is None else places)
+        ]
 
     def _task(self, drawn: int, key: str, rng: np.random.Generator) -> Task:
         index, (image, targets, masks) = self._data.askable(drawn, rng)
@@ -108,11 +111,14 @@ class ExampleTasks:
     def __len__(self) -> int:
         return len(self._examples)
 
-    def draw(self, number: int, *, count: int, seed: int) -> list[Task]:
+    def draw(self, number: int, *, count: int, seed: int, places: Sequence[int] | None = None) -> list[Task]:
         """See :class:`TaskSource`."""
         rng = np.random.default_rng([seed, number])
         chosen = rng.integers(len(self._examples), size=count)
-        return [self.task(int(index), f"{number}/{place}", rng) for place, index in enumerate(chosen)]
+        return [
+            self.task(int(chosen[place]), f"{number}/{place}", np.random.default_rng([seed, number, place]))
+            for place in (range(count) if places is None else places)
+        ]
 
     def task(self, index: int, key: str, rng: np.random.Generator) -> Task:
         """The task of one row."""

@@ -28,12 +28,11 @@ class TorchRollouts:
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling, *, seed: int) -> list[list[Completion]]:
         """See :class:`medreasoner_train.rollout.Rollouts`."""
         device = self._model.model.language_model.embed_tokens.weight.device
-        generator = torch.Generator(device).manual_seed(seed)
         answers: list[list[Completion]] = []
         for start in range(0, len(prompts), self._at_once):
             some = prompts[start : start + self._at_once]
             with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
-                answers += self._policy.sample(self._model, some, sampling, generator)
+                answers += self._policy.sample(self._model, some, sampling, seed=seed)
         return answers
 
     def close(self) -> None:

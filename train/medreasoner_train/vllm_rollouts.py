@@ -10,7 +10,7 @@ from medreasoner._extras import require
 from medreasoner.errors import GenerationError
 from medreasoner_train.policy_state import policy_state
 from medreasoner_train.prompt_maker import MadePrompt, PromptMaker, check_draws
-from medreasoner_train.rollout import Completion, Prompt, Sampling
+from medreasoner_train.rollout import Completion, Prompt, Sampling, stream_of
 
 __all__ = ["VllmRollouts"]
 
@@ -110,7 +110,10 @@ class VllmRollouts:
         self._wake(*ALL)
         outputs = llm.generate(
             [self.request(each) for each in made],
-            [self._params(each, sampling, seed, number) for number, each in enumerate(made)],
+            [
+                self._params(each, sampling, seed, stream_of(prompt.key))
+                for each, prompt in zip(made, prompts, strict=True)
+            ],
             use_tqdm=False,
         )
         answers = [self._answers(each, output, sampling) for each, output in zip(made, outputs, strict=True)]
@@ -130,7 +133,7 @@ class VllmRollouts:
             "mm_processor_kwargs": {"min_pixels": pixels, "max_pixels": pixels},
         }
 
-    def _params(self, made: MadePrompt, sampling: Sampling, seed: int, number: int) -> Any:
+    def _params(self, made: MadePrompt, sampling: Sampling, seed: int, stream: int) -> Any:
         return self._vllm.SamplingParams(
             n=sampling.count,
             temperature=sampling.temperature,
@@ -138,7 +141,7 @@ class VllmRollouts:
             top_k=0,
             max_tokens=sampling.max_tokens - len(made.opening),
             # vLLM counts on from it for each of the prompt's answers; it takes 64 bits with a sign.
-            seed=(seed * 1_000_003 + number * sampling.count) % 2**62,
+            seed=(seed * 1_000_003 + stream * sampling.count) % 2**62,
             stop_token_ids=[self._maker.end],
             detokenize=False,
         )
