@@ -193,7 +193,13 @@ def _stored_bits(values: NDArray[Any], header: PixelHeader) -> NDArray[Any]:
     left = width - 1 - header.high_bit
     if left < 0:
         return values
+    if (
+        values.dtype.kind == "u"
+        and header.high_bit + 1 == header.bits_stored
+        and not int(values.max()) >> header.bits_stored
+    ):
+        return values
     # Shifting up to the top and back down drops both sides, and the way down carries the sign.
-    native = values.astype(values.dtype.newbyteorder("="))
-    stored: NDArray[Any] = np.right_shift(np.left_shift(native, left), width - header.bits_stored)
+    stored: NDArray[Any] = np.left_shift(values, left, dtype=values.dtype.newbyteorder("="))
+    stored >>= width - header.bits_stored
     return stored
