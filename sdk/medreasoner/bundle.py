@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 
 _SMALL_BYTES = 64 * 1024 * 1024
 _MANIFEST_MAX_BYTES = 4 * 1024 * 1024
+_CHUNK_BYTES = 4 * 1024 * 1024  # between two of them a thread may have to wait for the interpreter
 _noticed: set[tuple[str, str]] = set()  # licence notices that this process has shown
 
 
@@ -171,9 +172,13 @@ def _check_hashes(spec: BundleSpec, paths: dict[str, Path], verify: Verify, cach
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb", buffering=0) as file:
+            chunk = memoryview(bytearray(min(_CHUNK_BYTES, path.stat().st_size)))
+            while size := file.readinto(chunk):
+                digest.update(chunk[:size])
+            return digest.hexdigest()
     except OSError as err:
         raise BundleError(f"{path.name}: {err.strerror}") from err
 

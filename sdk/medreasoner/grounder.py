@@ -92,8 +92,12 @@ class Grounder:
         ProviderError
             If there is no ONNX Runtime, or two, or the device does not work.
         """
-        require_runtime()
-        verified = load_bundle(bundle, verify=verify, cache_dir=cache_dir)
+        with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter to the import of ONNX Runtime
+            runtime = pool.submit(require_runtime)
+            try:
+                verified = load_bundle(bundle, verify=verify, cache_dir=cache_dir)
+            finally:
+                runtime.result()
         cache = (cache_dir or Path.home() / ".cache" / "medreasoner") / "engines" / verified.digest
         options = RuntimeOptions(
             device=device,

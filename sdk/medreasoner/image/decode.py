@@ -10,7 +10,6 @@ from medreasoner.errors import CodecError, ImageReadError
 from medreasoner.image.attributes import first_number
 from medreasoner.image.codestream import codestream_size
 from medreasoner.image.header import PixelHeader
-from medreasoner.image.isolated import decode_with_gdcm
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -82,6 +81,8 @@ def decode_frame(dataset: "Dataset", header: PixelHeader, frame: int) -> tuple[N
     if decoder.is_encapsulated:
         encoded = _encoded_frame(dataset, header, frame, syntax)
     if plugins == ["gdcm"]:
+        from medreasoner.image.isolated import decode_with_gdcm
+
         planar = int(first_number(dataset, "PlanarConfiguration") or 0)
         values, photometric = decode_with_gdcm(encoded, header, syntax, planar)
     else:
