@@ -75,6 +75,11 @@ class Engine:
         """
         return self._open().segmenter
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether all graphs run on the CPU."""
+        return all(each == CPU for each in self.providers.values())
+
     def _open(self) -> _Models:
         models = self.models
         if models is None:

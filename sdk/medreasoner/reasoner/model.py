@@ -127,6 +127,11 @@ class Reasoner:
         """Sequences that are decoded at once."""
         return self._scheduler.n_slots
 
+    @property
+    def room(self) -> int:
+        """Sequences that run at once or wait, all callers together."""
+        return self._scheduler.room
+
     def place(self, image: Image) -> Placement:
         """Where the image lies in the grid that the vision tower sees."""
         return place(self.spec.vision.resize, height=image.height, width=image.width)
