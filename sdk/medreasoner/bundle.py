@@ -56,6 +56,16 @@ class Bundle:
         """Path of a file of the manifest."""
         return self.root / name
 
+    def check(self, name: str) -> None:
+        """Prove a file again, which is read later than the bundle was loaded.
+
+        Raises
+        ------
+        BundleError
+            If it is no longer what the manifest says.
+        """
+        _prove(name, _sha256(self.path(name)), self.spec)
+
 
 def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
     """Folder of a bundle: a name that ships with the package, or a path.
@@ -163,12 +173,16 @@ def _check_hashes(spec: BundleSpec, paths: dict[str, Path], verify: Verify, cach
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         names = [name for name in paths if name not in known]
         for name, digest in zip(names, pool.map(_sha256, [paths[name] for name in names]), strict=True):
-            if digest != spec.files[name].sha256:
-                raise BundleError(
-                    f"{name}: its SHA-256 is not the manifest's; the file was altered or damaged; "
-                    "copy or export the bundle again"
-                )
+            _prove(name, digest, spec)
     cache.add((paths[name], spec.files[name].sha256) for name in large - known)
+
+
+def _prove(name: str, digest: str, spec: BundleSpec) -> None:
+    if digest != spec.files[name].sha256:
+        raise BundleError(
+            f"{name}: its SHA-256 is not the manifest's; the file was altered or damaged; "
+            "copy or export the bundle again"
+        )
 
 
 def _sha256(path: Path) -> str:

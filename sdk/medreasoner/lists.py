@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 from medreasoner.ask import Ask
-from medreasoner.engine import Engine
+from medreasoner.engine import Engine, Towers
 from medreasoner.image import Image, ImageSource, read_image
 from medreasoner.opening import open_studies
 from medreasoner.result import Grounding
@@ -15,6 +15,7 @@ from medreasoner.timing import Stopwatch
 __all__ = ["answer_each", "answer_one", "read_timed"]
 
 _AT_ONCE = 4  # images that are read and answered together; each takes the memory of its activations
+_TOWERS_FROM = 8  # images; opening sessions of one thread takes as long as reading two or three
 
 
 def read_timed(source: ImageSource, frame: int | None) -> tuple[Image, float]:
@@ -29,8 +30,10 @@ def read_timed(source: ImageSource, frame: int | None) -> tuple[Image, float]:
     return read_image(source, frame=frame), watch.lap()
 
 
-def answer_one(engine: Engine, image: ImageSource, query: str, frame: int | None, ask: Ask) -> Grounding:
-    """Answer to a question about an image.
+def answer_one(
+    engine: Engine, image: ImageSource, query: str, frame: int | None, ask: Ask, towers: Towers | None = None
+) -> Grounding:
+    """Answer to a question about an image, which `towers` read if there are some.
 
     Raises
     ------
@@ -39,7 +42,7 @@ def answer_one(engine: Engine, image: ImageSource, query: str, frame: int | None
     """
     engine.check()
     engine.reasoner.prompt.check(query)
-    with open_studies(engine, [read_timed(image, frame)], ask)[0] as study:
+    with open_studies(engine, [read_timed(image, frame)], ask, towers)[0] as study:
         return study.answer(query, ask, is_first=True)
 
 
@@ -62,10 +65,12 @@ def _side_by_side(
 ) -> list[Grounding]:
     """Each image in a thread: cores do more with images of their own than where all of them share one."""
     n_slots, room = engine.reasoner.n_slots, engine.reasoner.room
-    n_threads = max(1, min(_AT_ONCE, room // min(ask.samples, n_slots)))  # no more than the queue lets in
+    towers = engine.open_towers() if len(images) >= _TOWERS_FROM else None
+    wanted = _AT_ONCE if towers is None else max(_AT_ONCE, towers.n_cores)
+    n_threads = max(1, min(wanted, room // min(ask.samples, n_slots)))  # no more than the queue lets in
     with ThreadPoolExecutor(n_threads, thread_name_prefix="medreasoner-list") as pool:
         asked = [
-            pool.submit(answer_one, engine, image, query, frame, ask)
+            pool.submit(answer_one, engine, image, query, frame, ask, towers)
             for image, query in zip(images, queries, strict=True)
         ]
         try:
