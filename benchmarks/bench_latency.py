@@ -140,8 +140,10 @@ def _new_images(pixels: Pixels) -> Callable[[int], Pixels]:
 
 
 def _process(command: Sequence[str], *, accepted: tuple[int, ...] = (0,)) -> str:
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}  # the models are folders; no question to a server
-    done = subprocess.run(command, capture_output=True, text=True, env=offline, check=False)
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}  # the models are folders; no question to a server
+    # Both sides run byte code, as pip leaves it: an editable install would compile our sources at every start.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode in accepted, done.stderr
     return done.stdout
 

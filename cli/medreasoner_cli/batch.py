@@ -1,7 +1,8 @@
 """One question about a number of images: the next is read while this one is answered."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from medreasoner_cli.answers import Printer
 from medreasoner_cli.failures import ABSENT, FOUND, exit_code, is_debugging
 from medreasoner_cli.folders import bundle_path
 from medreasoner_cli.inputs import Input
+from medreasoner_cli.start import without_collecting
 from medreasoner_cli.targets import Target
 
 if TYPE_CHECKING:
@@ -71,28 +73,31 @@ def answer_all(question: Question, inputs: Sequence[Input], plan: Sequence[Seque
     QueryError
         If the query cannot be asked of any image.
     """
-    from medreasoner import Grounder, QueryError
-
     worst = FOUND
-    with ThreadPoolExecutor(1) as reader:
-        images = _read_ahead(reader, inputs, question)
-        first = next(images)  # is read while the models are loaded
-        with Grounder.load(bundle_path(question.bundle), device=question.device) as grounder:  # type: ignore[arg-type]
-            for index, (each, targets) in enumerate(zip(inputs, plan, strict=True)):
-                printer.progress(index, each.name)
-                written: list[Path] = []
-                try:
-                    image = (first if index == 0 else next(images)).result()
-                    result = question.ask(grounder, image, targets, written, printer)
-                    printer.result(each.name, result, written)
-                    worst = max(worst, FOUND if result.found else ABSENT)
-                except QueryError:
+    with ExitStack() as closing:
+        with without_collecting():
+            from medreasoner import Grounder, QueryError
+
+            images = _read_ahead(closing.enter_context(ThreadPoolExecutor(1)), inputs, question)
+            first = next(images)  # is read while the models are loaded
+            loaded = Grounder.load(bundle_path(question.bundle), device=question.device)  # type: ignore[arg-type]
+            grounder = closing.enter_context(loaded)
+            wait([first])
+        for index, (each, targets) in enumerate(zip(inputs, plan, strict=True)):
+            printer.progress(index, each.name)
+            written: list[Path] = []
+            try:
+                image = (first if index == 0 else next(images)).result()
+                result = question.ask(grounder, image, targets, written, printer)
+                printer.result(each.name, result, written)
+                worst = max(worst, FOUND if result.found else ABSENT)
+            except QueryError:
+                raise
+            except Exception as err:  # one image's fault, be it one that nobody foresaw, is not the others'
+                if is_debugging():
                     raise
-                except Exception as err:  # one image's fault, be it one that nobody foresaw, is not the others'
-                    if is_debugging():
-                        raise
-                    printer.error(each.name, err, written)
-                    worst = max(worst, exit_code(err))
+                printer.error(each.name, err, written)
+                worst = max(worst, exit_code(err))
     printer.clear()
     return worst
 

@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from medreasoner_cli.start import without_collecting
+
 __all__ = ["BundleOption", "Device", "DeviceOption", "JsonOption", "app"]
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None)
@@ -56,10 +58,11 @@ def ground(
     Exit codes: 0 found, 1 the answer is that it is absent, 2 wrong usage or a file that cannot be written, 3 unreadable
     input, 4 trouble with model or engine; of several images the gravest. 130 interrupted.
     """  # noqa: D301
-    from medreasoner_cli.answers import Printer, show_warnings
-    from medreasoner_cli.batch import Question, answer_all
-    from medreasoner_cli.inputs import find_inputs
-    from medreasoner_cli.targets import plan_targets
+    with without_collecting():
+        from medreasoner_cli.answers import Printer, show_warnings
+        from medreasoner_cli.batch import Question, answer_all
+        from medreasoner_cli.inputs import find_inputs
+        from medreasoner_cli.targets import plan_targets
 
     if not images or query is None:
         raise typer.BadParameter("give one image or more, and then the question in quotes")

@@ -30,6 +30,7 @@ MANIFEST = "manifest.json"
 
 _SMALL_BYTES = 64 * 1024 * 1024
 _MANIFEST_MAX_BYTES = 4 * 1024 * 1024
+_CHUNK_BYTES = 4 * 1024 * 1024  # between two of them a thread may have to wait for the interpreter
 _noticed: set[tuple[str, str]] = set()  # licence notices that this process has shown
 
 
@@ -54,6 +55,16 @@ class Bundle:
     def path(self, name: str) -> Path:
         """Path of a file of the manifest."""
         return self.root / name
+
+    def check(self, name: str) -> None:
+        """Prove a file again, which is read later than the bundle was loaded.
+
+        Raises
+        ------
+        BundleError
+            If it is no longer what the manifest says.
+        """
+        _prove(name, _sha256(self.path(name)), self.spec)
 
 
 def find_bundle(name_or_path: str | os.PathLike[str]) -> Path:
@@ -162,18 +173,26 @@ def _check_hashes(spec: BundleSpec, paths: dict[str, Path], verify: Verify, cach
     with ThreadPoolExecutor(4) as pool:  # hashing releases the interpreter lock
         names = [name for name in paths if name not in known]
         for name, digest in zip(names, pool.map(_sha256, [paths[name] for name in names]), strict=True):
-            if digest != spec.files[name].sha256:
-                raise BundleError(
-                    f"{name}: its SHA-256 is not the manifest's; the file was altered or damaged; "
-                    "copy or export the bundle again"
-                )
+            _prove(name, digest, spec)
     cache.add((paths[name], spec.files[name].sha256) for name in large - known)
 
 
+def _prove(name: str, digest: str, spec: BundleSpec) -> None:
+    if digest != spec.files[name].sha256:
+        raise BundleError(
+            f"{name}: its SHA-256 is not the manifest's; the file was altered or damaged; "
+            "copy or export the bundle again"
+        )
+
+
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with path.open("rb", buffering=0) as file:
+            chunk = memoryview(bytearray(min(_CHUNK_BYTES, path.stat().st_size)))
+            while size := file.readinto(chunk):
+                digest.update(chunk[:size])
+            return digest.hexdigest()
     except OSError as err:
         raise BundleError(f"{path.name}: {err.strerror}") from err
 

@@ -1,6 +1,7 @@
 """A loaded bundle: the two models, the threads that they share, and what is known about them."""
 
 import os
+import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -17,15 +18,17 @@ from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph, no_graph, steps_pay
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
+from medreasoner.session import Session
 from medreasoner.sessions import OpenedSession, SessionOpener, decoder_session
 from medreasoner.spec import ConfidenceSpec, ReasonerSpec
 
-__all__ = ["Engine", "Sharing", "load_engine", "load_reasoner", "step_options"]
+__all__ = ["Engine", "Sharing", "Towers", "load_engine", "load_reasoner", "step_options"]
 
 # Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
 # times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
 _SPLIT_FROM_HIDDEN_DIM = 1024
 _SPLIT_FROM_MASK_SIZE = 128
+_SECOND_SESSION_BYTES = 64 * 2**20
 _CLOSED = "this Grounder is closed"
 
 P = ParamSpec("P")
@@ -36,6 +39,15 @@ T = TypeVar("T")
 class _Models:
     reasoner: Reasoner
     segmenter: Segmenter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Towers:
+    """Sessions of one thread that read images, for callers that run side by side on so many cores."""
+
+    vision: Session
+    encoder: Session
+    n_cores: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,6 +63,7 @@ class Engine:
     warnings: tuple[str, ...]
     readings: ReadingCache
     confidence: ConfidenceSpec | None
+    open_towers: Callable[[], Towers | None]  # the same ones each time; None where they would not pay
     process: int = field(default_factory=os.getpid)
 
     @property
@@ -75,6 +88,11 @@ class Engine:
         """
         return self._open().segmenter
 
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether all graphs run on the CPU."""
+        return all(each == CPU for each in self.providers.values())
+
     def _open(self) -> _Models:
         models = self.models
         if models is None:
@@ -83,7 +101,7 @@ class Engine:
 
     def close(self) -> None:
         """Let go of the sessions, their memory and the GPU; who is in the middle of a run keeps them until its end."""
-        self.models = None
+        self.models, self.open_towers = None, lambda: None
         self.readings.clear()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
@@ -192,7 +210,38 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
             warnings=tuple(warnings),
             readings=ReadingCache(sharing.cache_bytes),
             confidence=spec.confidence,
+            open_towers=_tower_opener(bundle, options, opener, n_cores=n_cores, graphs=(opened[0], opened[1])),
         )
+
+
+def _tower_opener(
+    bundle: Bundle,
+    options: RuntimeOptions,
+    opener: SessionOpener,
+    *,
+    n_cores: int,
+    graphs: tuple[OpenedSession, OpenedSession],
+) -> Callable[[], Towers | None]:
+    """Opens second sessions of the graphs that read images, once: of small ones on a CPU with several cores."""
+    names = tuple(each.graph for each in graphs)
+    # Weights of a large graph lie in a file beside it; its operators are worth splitting, and its memory is not there.
+    n_bytes = sum(file.size_bytes for name, file in bundle.spec.files.items() if name.startswith(names))
+    pays = n_cores > 1 and n_bytes <= _SECOND_SESSION_BYTES and all(each.session.providers[0] == CPU for each in graphs)
+
+    lock, opened = threading.Lock(), list[Towers]()
+
+    def open_towers() -> Towers | None:
+        with lock:
+            if pays and not opened:
+                for name in names:
+                    bundle.check(name)
+                one, spec = replace(options, n_threads=1), bundle.spec
+                vision = opener.open(spec.reasoner.graphs.vision, one).session
+                encoder = opener.open(spec.segmenter.graphs.encoder, one).session
+                opened.append(Towers(vision=vision, encoder=encoder, n_cores=n_cores))
+            return opened[0] if opened else None
+
+    return open_towers
 
 
 def load_reasoner(

@@ -4,7 +4,6 @@ import os
 import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +13,8 @@ from medreasoner.ask import Ask
 from medreasoner.bundle import Bundle, Verify, load_bundle
 from medreasoner.engine import Engine, Sharing, load_engine
 from medreasoner.errors import QueryError
-from medreasoner.image import Image, ImageSource, read_image
+from medreasoner.image import ImageSource, read_image
+from medreasoner.lists import answer_each, answer_one, read_timed
 from medreasoner.opening import open_studies
 from medreasoner.providers import Device, RuntimeOptions, require_runtime
 from medreasoner.readings import CACHE_BYTES
@@ -22,11 +22,8 @@ from medreasoner.reasoner import Cancellation
 from medreasoner.reasoner.model import MAX_WAITING
 from medreasoner.result import Answer, Grounding, Thought
 from medreasoner.study import Study, answer_all
-from medreasoner.timing import Stopwatch
 
 __all__ = ["Grounder", "ground"]
-
-_BATCH = 4  # images that the vision tower reads at once, while questions about the last ones are answered
 
 Queries: TypeAlias = list[str] | tuple[str, ...]
 Images: TypeAlias = "list[ImageSource] | tuple[ImageSource, ...]"
@@ -92,8 +89,12 @@ class Grounder:
         ProviderError
             If there is no ONNX Runtime, or two, or the device does not work.
         """
-        require_runtime()
-        verified = load_bundle(bundle, verify=verify, cache_dir=cache_dir)
+        with ThreadPoolExecutor(1) as pool:  # hashing leaves the interpreter to the import of ONNX Runtime
+            runtime = pool.submit(require_runtime)
+            try:
+                verified = load_bundle(bundle, verify=verify, cache_dir=cache_dir)
+            finally:
+                runtime.result()
         cache = (cache_dir or Path.home() / ".cache" / "medreasoner") / "engines" / verified.digest
         options = RuntimeOptions(
             device=device,
@@ -136,7 +137,7 @@ class Grounder:
         ImageReadError
             If the image cannot be read.
         """
-        return open_studies(self._engine, [_read(image, frame)], Ask())[0]
+        return open_studies(self._engine, [read_timed(image, frame)], Ask())[0]
 
     @overload
     def ground(
@@ -249,48 +250,27 @@ class Grounder:
             timeout_s, think=think, samples=samples, temperature=temperature, seed=seed, cancellation=cancellation
         )
         try:
-            return await asyncio.to_thread(self._ground_one, image, query, frame, ask)
+            return await asyncio.to_thread(answer_one, self._engine, image, query, frame, ask)
         except asyncio.CancelledError:
             cancellation.cancel()
             raise
-
-    def _ground_one(self, image: ImageSource, query: str, frame: int | None, ask: Ask) -> Grounding:
-        self._engine.check()
-        self._engine.reasoner.prompt.check(query)
-        with open_studies(self._engine, [_read(image, frame)], ask)[0] as study:
-            return study.answer(query, ask, is_first=True)
 
     def _ground(
         self, image: "ImageSource | Images", query: str | Queries, frame: int | None, ask: Ask
     ) -> Grounding | list[Grounding]:
         images, queries = _pairs(image, query)
         if isinstance(query, str):
-            return self._ground_one(images[0], query, frame, ask)
+            return answer_one(self._engine, images[0], query, frame, ask)
         self._engine.check()
         if not queries:
             return []
         for each in queries:  # before any work
             self._engine.reasoner.prompt.check(each)
         if len(images) == 1:
-            with open_studies(self._engine, [_read(images[0], frame)], ask)[0] as study:
+            with open_studies(self._engine, [read_timed(images[0], frame)], ask)[0] as study:
                 questions = [(study, each, number == 0) for number, each in enumerate(queries)]
                 return answer_all(self._engine, questions, ask)
-        results: list[Grounding] = []
-
-        def opened(start: int) -> list[Study]:
-            return open_studies(self._engine, [_read(each, frame) for each in images[start : start + _BATCH]], ask)
-
-        with ThreadPoolExecutor(1) as pool:  # images are read while questions about others are answered
-            following = pool.submit(opened, 0)
-            for start in range(0, len(images), _BATCH):
-                with ExitStack() as closing:
-                    studies = [closing.enter_context(study) for study in following.result()]
-                    if start + _BATCH < len(images):
-                        following = pool.submit(opened, start + _BATCH)
-                    asked = queries[start : start + _BATCH]
-                    pairs = [(study, each, True) for study, each in zip(studies, asked, strict=True)]
-                    results += answer_all(self._engine, pairs, ask)
-        return results
+        return answer_each(self._engine, images, queries, frame, ask)
 
     def stream(
         self,
@@ -310,7 +290,7 @@ class Grounder:
         self._engine.check()
         self._engine.reasoner.prompt.check(query)
         ask = Ask.within(timeout_s, think=think, unconstrained=unconstrained)
-        with open_studies(self._engine, [_read(image, frame)], ask)[0] as study:
+        with open_studies(self._engine, [read_timed(image, frame)], ask)[0] as study:
             yield from study.ask(query, ask, is_first=True).events()
 
 
@@ -360,11 +340,6 @@ _loading = _Loading()
 @lru_cache(maxsize=1)
 def _default_grounder(_process: int) -> Grounder:
     return Grounder.load()
-
-
-def _read(source: ImageSource, frame: int | None) -> tuple[Image, float]:
-    watch = Stopwatch()
-    return read_image(source, frame=frame), watch.lap()
 
 
 def _pairs(image: "ImageSource | Images", query: str | Queries) -> tuple[list[ImageSource], list[str]]:

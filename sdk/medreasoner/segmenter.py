@@ -72,10 +72,10 @@ class Segmenter:
     def __init__(self, spec: SegmenterSpec, *, encoder: Session, decoder: Session, n_threads: int = 1) -> None:
         self._spec, self._encoder, self._decoder, self._n_threads = spec, encoder, decoder, n_threads
 
-    def encode(self, image: Image) -> Embedded:
-        """Read an image."""
+    def encode(self, image: Image, encoder: Session | None = None) -> Embedded:
+        """Read an image, with another session of the encoder's graph if one is given."""
         planes, placement = encoder_input(self._spec, image)
-        outputs = self._encoder.bind({}, {}).run({"pixel_values": planes[None]})
+        outputs = (encoder or self._encoder).bind({}, {}).run({"pixel_values": planes[None]})
         return Embedded(features=outputs, placement=placement)
 
     def decode(

@@ -2,16 +2,19 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from medreasoner.bundle import Bundle
-from medreasoner.engines import EngineFolder, read_engines
 from medreasoner.errors import ProviderError
 from medreasoner.providers import CPU, OrtSession, RuntimeOptions
-from medreasoner.reasoner.static_cache import StaticDecoder
 from medreasoner.session import Session
-from medreasoner.trt_session import Gpu, TrtSession, open_gpu
+
+if TYPE_CHECKING:  # what runs engines is imported where there are some
+    from medreasoner.engines import EngineFolder
+    from medreasoner.reasoner.static_cache import StaticDecoder
+    from medreasoner.trt_session import Gpu, TrtSession
 
 __all__ = ["OpenedSession", "SessionOpener", "decoder_session"]
 
@@ -50,6 +53,9 @@ class SessionOpener:
         self._reason = ""
         if options.engines_dir is None:
             return
+        from medreasoner.engines import read_engines
+        from medreasoner.trt_session import open_gpu
+
         self._folder = read_engines(options.engines_dir)
         try:
             self._gpu = open_gpu(self._folder.builder)
@@ -90,6 +96,8 @@ class SessionOpener:
         )
         if record is None:
             return None, reason
+        from medreasoner.trt_session import TrtSession
+
         try:
             session = TrtSession(self._folder.read(record), record, self._gpu)
         except ProviderError as err:
@@ -97,8 +105,10 @@ class SessionOpener:
         return (session if source != self._bundle.spec.reasoner.graphs.decoder else _static(session)), ""
 
 
-def _static(session: TrtSession) -> StaticDecoder:
+def _static(session: "TrtSession") -> "StaticDecoder":
     """The decoder's engine as the runtime drives decoders."""
+    from medreasoner.reasoner.static_cache import StaticDecoder
+
     tensors = {each.name: each for each in session.record.inputs}
     if _ANY_CACHE not in tensors:
         raise ProviderError(f"{session.record.file}: no decoder's engine, {_ANY_CACHE} is missing; build it again")

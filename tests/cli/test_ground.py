@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import os
@@ -27,6 +28,16 @@ def test_absent_says_so_and_exits_1(cli, picture, absent_bundle):
     assert done.code == 1
     assert "not in this image" in done.out
     assert "box" not in done.out
+
+
+def test_collecting_goes_on_after_the_start(cli, picture, finding_bundle, monkeypatch):
+    seen = []
+    real = "medreasoner_cli.batch.Question.ask"
+    monkeypatch.setattr(real, lambda *_: seen.append(gc.isenabled()) or 1 / 0)
+    assert cli("ground", picture, QUERY, "-b", finding_bundle).code == 4
+    assert cli("ground", picture, QUERY, "-b", "no such bundle").code == 4
+    assert seen == [True]
+    assert gc.isenabled()
 
 
 def test_notice_of_the_weights_is_one_line_on_stderr(cli, picture, finding_bundle):

@@ -21,7 +21,6 @@ import onnxruntime as ort
 import pytest
 
 import medreasoner as mr
-from medreasoner import sessions as sessions_module
 from medreasoner import trt_session
 from medreasoner.bundle import Bundle
 from medreasoner.engines import EngineRecord, read_engines
@@ -200,7 +199,7 @@ def _export(bundle: Path, out: Path, precision: Any, **limits: int) -> None:
 
 @pytest.fixture
 def use_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> Gpu:
-    monkeypatch.setattr(sessions_module, "open_gpu", lambda _: gpu)
+    monkeypatch.setattr(trt_session, "open_gpu", lambda _: gpu)
     return gpu
 
 
@@ -420,7 +419,7 @@ def test_engines_of_tensorrt_proper_run_on_it(
 ) -> None:
     _change(copy, builder="tensorrt 10.99.0")
     known = {"tensorrt 10.99.0": _proper(gpu, "10.99.0")}
-    monkeypatch.setattr(sessions_module, "open_gpu", lambda builder: known[builder])
+    monkeypatch.setattr(trt_session, "open_gpu", lambda builder: known[builder])
     expected, _, _ = _answers(toy / "bundle", tmp_path, device="cpu")
     found, warnings, providers = _answers(toy / "bundle", tmp_path, engines=copy)
     assert found == expected
@@ -431,7 +430,7 @@ def test_engines_of_another_tensorrt_proper_are_passed_over_with_the_reason(
     toy: Path, copy: Path, gpu: Gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _change(copy, builder="tensorrt 10.99.0")
-    monkeypatch.setattr(sessions_module, "open_gpu", lambda _: _proper(gpu, "11.4.0"))
+    monkeypatch.setattr(trt_session, "open_gpu", lambda _: _proper(gpu, "11.4.0"))
     _, warnings, providers = _answers(toy / "bundle", tmp_path, engines=copy)
     assert providers == {"CPUExecutionProvider"}
     reason = "the engines were built by tensorrt 10.99.0, and tensorrt 11.4.0 is installed"
@@ -479,7 +478,7 @@ def test_an_engine_that_the_gpu_does_not_take_is_passed_over(
 
 
 def test_without_a_gpu_the_reason_is_said(toy: Path, engines: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(sessions_module, "open_gpu", _no_gpu)
+    monkeypatch.setattr(trt_session, "open_gpu", _no_gpu)
     _, warnings, providers = _answers(toy / "bundle", tmp_path, engines=engines)
     assert providers == {"CPUExecutionProvider"}
     assert any("no NVIDIA driver" in line for line in warnings)
@@ -500,7 +499,7 @@ def test_engines_beside_a_device_that_runs_none_are_refused(
 def test_where_nothing_runs_a_graph_the_engines_reason_is_said_too(
     toy: Path, engines: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions_module, "open_gpu", _no_gpu)
+    monkeypatch.setattr(trt_session, "open_gpu", _no_gpu)
     with pytest.raises(ProviderError, match=r"device 'tensorrt' needs .*; no engine runs it either: no NVIDIA driver"):
         mr.Grounder.load(toy / "bundle", cache_dir=tmp_path, engines=engines, device="tensorrt")
 

@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 import medreasoner as mr
+from medreasoner.engine import Engine
 from medreasoner.errors import ArrayError
 from medreasoner.image import Image
 
@@ -287,6 +288,7 @@ def test_an_error_on_the_way_leaves_no_image_in_the_queue(
     def fail(*_: object) -> None:
         raise mr.GenerationError("too many image tokens")
 
+    monkeypatch.setattr(Engine, "is_on_cpu", False)  # in batches
     monkeypatch.setattr(grounder._engine.pool, "submit", keep)
     monkeypatch.setattr(grounder._engine.reasoner, "read_prefixes", fail)
     with pytest.raises(mr.GenerationError):

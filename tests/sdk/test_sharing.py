@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from tests.sdk.test_grounder import QUERIES, picture, same, with_threshold
 
 import medreasoner as mr
+from medreasoner.engine import Engine
 from medreasoner.readings import ReadingCache
 from medreasoner.reasoner.choosing import Choosing
 
@@ -76,9 +78,64 @@ def test_a_list_of_questions_gets_what_each_would_get(
     with load() as grounder:
         for query, found in zip(queries, grounder.ground(image, queries, think=think), strict=True):
             assert same(found, plain(image, query, think=think))
-        images = [picture(seed=i % 5) for i in range(len(queries))]
+
+
+@both_roads
+@pytest.mark.parametrize("is_on_cpu", [True, False], ids=["side by side", "in batches"])
+@pytest.mark.parametrize("think", [False, True])
+def test_a_list_of_images_gets_what_each_would_get(
+    load: Loader, plain: Callable[..., mr.Grounding], monkeypatch: pytest.MonkeyPatch, think: bool, is_on_cpu: bool
+) -> None:
+    monkeypatch.setattr(Engine, "is_on_cpu", is_on_cpu)
+    images = [picture(seed=i % 5, height=90 + i % 3) for i in range(10)]
+    queries = [QUERIES[i % len(QUERIES)] for i in range(10)]
+    with load() as grounder:
         for one, query, found in zip(images, queries, grounder.ground(images, queries, think=think), strict=True):
             assert same(found, plain(one, query, think=think))
+
+
+def test_a_long_list_is_read_in_sessions_of_one_thread(bundle: Path, tmp_path: Path) -> None:
+    images, queries = [picture(seed=i) for i in range(8)], [QUERIES[0]] * 8
+    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    with mr.Grounder.load(copy, device="cpu", n_threads=2, cache_bytes=0) as grounder:
+        alone = [grounder.ground(image, QUERIES[0]) for image in images]
+        graph = copy / next(name for name in grounder.providers if "vision" in name)
+        content = graph.read_bytes()
+        graph.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        with pytest.raises(mr.BundleError, match="SHA-256"):  # they are opened later than the bundle was proved
+            grounder.ground(images, queries)
+        graph.write_bytes(content)
+        assert all(same(*pair) for pair in zip(grounder.ground(images, queries), alone, strict=True))
+        towers = grounder._engine.open_towers()
+        assert towers is not None
+        assert towers is grounder._engine.open_towers()
+        assert towers.vision is not grounder._engine.reasoner._vision
+    assert grounder._engine.open_towers() is None  # closed
+
+
+def test_one_thread_needs_no_other_sessions(bundle: Path) -> None:
+    with mr.Grounder.load(bundle, device="cpu", n_threads=1) as grounder:
+        assert grounder._engine.open_towers() is None
+
+
+def test_a_list_of_images_does_not_fill_the_queue_by_itself(load: Loader) -> None:
+    images, queries = [picture(seed=i) for i in range(5)], [QUERIES[0]] * 5
+    with load(n_slots=2, max_waiting=0) as grounder:
+        alone = [grounder.ground(image, QUERIES[0], samples=3) for image in images]
+        for found, one in zip(grounder.ground(images, queries, samples=3), alone, strict=True):
+            assert same(found, one)
+
+
+@pytest.mark.parametrize("is_on_cpu", [True, False], ids=["side by side", "in batches"])
+def test_one_image_that_fails_ends_the_list(load: Loader, monkeypatch: pytest.MonkeyPatch, is_on_cpu: bool) -> None:
+    monkeypatch.setattr(Engine, "is_on_cpu", is_on_cpu)
+    images: list[Any] = [picture(seed=i) for i in range(40)]
+    images[2] = b"no image"
+    with load(cache_bytes=2**30) as grounder:
+        with pytest.raises(mr.ImageReadError, match="unknown format"):
+            grounder.ground(images, [QUERIES[0]] * len(images))
+        assert len(grounder._engine.readings) < 20  # the rest is given up
+        assert grounder.ground(images[0], QUERIES[0]).found
 
 
 def test_a_reader_who_rests_holds_nobody_up(load: Loader) -> None:
@@ -297,10 +354,10 @@ def test_who_asks_at_once_shares_the_reading(load: Loader, monkeypatch: pytest.M
         reasoner = grounder._engine.reasoner
         encode, runs = reasoner.encode, list[int]()
 
-        def slow(patches: Any, placement: Any) -> Any:
-            runs.append(len(patches))
+        def slow(*args: Any) -> Any:
+            runs.append(len(args[0]))
             time.sleep(0.05)
-            return encode(patches, placement)
+            return encode(*args)
 
         monkeypatch.setattr(reasoner, "encode", slow)
         with concurrent.futures.ThreadPoolExecutor(6) as pool:

@@ -10,7 +10,6 @@ from medreasoner.errors import CodecError, ImageReadError
 from medreasoner.image.attributes import first_number
 from medreasoner.image.codestream import codestream_size
 from medreasoner.image.header import PixelHeader
-from medreasoner.image.isolated import decode_with_gdcm
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -82,6 +81,8 @@ def decode_frame(dataset: "Dataset", header: PixelHeader, frame: int) -> tuple[N
     if decoder.is_encapsulated:
         encoded = _encoded_frame(dataset, header, frame, syntax)
     if plugins == ["gdcm"]:
+        from medreasoner.image.isolated import decode_with_gdcm
+
         planar = int(first_number(dataset, "PlanarConfiguration") or 0)
         values, photometric = decode_with_gdcm(encoded, header, syntax, planar)
     else:
@@ -193,7 +194,13 @@ def _stored_bits(values: NDArray[Any], header: PixelHeader) -> NDArray[Any]:
     left = width - 1 - header.high_bit
     if left < 0:
         return values
+    if (
+        values.dtype.kind == "u"
+        and header.high_bit + 1 == header.bits_stored
+        and not int(values.max()) >> header.bits_stored
+    ):
+        return values
     # Shifting up to the top and back down drops both sides, and the way down carries the sign.
-    native = values.astype(values.dtype.newbyteorder("="))
-    stored: NDArray[Any] = np.right_shift(np.left_shift(native, left), width - header.bits_stored)
+    stored: NDArray[Any] = np.left_shift(values, left, dtype=values.dtype.newbyteorder("="))
+    stored >>= width - header.bits_stored
     return stored

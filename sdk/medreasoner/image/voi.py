@@ -4,6 +4,7 @@ Every step maps one stored value to one shade, so for integers the whole chain i
 can occur and the picture is one table look-up.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["grey_to_u8", "window_shades"]
 
 _MAX_TABLE = 65536
+_AT_ONCE = 1 << 15  # pixels; NumPy makes eight bytes of each index, which would be fresh memory for a whole picture
 Floats = NDArray[np.float64]
 
 
@@ -70,13 +72,13 @@ class _Domain:
     """Values for which the chain is computed, and which of them the picture really holds.
 
     ``values`` (n,) stored values; ``used`` (n,) bool: occurs in the picture; ``padding`` (n,) bool: is padding;
-    ``index`` (H, W) place of each pixel in ``values``.
+    ``index`` (H, W) integer place of each pixel in ``values``.
     """
 
     values: NDArray[Any]
     used: NDArray[np.bool_]
     padding: NDArray[np.bool_]
-    index: NDArray[np.int64]
+    index: NDArray[np.integer]
 
 
 def grey_to_u8(
@@ -117,7 +119,7 @@ def grey_to_u8(
         table = 255 - table
     if shades is None:
         table[domain.padding] = 0  # padding is no tissue: black, on an inverted image too
-    return table[domain.index], warnings
+    return _look_up(table, domain.index), warnings
 
 
 def _padding_range(dataset: "Dataset", header: PixelHeader) -> tuple[float, float] | None:
@@ -135,10 +137,11 @@ def _padding_range(dataset: "Dataset", header: PixelHeader) -> tuple[float, floa
 def _domain(stored: NDArray[Any], padding: tuple[float, float] | None) -> _Domain:
     low, high = stored.min(), stored.max()
     if stored.dtype.kind in "iu" and stored.dtype.itemsize <= 4 and int(high) - int(low) < _MAX_TABLE:
-        index = stored.astype(np.int64) - int(low)
+        index = _above(stored, int(low))
         values: NDArray[Any] = np.arange(int(low), int(high) + 1)
         used = np.zeros(values.size, np.bool_)
-        used[index] = True
+        for part in _parts(index):
+            used[part] = True
     else:
         values, inverse = np.unique(stored, return_inverse=True)
         index = inverse.reshape(stored.shape)
@@ -149,6 +152,26 @@ def _domain(stored: NDArray[Any], padding: tuple[float, float] | None) -> _Domai
         if not (used & ~is_padding).any():  # nothing but padding: then it is the picture
             is_padding[:] = False
     return _Domain(values=values, used=used, padding=is_padding, index=index)
+
+
+def _above(stored: NDArray[Any], low: int) -> NDArray[np.integer]:
+    """How far each integer lies above the lowest one, which is less than 65536."""
+    if low == 0 and stored.dtype.kind == "u":
+        return stored
+    # Without their upper bits, so that they wrap around: the differences fit into sixteen.
+    return np.subtract(stored.astype(np.uint16, copy=False), np.uint16(low & 0xFFFF), dtype=np.uint16)
+
+
+def _parts(index: NDArray[np.integer]) -> Iterator[NDArray[np.integer]]:
+    flat = index.reshape(-1)
+    return (flat[start : start + _AT_ONCE] for start in range(0, flat.size, _AT_ONCE))
+
+
+def _look_up(table: NDArray[np.uint8], index: NDArray[np.integer]) -> NDArray[np.uint8]:
+    found = np.empty(index.size, np.uint8)
+    for number, part in enumerate(_parts(index)):
+        found[number * _AT_ONCE :][: part.size] = table[part]
+    return found.reshape(index.shape)
 
 
 def _modality(

@@ -127,6 +127,11 @@ class Reasoner:
         """Sequences that are decoded at once."""
         return self._scheduler.n_slots
 
+    @property
+    def room(self) -> int:
+        """Sequences that run at once or wait, all callers together."""
+        return self._scheduler.room
+
     def place(self, image: Image) -> Placement:
         """Where the image lies in the grid that the vision tower sees."""
         return place(self.spec.vision.resize, height=image.height, width=image.width)
@@ -135,11 +140,17 @@ class Reasoner:
         """(n_patches, 3 * patch_size**2) float32 patches in merge order."""
         return image_patches(self.spec.vision, image.pixels, placement)
 
-    def encode(self, patches: NDArray[np.float32], placement: Placement) -> NDArray[np.float32]:
-        """(batch, n_patches, ...) patches of images of one grid as (batch, n_tokens, hidden_dim) embeddings."""
-        grid, at_once = placed_grid(self.spec.vision, placement).inputs(), self._vision.max_rows or len(patches)
+    def encode(
+        self, patches: NDArray[np.float32], placement: Placement, vision: Session | None = None
+    ) -> NDArray[np.float32]:
+        """(batch, n_patches, ...) patches of images of one grid as (batch, n_tokens, hidden_dim) embeddings.
+
+        `vision` is another session of the vision tower's graph; None: the model's own.
+        """
+        vision = vision or self._vision
+        grid, at_once = placed_grid(self.spec.vision, placement).inputs(), vision.max_rows or len(patches)
         parts = [
-            self._vision.bind({}, {}).run({"patches": patches[start : start + at_once], **grid})["image_embeds"]
+            vision.bind({}, {}).run({"patches": patches[start : start + at_once], **grid})["image_embeds"]
             for start in range(0, len(patches), at_once)
         ]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

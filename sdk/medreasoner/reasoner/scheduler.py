@@ -230,6 +230,11 @@ class Scheduler:
         """Sequences that run at once."""
         return self._decoder.n_slots
 
+    @property
+    def room(self) -> int:
+        """Sequences that run or wait before one is refused."""
+        return self._decoder.n_slots + self._max_waiting
+
     def start(
         self,
         open_stream: "Callable[[KvCache], Stream[T]]",

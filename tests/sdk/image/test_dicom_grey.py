@@ -13,7 +13,7 @@ from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRL
 from medreasoner import ops
 from medreasoner.errors import ImageReadError
 from medreasoner.image import read_image
-from medreasoner.image.voi import window_shades
+from medreasoner.image.voi import _domain, window_shades
 
 
 def _pseudo_code(x, center, width, function):
@@ -41,6 +41,20 @@ def _lut(entries, first, bits, *, vr="US"):
     item.LUTData = list(entries) if vr == "US" else np.asarray(entries, "<u2").tobytes()
     item["LUTData"].VR = vr
     return Sequence([item])
+
+
+@given(
+    dtype=st.sampled_from(["u1", "i1", "<u2", ">u2", "<i2", ">i2", "<u4", ">i4"]),
+    low=st.integers(-(2**31), 2**32 - 65537),
+    above=st.lists(st.integers(0, 65535), min_size=1, max_size=40),
+)
+def test_a_value_is_looked_up_at_its_distance_from_the_lowest(dtype, low, above):
+    limits = np.iinfo(dtype)
+    low = min(max(low, limits.min), limits.max - min(65535, limits.max - limits.min))
+    values = [min(low + each, limits.max) for each in (0, *above)]
+    domain = _domain(np.array([values, values[::-1]], dtype), None)
+    assert domain.values[domain.index].tolist() == [values, values[::-1]]
+    assert domain.values[domain.used].tolist() == sorted(set(values))
 
 
 @pytest.mark.parametrize("function", ["LINEAR", "LINEAR_EXACT", "SIGMOID"])
