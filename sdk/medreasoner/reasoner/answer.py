@@ -12,7 +12,7 @@ from medreasoner.errors import BundleError, GenerationError
 from medreasoner.ops import AnswerParser, AnswerState, ParsedAnswer
 from medreasoner.reasoner.choosing import Choosing
 from medreasoner.reasoner.decoder import Step
-from medreasoner.reasoner.generate import NOT_FINITE, Sampler, Sequencer, choose, free_text, if_present
+from medreasoner.reasoner.generate import NOT_FINITE, Choices, Sampler, Sequencer, free_text
 from medreasoner.reasoner.grammar import GrammarBook
 from medreasoner.reasoner.weights import WeightMatrix
 from medreasoner.result import Answer, Thought
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AnswerWriter", "Opening", "Written"]
 
+_MOST_BEGINNINGS = 64
 _FREE_ANSWER_TOKENS = 128  # room for an answer in digits, where no grammar bounds it
 
 States: TypeAlias = NDArray[np.float32]
@@ -64,6 +65,7 @@ class AnswerWriter:
         self._spec, self._texts = spec, spec.answer
         self._tokenizer, self._lm_head = tokenizer, lm_head
         self._grammars = GrammarBook(tokenizer, spec.answer)
+        self._beginnings: dict[tuple[tuple[int, int], str], tuple[AnswerState, list[int], Choices]] = {}
         self._think_open, self._think_close = self._ids(spec.answer.think_open), self._ids(spec.answer.think_close)
         end = tokenizer.token_to_id(spec.answer.end)
         if end is None:
@@ -72,7 +74,7 @@ class AnswerWriter:
 
     def prepare(self, limits: tuple[int, int]) -> None:
         """Build the grammar for answers up to these limits now, not at the first query."""
-        self._grammars.grammar(max(limits))
+        self._beginning(limits, "")
 
     def write(
         self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool, sampler: Sampler | None
@@ -102,18 +104,17 @@ class AnswerWriter:
         thought = _Thought(text=None, rest="", n_tokens=0, pending=pending)
         if think:
             thought = yield from self._think(sequencer, pending, sampler)
-        state = self._grammars.grammar(max(limits), written=thought.rest).start(*limits)
-        ids = state.forced()
+        state, ids, choices = self._beginning(limits, thought.rest)
         free = [False] * len(ids)
         pending = [*thought.pending, *ids]
-        guess = if_present(state)
+        guess = choices.if_present
         hidden = yield from sequencer.feed([*pending, *guess], len(guess) + 1)
         if sequencer.n_runs == 1:
             sequencer.lap("prefill")
         at_choice = hidden[0]
-        if not state.at_absent_choice:
+        if not choices.decides_absent:
             return Opening(thought=thought, state=state, ids=ids, free=free, hidden=at_choice)
-        token, probability = choose(state, at_choice, self._lm_head, self._spec.absent_threshold, sampler)
+        token, probability = choices.choose(at_choice, self._lm_head, self._spec.absent_threshold, sampler)
         state.accept(token)
         own = [token, *state.forced()]
         known = partial(
@@ -125,6 +126,18 @@ class AnswerWriter:
             absent_probability=probability,
         )
         return known(hidden=hidden[-1]) if own == guess else known(pending=own)  # the guess has been fed already
+
+    def _beginning(self, limits: tuple[int, int], written: str) -> tuple[AnswerState, list[int], Choices]:
+        """An answer at its first choice, the tokens that led there, and what it may go on with; known but the first time."""
+        known = self._beginnings.get((limits, written))
+        if known is None:
+            state = self._grammars.grammar(max(limits), written=written).start(*limits)
+            known = state, state.forced(), Choices(state)
+            if len(self._beginnings) >= _MOST_BEGINNINGS:  # images of many sizes
+                self._beginnings.clear()
+            self._beginnings[limits, written] = known
+        state, ids, choices = known
+        return state.copy(), ids, choices
 
     def go_on(self, sequencer: Sequencer, opening: "Opening", sampler: Sampler | None) -> Writing:
         """The rest of `write`; an opening may be gone on with several times."""
