@@ -398,7 +398,7 @@ class OrtSession:
 
 
 class OrtRun:
-    """A run on the CPU with nothing bound: a binding made for it would cost as much as a few of a small graph's nodes."""
+    """A run on the CPU with nothing bound: a binding made for it costs as much as some of a small graph's nodes."""
 
     def __init__(self, session: Any, outputs: tuple[str, ...]) -> None:
         self._session, self._outputs = session, outputs

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +128,7 @@ class Segmenter:
         self, image: Embedded, places: NDArray[np.float64], labels: list[int]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Masks for prompts (batch, n_points, 2) in the grid."""
-        given = {
+        given: dict[str, NDArray[Any]] = {
             **image.features,
             "points": places.astype(np.float32),
             "labels": np.array([labels] * len(places), np.int64),

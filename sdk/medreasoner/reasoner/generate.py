@@ -76,6 +76,11 @@ class Sequencer:
         """Book the time since the last lap to a stage."""
         self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + self._watch.lap()
 
+    def move(self, source: str, stage: str, milliseconds: float) -> None:
+        """Book some of a stage's time to another one."""
+        self.timings_ms[source] -= milliseconds
+        self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + milliseconds
+
 
 class Sampler:
     """Draws tokens from what the model gives them, reproducibly: each sequence has numbers of its own.
@@ -188,8 +193,7 @@ class Choices:
         if not self.decides_absent:
             assert sampler is not None
             return int(self.rows[sampler.draw(logits)]), None
-        weights = np.exp(logits - logits.max())
-        probability = float(weights[self._absent_rows].sum() / weights.sum())
+        probability = ops.absent_share(logits, self._absent_rows)
         if sampler is not None and sampler.draws_absent:
             return int(self.rows[sampler.draw(logits)]), probability
         values = logits.tolist()
