@@ -323,8 +323,10 @@ class Study:
 def _is_empty(mask: NDArray[np.bool_], points: NDArray[np.float64] | None) -> bool:
     """Whether nothing is set; looks at the places first that should be, since a mask is as large as its image."""
     height, width = mask.shape
-    likely = [] if points is None else points.astype(np.int64).tolist()
-    return not any(mask[min(y, height - 1), min(x, width - 1)] for x, y in likely) and not mask.any()
+    for x, y in [] if points is None else points.tolist():
+        if mask[min(int(y), height - 1), min(int(x), width - 1)]:
+            return False
+    return not mask.any()
 
 
 def _flat(corners: NDArray[np.float64] | None) -> tuple[float, float, float, float] | None:

@@ -184,7 +184,7 @@ class Ticket(Generic[T]):
         assert stream is not None
         try:
             item = next(stream) if states is None else stream.send(states)
-            while not isinstance(item, Step | Choosing):
+            while not isinstance(item, (Step, Choosing)):
                 self.events.append(item)
                 item = next(stream)
         except StopIteration as stop:
