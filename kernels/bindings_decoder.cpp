@@ -255,13 +255,25 @@ class Interrupt {
 class AnswerWriting {
    public:
     AnswerWriting(AnswerState& state, const DecoderSequence& sequence, int64_t past, int64_t position,
-                  const std::optional<Array<float>>& hidden, Tokens pending, double temperature, std::vector<double> shares)
+                  const std::optional<Array<float>>& hidden, Tokens pending, double temperature, std::vector<double> shares,
+                  bool decides_absent, std::optional<double> threshold, Tokens ahead)
         : step_(sequence.step()) {
         require(past >= 0 && past <= sequence.cache().capacity && position >= 0, "past must fit the cache");
         require(hidden.has_value() == pending.empty(), "there must be either a hidden state or tokens to feed");
         require(!hidden || (hidden->ndim() == 1 && hidden->size() == step_->weights().shape.hidden), "hidden must be (hidden,)");
         require(temperature >= 0 && std::isfinite(temperature), "temperature must be finite and not negative");
-        row_ = {&state, &sequence.cache(), past, position, {}, std::move(pending), temperature, std::move(shares), {}, 0, 0, false};
+        require(ahead.size() <= pending.size() && std::equal(ahead.rbegin(), ahead.rend(), pending.rbegin()),
+                "pending must end with ahead");
+        row_.state = &state;
+        row_.cache = &sequence.cache();
+        row_.past = past;
+        row_.position = position;
+        row_.pending = std::move(pending);
+        row_.temperature = temperature;
+        row_.shares = std::move(shares);
+        row_.decides_absent = decides_absent;
+        row_.threshold = threshold;
+        row_.ahead = std::move(ahead);
         if (hidden) row_.hidden.assign(hidden->data(), hidden->data() + hidden->size());
     }
 
@@ -320,6 +332,12 @@ int64_t draw_py(const Array<float>& logits, double temperature, double share) {
     return draw(from, logits.size(), temperature, share);
 }
 
+float absent_share_py(const Array<float>& logits, const Array<bool>& leads_to_absent) {
+    require(logits.ndim() == 1 && logits.size() > 0, "logits must be (K,) with at least one");
+    require(leads_to_absent.ndim() == 1 && leads_to_absent.size() == logits.size(), "leads_to_absent must be (K,)");
+    return absent_share(logits.data(), reinterpret_cast<const uint8_t*>(leads_to_absent.data()), logits.size());
+}
+
 void bind_writing(py::module_& m) {
     py::class_<Interrupt>(m, "Interrupt", "Says to whoever runs that there is something else to do.")
         .def(py::init<>())
@@ -327,11 +345,15 @@ void bind_writing(py::module_& m) {
         .def("clear", &Interrupt::clear, "Go on.");
     py::class_<AnswerWriting>(m, "AnswerWriting", "One answer under way.")
         .def(py::init<AnswerState&, const DecoderSequence&, int64_t, int64_t, const std::optional<Array<float>>&, Tokens,
-                      double, std::vector<double>>(),
+                      double, std::vector<double>, bool, std::optional<double>, Tokens>(),
              py::keep_alive<1, 2>(), py::keep_alive<1, 3>(), py::arg("state"), py::arg("sequence"), py::arg("past"),
              py::arg("position"), py::arg("hidden").noconvert().none(true), py::arg("pending"), py::arg("temperature"),
-             py::arg("shares"))
+             py::arg("shares"), py::arg("decides_absent") = false, py::arg("threshold") = py::none(),
+             py::arg("ahead") = Tokens{})
         .def_property_readonly("hidden", &AnswerWriting::hidden, "(hidden,) float32 of the last token, or None.")
+        .def_property_readonly("absent_share", [](AnswerWriting& a) { return a.row().share; })
+        .def_property_readonly("ahead", [](AnswerWriting& a) { return a.row().ahead; })
+        .def_property_readonly("seconds_to_hidden", [](AnswerWriting& a) { return a.row().seconds_to_hidden; })
         .def_property_readonly("is_stuck", [](AnswerWriting& a) { return a.row().is_stuck; })
         .def_property_readonly("pending", [](AnswerWriting& a) { return a.row().pending; })
         .def_property_readonly("written", [](AnswerWriting& a) { return a.row().written; })
@@ -342,6 +364,8 @@ void bind_writing(py::module_& m) {
     m.def("write_answers", &run_answers, py::arg("answers"), py::arg("embedding"), py::arg("embedding_dtype"),
           py::arg("head"), py::arg("head_dtype"), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
           py::arg("interrupt"), py::arg("seconds"), py::arg("n_threads"), "Write answers until one is done or cannot go on.");
+    m.def("absent_share", &absent_share_py, py::arg("logits").noconvert(), py::arg("leads_to_absent").noconvert(),
+          "Probability of the tokens that lead to absent, among those with these logits (K,) float32.");
     m.def("draw_token", &draw_py, py::arg("logits").noconvert(), py::arg("temperature"), py::arg("share"),
           "Index into logits (K,) float32, drawn from their softmax.");
 }

@@ -20,9 +20,16 @@ public:
     // Throws std::invalid_argument where the next token would not tell which way an answer goes on.
     AnswerGrammar(std::vector<Tokens> literals, const std::vector<Tokens>& numbers, std::optional<Tokens> absent);
 
+    // A way on from a node of the tree, and the range of the numbers that lie there.
+    struct Edge {
+        int32_t token;
+        int child, lowest, highest;
+    };
+
     // Prefix tree of the numbers' tokens.
     struct Node {
         std::map<int32_t, int> children;
+        std::vector<Edge> edges;       // the same, in one piece: a choice looks at hundreds of them
         int value = -1;                // the number that ends here
         std::vector<int> values;       // all numbers at or below, ascending
         bool reaches(int low, int high) const;
@@ -38,6 +45,7 @@ private:
     void add_number(const Tokens& tokens, int value);
     void check_literals() const;
     void find_fork();
+    void lay_out();
 
     std::vector<Tokens> literals_;
     std::optional<Tokens> absent_;

@@ -24,13 +24,16 @@ void project_rows(const Matrix& matrix, const float* hidden, const int32_t* rows
 // out (n, cols) = the rows `ids`, as float32.
 void gather_rows(const Matrix& matrix, const int64_t* ids, int64_t n, float* out);
 
+// The row with the largest logit among `rows` (n >= 1); ties go to the earliest. Throws std::invalid_argument where no
+// largest finite logit exists.
+int32_t likeliest_row(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n);
+
 struct Selected {
     int32_t row;
     float logprob;
 };
 
-// The row with the largest logit and its log-probability among `rows` (n >= 1); ties go to the earliest.
-// Throws std::invalid_argument where no largest finite logit exists.
+// The same row, and its log-probability among `rows`.
 Selected select_token(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n);
 
 }  // namespace medreasoner

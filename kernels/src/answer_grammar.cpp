@@ -21,6 +21,16 @@ AnswerGrammar::AnswerGrammar(std::vector<Tokens> literals, const std::vector<Tok
     for (size_t v = 0; v < numbers.size(); ++v) add_number(numbers[v], static_cast<int>(v));
     check_literals();
     if (absent_) find_fork();
+    lay_out();
+}
+
+void AnswerGrammar::lay_out() {
+    for (Node& node : nodes_) {
+        for (const auto& [token, child] : node.children) {
+            const std::vector<int>& values = nodes_[static_cast<size_t>(child)].values;
+            node.edges.push_back({token, child, values.front(), values.back()});
+        }
+    }
 }
 
 void AnswerGrammar::add_number(const Tokens& tokens, int value) {
@@ -100,15 +110,17 @@ void AnswerState::each_allowed(Visit visit) const {
         return;
     }
     const auto [low, high] = range();
-    for (const auto& [token, child] : grammar_->node(node_).children) {
-        if (grammar_->node(child).reaches(low, high) && !visit(token)) return;
+    for (const AnswerGrammar::Edge& edge : grammar_->node(node_).edges) {
+        if (edge.highest < low || edge.lowest > high) continue;
+        const bool is_one = edge.lowest == edge.highest;  // number, which lies in the range then
+        if ((is_one || grammar_->node(edge.child).reaches(low, high)) && !visit(edge.token)) return;
     }
     if (const auto end = number_end()) visit(*end);
 }
 
 Tokens AnswerState::allowed() const {
     Tokens tokens;
-    if (in_number_) tokens.reserve(grammar_->node(node_).children.size() + 2);
+    if (in_number_) tokens.reserve(grammar_->node(node_).edges.size() + 2);
     each_allowed([&](int32_t token) {
         tokens.push_back(token);
         return true;
@@ -147,9 +159,11 @@ void AnswerState::step(int32_t token) {
         return;
     }
     if (in_number_) {
-        const auto& children = grammar_->node(node_).children;
-        if (const auto child = children.find(token); child != children.end()) {
-            node_ = child->second;
+        const auto& edges = grammar_->node(node_).edges;
+        const auto edge = std::lower_bound(edges.begin(), edges.end(), token,
+                                           [](const AnswerGrammar::Edge& each, int32_t wanted) { return each.token < wanted; });
+        if (edge != edges.end() && edge->token == token) {
+            node_ = edge->child;
             return;
         }
         values_.push_back(grammar_->node(node_).value);

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 
 #if defined(__x86_64__)
@@ -140,17 +141,18 @@ void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& pa
     }
     const int64_t n = static_cast<int64_t>(tokens.size()), wide = std::max(s.q_dim() + 2 * s.kv_dim(), 2 * s.mlp);
     const int64_t n_scores = (places / kStepAlign + 1) * kStepAlign;
-    std::vector<float> room(static_cast<size_t>(n * (2 * s.hidden + wide + s.q_dim()) + crew.n_threads() * kMostQueries * n_scores));
-    float* normed = room.data() + n * s.hidden;
+    // Nothing of it is read before it is written.
+    const std::unique_ptr<float[]> room(new float[static_cast<size_t>(n * (2 * s.hidden + wide + s.q_dim()) + crew.n_threads() * kMostQueries * n_scores)]);
+    float* normed = room.get() + n * s.hidden;
     float* attended = normed + n * s.hidden;
     float* wider = attended + n * s.q_dim();
     const bool rounds = weights.form != MatrixForm::plain;
     const auto widest = static_cast<size_t>(rounds ? n * std::max({s.hidden, s.q_dim(), s.mlp}) : 0);
-    std::vector<int8_t> levels(widest);
-    std::vector<float> scales(widest / kNibbleRows);
-    std::vector<int32_t> offsets(widest / kNibbleRows);
-    const RoundedRows rounded{levels.data(), scales.data(), offsets.data()};
-    const StepScratch scratch{room.data(), normed, wider, attended, wider + n * wide, n_scores, rounded};
+    const std::unique_ptr<int8_t[]> levels(new int8_t[widest]);
+    const std::unique_ptr<float[]> scales(new float[widest / kNibbleRows]);
+    const std::unique_ptr<int32_t[]> offsets(new int32_t[widest / kNibbleRows]);
+    const RoundedRows rounded{levels.get(), scales.get(), offsets.get()};
+    const StepScratch scratch{room.get(), normed, wider, attended, wider + n * wide, n_scores, rounded};
     std::copy(embeds, embeds + n * s.hidden, scratch.residual);
     std::unique_lock<std::mutex> turn(crew.turn(), std::defer_lock);
     if (crew.n_threads() > 1) turn.lock();  // else there is nothing to share

@@ -56,15 +56,27 @@ void gather_rows(const Matrix& matrix, const int64_t* ids, int64_t n, float* out
     }
 }
 
-Selected select_token(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n) {
-    std::vector<float> logits(static_cast<size_t>(n));
-    project_rows(matrix, hidden, rows, n, logits.data());
+// Index of the largest of some logits.
+static size_t largest(const std::vector<float>& logits) {
     size_t best = 0;
     for (size_t k = 0; k < logits.size(); ++k) {
         if (std::isnan(logits[k])) throw std::invalid_argument("a logit is not a number");
         if (logits[k] > logits[best]) best = k;
     }
     if (std::isinf(logits[best])) throw std::invalid_argument("the largest logit is infinite");
+    return best;
+}
+
+int32_t likeliest_row(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n) {
+    std::vector<float> logits(static_cast<size_t>(n));
+    project_rows(matrix, hidden, rows, n, logits.data());
+    return rows[largest(logits)];
+}
+
+Selected select_token(const Matrix& matrix, const float* hidden, const int32_t* rows, int64_t n) {
+    std::vector<float> logits(static_cast<size_t>(n));
+    project_rows(matrix, hidden, rows, n, logits.data());
+    const size_t best = largest(logits);
     double total = 0;
     for (const float logit : logits) total += std::exp(logit - logits[best]);
     return {rows[best], static_cast<float>(-std::log(total))};

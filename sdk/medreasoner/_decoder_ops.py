@@ -11,7 +11,7 @@ from medreasoner._array_checks import check_array
 from medreasoner._kernels import AnswerWriting, DecoderSequence, Interrupt
 from medreasoner.errors import ArrayError
 
-__all__ = ["WeightDtype", "decoder_step", "draw_token", "write_answers"]
+__all__ = ["WeightDtype", "absent_share", "decoder_step", "draw_token", "write_answers"]
 
 WeightDtype = Literal["float32", "float16", "bfloat16"]
 """Of a weight matrix; bfloat16 is held as uint16 bit patterns, since NumPy has no such type."""
@@ -55,6 +55,20 @@ def decoder_step(
         raise ArrayError(f"decoder_step: {str(err).splitlines()[0]}") from err
 
 
+def absent_share(logits: NDArray[np.float32], leads_to_absent: NDArray[np.bool_]) -> float:
+    """Probability that the target is absent: of the tokens that say so, in the softmax of finite logits (K,) float32.
+
+    >>> round(absent_share(np.array([0, 2], np.float32), np.array([False, True])), 4)
+    0.8808
+    """
+    check_array(logits, "logits", "(K,)", 1, np.dtype(np.float32))
+    check_array(leads_to_absent, "leads_to_absent", "(K,)", 1, np.dtype(np.bool_))
+    try:
+        return _kernels.absent_share(logits, leads_to_absent)
+    except ValueError as err:
+        raise ArrayError(f"absent_share: {err}") from err
+
+
 def draw_token(logits: NDArray[np.float32], temperature: float, share: float) -> int:
     """Index into logits (K,) float32 that a number `share` in [0, 1) draws from their softmax at a temperature above 0.
 
@@ -80,8 +94,8 @@ def write_answers(
 ) -> None:
     """Choose tokens, take those that the grammar forces and run the decoder, again and again, for one or more answers.
 
-    Ends when an answer is done, or cannot go on here: where absent is a choice, logits are not finite, or there is no
-    room. That one is then as it was before, and its next choice must be made otherwise.
+    Ends when an answer is done, or cannot go on here: where absent is a choice that it does not make here, logits are
+    not finite, or there is no room. That one is then as it was before, and its next choice must be made otherwise.
 
     Parameters
     ----------

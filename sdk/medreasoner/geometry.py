@@ -46,7 +46,7 @@ class Placement:
         """(..., 2) points of the grid as points of the image, clipped to it: [0, width] x [0, height]."""
         scale = (self.image_width / self.content_width, self.image_height / self.content_height)
         moved = np.asarray(points, np.float64) * scale
-        return np.clip(moved, 0.0, (self.image_width, self.image_height))
+        return np.minimum(np.maximum(moved, 0.0), (self.image_width, self.image_height))
 
     def answer_limits(self, coordinates: Coordinates) -> tuple[int, int]:
         """Largest x and y that an answer may name, so that it stays on the image."""

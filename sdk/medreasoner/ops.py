@@ -22,7 +22,7 @@ from medreasoner._array_checks import (
     check_size,
     check_weight,
 )
-from medreasoner._decoder_ops import WeightDtype, decoder_step, draw_token, write_answers
+from medreasoner._decoder_ops import WeightDtype, absent_share, decoder_step, draw_token, write_answers
 from medreasoner._kernels import (
     AnswerGrammar,
     AnswerParser,
@@ -49,6 +49,7 @@ __all__ = [
     "Rle",
     "VoiFunction",
     "WeightDtype",
+    "absent_share",
     "count_masks",
     "cpu_features",
     "decoder_step",

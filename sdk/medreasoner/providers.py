@@ -365,6 +365,7 @@ class OrtSession:
         self._device: Literal["cpu", "cuda"] = "cpu" if got[0] == CPU else "cuda"
         rows = self._session.get_modelmeta().custom_metadata_map.get("max_rows", "")
         self._max_rows = int(rows) if rows.isdecimal() and int(rows) else None
+        self._plain = OrtRun(self._session, self.outputs)
 
     @property
     def max_rows(self) -> int | None:
@@ -381,8 +382,10 @@ class OrtSession:
         """Zeroed buffer on the session's device."""
         return OrtBuffer.zeros(shape, dtype, self._device)
 
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "OrtBinding":
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "OrtBinding | OrtRun":
         """Run state whose named inputs and outputs stay in these buffers; one thread at a time may use it."""
+        if not inputs and not outputs and self._device == "cpu":
+            return self._plain
         binding = self._session.io_binding()
         for call, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
@@ -392,6 +395,27 @@ class OrtSession:
         free = [name for name in self.outputs if name not in outputs]
         kept = (*inputs.values(), *outputs.values())  # a binding knows addresses only
         return OrtBinding(self._session, binding, bound=list(outputs), free=free, cache=self._cache, kept=kept)
+
+
+class OrtRun:
+    """A run on the CPU with nothing bound: a binding made for it costs as much as some of a small graph's nodes."""
+
+    def __init__(self, session: Any, outputs: tuple[str, ...]) -> None:
+        self._session, self._outputs = session, outputs
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """All outputs.
+
+        Raises
+        ------
+        ProviderError
+            If the run fails.
+        """
+        try:
+            given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+            return dict(zip(self._outputs, self._session.run(self._outputs, given), strict=True))
+        except Exception as err:  # ONNX Runtime raises classes of its own, without a common base
+            raise ProviderError(f"ONNX Runtime failed: {err!s:.300}") from err
 
 
 class OrtBinding:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,20 +128,21 @@ class Segmenter:
         self, image: Embedded, places: NDArray[np.float64], labels: list[int]
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Masks for prompts (batch, n_points, 2) in the grid."""
-        outputs = self._decoder.bind({}, {}).run(
-            {
-                **image.features,
-                "points": places.astype(np.float32),
-                "labels": np.array([labels] * len(places), np.int64),
-            }
-        )
-        every = np.arange(len(places))
-        scores = outputs["predicted_iou"]
-        best = scores.argmax(axis=1)
-        logits = outputs["mask_logits"][every, best]
+        given: dict[str, NDArray[Any]] = {
+            **image.features,
+            "points": places.astype(np.float32),
+            "labels": np.array([labels] * len(places), np.int64),
+        }
+        outputs = self._decoder.bind({}, {}).run(given)
+        scores, logits = outputs["predicted_iou"], outputs["mask_logits"]
+        if scores.shape[1] == 1:
+            best, logits = scores[:, 0], logits[:, 0]
+        else:
+            every, chosen = np.arange(len(places)), scores.argmax(axis=1)
+            best, logits = scores[every, chosen], logits[every, chosen]
         if not (np.isfinite(scores).all() and np.isfinite(logits).all()):
             raise GenerationError("the segmenter's numbers are not finite; the model or its precision is at fault")
-        return np.ascontiguousarray(logits), np.clip(scores[every, best], 0.0, 1.0)
+        return np.ascontiguousarray(logits), np.minimum(np.maximum(best, 0.0), 1.0)
 
     def _prompts(
         self, placement: Placement, corners: NDArray[np.float64] | None, points: NDArray[np.float64] | None

@@ -7,6 +7,7 @@ checks the types and puts the path of the key before the message.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeAlias
 
 from medreasoner.errors import BundleError
@@ -54,6 +55,7 @@ WeightDtype = Literal["float32", "float16", "bfloat16"]
 Triple: TypeAlias = tuple[float, float, float]
 
 
+@cache
 def coordinate_scale(coordinates: Coordinates) -> int | None:
     """N of ``"relative_N"``, or None for ``"absolute"``.
 

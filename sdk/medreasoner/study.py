@@ -297,7 +297,7 @@ class Study:
     ) -> Grounding:
         engine, spacing = self._engine, self.image.pixel_spacing_mm
         found = decoded.corners is not None
-        empty = ("the segmenter returned an empty mask",) if found and not mask.any() else ()
+        empty = ("the segmenter returned an empty mask",) if found and _is_empty(mask, decoded.points) else ()
         return Grounding(
             found=found,
             box=_flat(decoded.corners),
@@ -318,6 +318,15 @@ class Study:
             model_version=engine.model_version,
             model_digest=engine.model_digest,
         )
+
+
+def _is_empty(mask: NDArray[np.bool_], points: NDArray[np.float64] | None) -> bool:
+    """Whether nothing is set; looks at the places first that should be, since a mask is as large as its image."""
+    height, width = mask.shape
+    for x, y in [] if points is None else points.tolist():
+        if mask[min(int(y), height - 1), min(int(x), width - 1)]:
+            return False
+    return not mask.any()
 
 
 def _flat(corners: NDArray[np.float64] | None) -> tuple[float, float, float, float] | None:

@@ -307,3 +307,64 @@ def test_fewer_states_are_the_last_of_all(simd, pack, lengths, seed):
         run([n + 1 for n in counts])
     with pytest.raises(ArrayError, match="n_out"):
         run([*n_out, 1])
+
+
+ABSENT = [1, 2, 9, 8]
+
+
+def decided(model, pending, cache, grammar, threshold):
+    """The answer with what NumPy makes of the first choice, and a run of its own for what comes then."""
+    state = grammar.start(LIMIT, LIMIT)
+    row = Row(state, cache, 5, 5, [*pending, *state.forced()], 0.0, [])
+    embeds = ops.gather_rows(model.embedding, "float32", np.array(row.pending, np.int64))
+    at = slice(5, 5 + len(row.pending))
+    hidden = ops.decoder_step([cache], [5], [len(embeds)], embeds, model.cos[at], model.sin[at])[-1]
+    row.past, row.position, row.n_runs = at.stop, at.stop, 1
+    present, absent = 3, 9
+    logits = ops.project_rows(hidden, model.head, "float32", np.array([present, absent], np.int32)).astype(np.float64)
+    share = float(1 / (1 + np.exp(logits[0] - logits[1])))
+    is_absent = logits[1] > logits[0] if threshold is None else share > threshold
+    state.accept(absent if is_absent else present)
+    row.pending = [absent if is_absent else present, *state.forced()]
+    row.written = list(row.pending)
+    by_steps(model, row)
+    return row, share
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0, 0.2, 0.8, 1.0])
+@pytest.mark.parametrize("is_guessed", [False, True])
+@every_level
+@given(seed=st.integers(0, 99), n=st.integers(1, 40))
+def test_absent_is_decided_on_the_way(simd, is_guessed, threshold, seed, n):
+    model = make_model(seed, pack=True)
+    grammar = ops.AnswerGrammar(LITERALS, SINGLE, ABSENT)
+    pending = np.random.default_rng(seed).integers(20, 60, n).tolist()
+    expected, share = decided(
+        model, pending, model.step.open(*caches(model.weights, CAPACITY, np.float16, seed)), grammar, threshold
+    )
+    state = grammar.start(LIMIT, LIMIT)
+    sequence = model.step.open(*caches(model.weights, CAPACITY, np.float16, seed))
+    ahead = [3] if is_guessed else []  # what follows where the target is there, up to its first number
+    pending += [*state.forced(), *ahead]
+    writing = ops.AnswerWriting(state, sequence, 5, 5, None, pending, 0.0, [], True, threshold, ahead)
+    ops.write_answers([writing], *model.matrices(), ops.Interrupt(), None)
+    assert writing.written == expected.written
+    assert state.absent == expected.state.absent
+    assert state.values == expected.state.values
+    assert writing.absent_share == pytest.approx(share, abs=1e-5)
+    assert writing.n_chosen == expected.n_chosen
+    assert writing.n_runs == expected.n_runs - (is_guessed and not state.absent)
+    assert writing.seconds_to_hidden > 0
+
+
+def test_absent_is_left_to_the_caller_unless_he_asks():
+    model = make_model(1)
+    state = ops.AnswerGrammar(LITERALS, SINGLE, ABSENT).start(LIMIT, LIMIT)
+    sequence = model.step.open(*caches(model.weights, CAPACITY, np.float16, 1))
+    writing = ops.AnswerWriting(state, sequence, 5, 5, None, [20, *state.forced(), 3], 0.0, [], ahead=[3])
+    ops.write_answers([writing], *model.matrices(), ops.Interrupt(), None)
+    assert writing.is_stuck
+    assert state.at_absent_choice
+    assert writing.absent_share is None
+    with pytest.raises(ValueError, match="pending must end with ahead"):
+        ops.AnswerWriting(state, sequence, 5, 5, None, [20, 3], 0.0, [], ahead=[3, 4])

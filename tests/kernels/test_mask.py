@@ -40,11 +40,13 @@ def test_mask_equals_torch_interpolate_of_the_crop(h, w, height, width, threshol
 
 
 @pytest.mark.parametrize(("size", "out"), [((64, 64), (1024, 811)), ((256, 256), (512, 512)), ((256, 256), (100, 90))])
-def test_smooth_masks_equal_torch_at_working_sizes(size, out):
+def test_smooth_masks_equal_torch_at_working_sizes(simd, size, out):
     y, x = np.indices(size)
     logits = (np.sin(y / 9) * np.cos(x / 7) * 8 + 1).astype(np.float32)
     found = ops.mask_from_logits(logits, crop=size, height=out[0], width=out[1])
     assert_same_where_clear(found, interpolated(logits, *out), 0.0)
+    plain = ops.count_masks(logits[None], crop=size, height=out[0], width=out[1])  # the same sums, without SIMD by hand
+    np.testing.assert_array_equal(found, plain == 1)
 
 
 @many

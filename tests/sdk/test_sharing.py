@@ -17,6 +17,7 @@ from tests.sdk.test_grounder import QUERIES, picture, same, with_threshold
 import medreasoner as mr
 from medreasoner.engine import Engine
 from medreasoner.readings import ReadingCache
+from medreasoner.reasoner import scheduler
 from medreasoner.reasoner.choosing import Choosing
 
 Loader = Callable[..., mr.Grounder]
@@ -158,7 +159,7 @@ class Slow:
         decoder = grounder._engine.reasoner._decoder
         self._run, self._seconds, self.rows = decoder.run, seconds, list[int]()
         patch.setattr(decoder, "run", self.run)
-        patch.setattr(Choosing, "goes_whole", False)  # a tick for each step
+        patch.setattr(Choosing, "goes_whole", lambda *_: False)  # a tick for each step
 
     def run(self, steps: Any) -> Any:
         self.rows.append(len(steps))
@@ -242,26 +243,28 @@ def test_an_event_loop_goes_on_and_may_cancel(
 
 
 def test_a_failing_run_fails_those_who_took_part_and_no_other(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Any) -> Any:
+    def fail(*_: Any, **__: Any) -> Any:
         raise mr.ProviderError("the device is gone")
 
     with load() as grounder, grounder.open(picture()) as study:
         expected = study.ground(QUERIES[0])
         with monkeypatch.context() as patch:
             patch.setattr(grounder._engine.reasoner._decoder, "run", fail)
+            patch.setattr(scheduler, "write_together", fail)
             with pytest.raises(mr.ProviderError, match="the device is gone"):
                 study.ground(QUERIES[0])
         assert same(study.ground(QUERIES[0]), expected)
 
 
 def test_an_interrupt_leaves_the_model_usable(load: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(_: Any) -> Any:
+    def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
     with load() as grounder, grounder.open(picture()) as study:
         expected = study.ground(QUERIES[0])
         with monkeypatch.context() as patch:
             patch.setattr(grounder._engine.reasoner._decoder, "run", interrupt)
+            patch.setattr(scheduler, "write_together", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 study.ground(QUERIES[0])
         assert same(study.ground(QUERIES[0]), expected)

@@ -1,8 +1,7 @@
 """Writes answers: an optional thought in free text, then the answer by the grammar, or freely to compare."""
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -12,7 +11,7 @@ from medreasoner.errors import BundleError, GenerationError
 from medreasoner.ops import AnswerParser, AnswerState, ParsedAnswer
 from medreasoner.reasoner.choosing import Choosing
 from medreasoner.reasoner.decoder import Step
-from medreasoner.reasoner.generate import NOT_FINITE, Sampler, Sequencer, choose, free_text, if_present
+from medreasoner.reasoner.generate import NOT_FINITE, Choices, Sampler, Sequencer, free_text
 from medreasoner.reasoner.grammar import GrammarBook
 from medreasoner.reasoner.weights import WeightMatrix
 from medreasoner.result import Answer, Thought
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AnswerWriter", "Opening", "Written"]
 
+_MOST_BEGINNINGS = 64
 _FREE_ANSWER_TOKENS = 128  # room for an answer in digits, where no grammar bounds it
 
 States: TypeAlias = NDArray[np.float32]
@@ -64,6 +64,7 @@ class AnswerWriter:
         self._spec, self._texts = spec, spec.answer
         self._tokenizer, self._lm_head = tokenizer, lm_head
         self._grammars = GrammarBook(tokenizer, spec.answer)
+        self._beginnings: dict[tuple[tuple[int, int], str], tuple[AnswerState, list[int], Choices]] = {}
         self._think_open, self._think_close = self._ids(spec.answer.think_open), self._ids(spec.answer.think_close)
         end = tokenizer.token_to_id(spec.answer.end)
         if end is None:
@@ -72,7 +73,7 @@ class AnswerWriter:
 
     def prepare(self, limits: tuple[int, int]) -> None:
         """Build the grammar for answers up to these limits now, not at the first query."""
-        self._grammars.grammar(max(limits))
+        self._beginning(limits, "")
 
     def write(
         self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool, sampler: Sampler | None
@@ -92,53 +93,78 @@ class AnswerWriter:
         sampler
             Draws the tokens; None: the likeliest.
         """
-        opening = yield from self.open(sequencer, pending, limits=limits, think=think, sampler=sampler)
-        return (yield from self.go_on(sequencer, opening, sampler))
+        thought = yield from self._think(sequencer, pending, sampler, think=think)
+        opening, choosing = self._start(sequencer, thought, limits, sampler)
+        return (yield from self._finish(sequencer, opening, choosing, sampler))
 
     def open(
         self, sequencer: Sequencer, pending: list[int], *, limits: tuple[int, int], think: bool, sampler: Sampler | None
     ) -> Generator[Thought | Step, States, "Opening"]:
         """The first part of `write`: up to the first number, or to the answer that there is none."""
-        thought = _Thought(text=None, rest="", n_tokens=0, pending=pending)
-        if think:
-            thought = yield from self._think(sequencer, pending, sampler)
-        state = self._grammars.grammar(max(limits), written=thought.rest).start(*limits)
-        ids = state.forced()
-        free = [False] * len(ids)
-        pending = [*thought.pending, *ids]
-        guess = if_present(state)
-        hidden = yield from sequencer.feed([*pending, *guess], len(guess) + 1)
-        if sequencer.n_runs == 1:
-            sequencer.lap("prefill")
-        at_choice = hidden[0]
-        if not state.at_absent_choice:
-            return Opening(thought=thought, state=state, ids=ids, free=free, hidden=at_choice)
-        token, probability = choose(state, at_choice, self._lm_head, self._spec.absent_threshold, sampler)
-        state.accept(token)
-        own = [token, *state.forced()]
-        known = partial(
-            Opening,
-            thought=thought,
-            state=state,
-            ids=ids + own,
-            free=[*free, *_one_chosen(own)],
-            absent_probability=probability,
+        thought = yield from self._think(sequencer, pending, sampler, think=think)
+        opening, choosing = self._start(sequencer, thought, limits, sampler)
+        yield from choosing.begin()
+        return replace(
+            opening,
+            state=choosing.state,
+            ids=opening.ids + choosing.ids,
+            free=[*opening.free, *_one_chosen(choosing.ids)],
+            hidden=choosing.hidden,
+            pending=choosing.pending,
+            absent_probability=choosing.absent_probability,
         )
-        return known(hidden=hidden[-1]) if own == guess else known(pending=own)  # the guess has been fed already
+
+    def _start(
+        self, sequencer: Sequencer, thought: "_Thought", limits: tuple[int, int], sampler: Sampler | None
+    ) -> "tuple[Opening, Choosing]":
+        """An answer of which nothing has been chosen yet."""
+        state, ids, choices = self._beginning(limits, thought.rest)
+        opening = Opening(thought=thought, state=state, ids=ids, free=[False] * len(ids))
+        choosing = Choosing(
+            sequencer,
+            state.copy(),
+            self._lm_head,
+            pending=[*thought.pending, *ids],
+            sampler=sampler,
+            first=choices,
+            absent_threshold=self._spec.absent_threshold,
+        )
+        return opening, choosing
+
+    def _beginning(self, limits: tuple[int, int], written: str) -> tuple[AnswerState, list[int], Choices]:
+        """An answer at its first choice, the tokens that led there, and what it may go on with."""
+        known = self._beginnings.get((limits, written))
+        if known is None:
+            state = self._grammars.grammar(max(limits), written=written).start(*limits)
+            known = state, state.forced(), Choices(state)
+            if len(self._beginnings) >= _MOST_BEGINNINGS:  # images of many sizes
+                self._beginnings.clear()
+            self._beginnings[limits, written] = known
+        return known
 
     def go_on(self, sequencer: Sequencer, opening: "Opening", sampler: Sampler | None) -> Writing:
         """The rest of `write`; an opening may be gone on with several times."""
-        thought, state = opening.thought, opening.state.copy()
         choosing = Choosing(
-            sequencer, state, self._lm_head, hidden=opening.hidden, pending=opening.pending, sampler=sampler
+            sequencer,
+            opening.state.copy(),
+            self._lm_head,
+            hidden=opening.hidden,
+            pending=opening.pending,
+            sampler=sampler,
         )
+        return (yield from self._finish(sequencer, opening, choosing, sampler))
+
+    def _finish(self, sequencer: Sequencer, opening: "Opening", choosing: Choosing, sampler: Sampler | None) -> Writing:
+        """Write to the end what began with `opening`."""
+        thought, state = opening.thought, choosing.state
         while not choosing.done:
             yield choosing  # whoever runs the decoder may write as far as it can, or leaves it as it is
             if choosing.is_stuck:
                 yield from choosing.by_hand()
         sequencer.lap("answer")
         ids = opening.ids + choosing.ids
-        n_chosen = choosing.n_chosen + (opening.absent_probability is not None)
+        probability = choosing.absent_probability if opening.absent_probability is None else opening.absent_probability
+        n_chosen = choosing.n_chosen + (probability is not None)
         text = thought.rest + self._text(ids)
         yield Answer(text)
         return Written(
@@ -148,15 +174,17 @@ class AnswerWriter:
             n_thought=thought.n_tokens,
             n_answer=len(ids),
             n_forced=len(ids) - n_chosen,
-            absent_probability=opening.absent_probability,
+            absent_probability=probability,
             warnings=thought.warnings,
             ids=(*thought.ids, *ids),
             free=() if sampler is None else (*thought.free, *opening.free, *_chosen(opening.state, choosing.ids)),
         )
 
     def _think(
-        self, sequencer: Sequencer, pending: list[int], sampler: Sampler | None
+        self, sequencer: Sequencer, pending: list[int], sampler: Sampler | None, *, think: bool
     ) -> Generator[Thought | Step, States, "_Thought"]:
+        if not think:
+            return _Thought(text=None, rest="", n_tokens=0, pending=pending)
         limit = self._spec.max_think_tokens
         if limit == 0:
             warning = "this model was not trained to reason in words"
@@ -329,8 +357,8 @@ def _chosen(state: AnswerState, ids: list[int]) -> list[bool]:
 
 
 def _one_chosen(ids: list[int]) -> list[bool]:
-    """A choice with the tokens that it forces."""
-    return [True, *[False] * (len(ids) - 1)]
+    """A choice with the tokens that it forces; or nothing."""
+    return [True, *[False] * (len(ids) - 1)] if ids else []
 
 
 def _values(parsed: ParsedAnswer, limits: tuple[int, int]) -> tuple[float, ...]:

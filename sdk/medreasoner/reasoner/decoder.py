@@ -136,6 +136,11 @@ class Decoder:
         positions = text_positions(0, spec.max_length)
         self._cos, self._sin = self._tables(positions)
 
+    @property
+    def kernel_limit(self) -> int:
+        """Most tokens of one sequence that are run without the graph at once."""
+        return 0 if self._step is None else self._step.max_tokens
+
     def _allocate(self, n_rows: int) -> dict[str, Buffer]:
         spec = self._spec
         shape = (n_rows, spec.n_kv_heads, spec.max_length, spec.head_dim)

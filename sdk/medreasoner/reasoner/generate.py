@@ -16,7 +16,7 @@ from medreasoner.timing import Stopwatch
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Feeding", "Sampler", "Sequencer", "choose", "free_text", "held_back", "if_present"]
+__all__ = ["Choices", "Feeding", "Sampler", "Sequencer", "choose", "free_text", "held_back"]
 
 States: TypeAlias = NDArray[np.float32]
 E = TypeVar("E")
@@ -76,6 +76,11 @@ class Sequencer:
         """Book the time since the last lap to a stage."""
         self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + self._watch.lap()
 
+    def move(self, source: str, stage: str, milliseconds: float) -> None:
+        """Book some of a stage's time to another one."""
+        self.timings_ms[source] -= milliseconds
+        self.timings_ms[stage] = self.timings_ms.get(stage, 0.0) + milliseconds
+
 
 class Sampler:
     """Draws tokens from what the model gives them, reproducibly: each sequence has numbers of its own.
@@ -113,6 +118,90 @@ class Sampler:
         del self._shares[:n]
 
 
+class Choices:
+    """What the grammar allows at a choice, worked out once for all answers that come to it.
+
+    Parameters
+    ----------
+    state
+        At a choice.
+
+    Attributes
+    ----------
+    rows
+        (K,) int32 tokens.
+    if_present
+        Tokens that come next if the target is in the image, up to the first number; none but at that very choice. Fed
+        along with what comes before, they save the first number a run of its own: a choice between two words reads as
+        many weights as twenty tokens do.
+    """
+
+    def __init__(self, state: AnswerState) -> None:
+        self.rows = state.allowed()
+        self.decides_absent = state.at_absent_choice
+        self.if_present: list[int] = []
+        if not self.decides_absent:
+            return
+        self._is_absent = [_leads_to_absent(state, token) for token in self.rows.tolist()]
+        self._absent_rows = np.array(self._is_absent, np.bool_)
+        ways = [int(token) for token in self.rows[~self._absent_rows]]
+        if len(ways) == 1:
+            ahead = state.copy()
+            ahead.accept(ways[0])
+            self.if_present = [ways[0], *ahead.forced()]
+
+    def choose(
+        self,
+        hidden: NDArray[np.float32],
+        lm_head: LanguageHead,
+        absent_threshold: float | None,
+        sampler: Sampler | None = None,
+    ) -> tuple[int, float | None]:
+        """Token to go on with.
+
+        Parameters
+        ----------
+        hidden
+            (hidden_dim,) float32 last hidden state.
+        lm_head
+            The language head.
+        absent_threshold
+            Probability of the absent answer, among the tokens allowed, above which it is given; None: if it is the
+            likeliest.
+        sampler
+            Draws the token where the choice is another one, or it draws that too; None: the likeliest.
+
+        Returns
+        -------
+        token : int
+        absent_probability : float or None
+            Where absent is among the choices, its probability.
+
+        Raises
+        ------
+        GenerationError
+            If the logits are not finite.
+        """
+        if not self.decides_absent and sampler is None:
+            try:
+                return lm_head.likeliest(hidden, self.rows), None
+            except ArrayError as err:
+                raise GenerationError(NOT_FINITE) from err
+        logits = lm_head.logits(hidden, self.rows)
+        if not np.isfinite(logits).all():
+            raise GenerationError(NOT_FINITE)
+        if not self.decides_absent:
+            assert sampler is not None
+            return int(self.rows[sampler.draw(logits)]), None
+        probability = ops.absent_share(logits, self._absent_rows)
+        if sampler is not None and sampler.draws_absent:
+            return int(self.rows[sampler.draw(logits)]), probability
+        values = logits.tolist()
+        wanted = (False, True) if absent_threshold is None else (probability > absent_threshold,)
+        best = max((k for k, is_absent in enumerate(self._is_absent) if is_absent in wanted), key=values.__getitem__)
+        return int(self.rows[best]), probability
+
+
 def choose(
     state: AnswerState,
     hidden: NDArray[np.float32],
@@ -120,77 +209,14 @@ def choose(
     absent_threshold: float | None,
     sampler: Sampler | None = None,
 ) -> tuple[int, float | None]:
-    """Token to go on with at a choice of the grammar.
-
-    Parameters
-    ----------
-    state
-        At a choice.
-    hidden
-        (hidden_dim,) float32 last hidden state.
-    lm_head
-        The language head.
-    absent_threshold
-        Probability of the absent answer, among the tokens allowed, above which it is given; None: if it is the
-        likeliest.
-    sampler
-        Draws the token where the choice is another one, or it draws that too; None: the likeliest.
-
-    Returns
-    -------
-    token : int
-    absent_probability : float or None
-        Where absent is among the choices, its probability.
-
-    Raises
-    ------
-    GenerationError
-        If the logits are not finite.
-    """
-    rows = state.allowed()
-    if not state.at_absent_choice and sampler is not None:
-        logits = lm_head.logits(hidden, rows)
-        if not np.isfinite(logits).all():
-            raise GenerationError(NOT_FINITE)
-        return int(rows[sampler.draw(logits)]), None
-    if not state.at_absent_choice:
-        try:
-            return lm_head.likeliest(hidden, rows), None
-        except ArrayError as err:
-            raise GenerationError(NOT_FINITE) from err
-    logits = lm_head.logits(hidden, rows)
-    if not np.isfinite(logits).all():
-        raise GenerationError(NOT_FINITE)
-    is_absent = np.array([_leads_to_absent(state, int(token)) for token in rows])
-    weights = np.exp(logits - logits.max())
-    probability = float(weights[is_absent].sum() / weights.sum())
-    if sampler is not None and sampler.draws_absent:
-        return int(rows[sampler.draw(logits)]), probability
-    if absent_threshold is not None:
-        logits = np.where(is_absent == (probability > absent_threshold), logits, -np.inf)
-    return int(rows[int(np.argmax(logits))]), probability
+    """Token to go on with at a choice of the grammar: see `Choices.choose`."""
+    return Choices(state).choose(hidden, lm_head, absent_threshold, sampler)
 
 
 def _leads_to_absent(state: AnswerState, token: int) -> bool:
     ahead = state.copy()
     ahead.accept(token)
     return bool(ahead.absent)
-
-
-def if_present(state: AnswerState) -> list[int]:
-    """Tokens that come next if the target is in the image, up to the first number; none but at that very choice.
-
-    Fed along with what comes before, they save the first number a run of its own: a choice between two words reads as
-    many weights as twenty tokens do.
-    """
-    if not state.at_absent_choice:
-        return []
-    ways = [int(token) for token in state.allowed() if not _leads_to_absent(state, int(token))]
-    if len(ways) != 1:
-        return []
-    ahead = state.copy()
-    ahead.accept(ways[0])
-    return [ways[0], *ahead.forced()]
 
 
 def held_back(text: str, stop: str) -> int:

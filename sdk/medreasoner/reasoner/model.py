@@ -380,7 +380,7 @@ class Reasoner:
     def _decoded(self, written: Written, prefix: Prefix, n_prompt: int, sequencer: Sequencer) -> Decoded:
         corners = points = None
         if written.values is not None:
-            pairs = np.reshape(written.values, (4, 2))  # two corners, two points
+            pairs = np.array(written.values, np.float64).reshape(4, 2)  # two corners, two points
             places = prefix.placement.from_answer(pairs, self.spec.coordinates)
             corners, points = places[:2], places[2:]
         return Decoded(

@@ -6,7 +6,7 @@ from medreasoner.errors import BundleError, QueryError
 from medreasoner.spec import ReasonerSpec
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
 
 __all__ = ["Prompt", "load_tokenizer"]
 
@@ -66,6 +66,11 @@ class Prompt:
         self._prefix = wholes[0][:length]
         if image_token not in self._prefix:
             raise BundleError("reasoner.prompt.template: the image's place depends on the query")
+        self._around = self._ids(self._before), self._ids(self._after)
+        self._joins = _stands_alone(self._before, self._after, list(added.values())) and all(
+            self._joined(self._ids(probe)) == whole for probe, whole in zip(_PROBES, wholes, strict=True)
+        )
+        self._expanded: tuple[int, list[int]] = (-1, [])  # how the last prompt began, by its number of image tokens
 
     def prefix(self, n_image_tokens: int) -> list[int]:
         """Token ids that the prompts of all queries share, with the image's tokens."""
@@ -79,8 +84,13 @@ class Prompt:
         QueryError
             If the query is not text, empty, holds a reserved token, or is longer than the model accepts.
         """
-        text = self.check(query)
-        return self._expand(self._ids(self._before + text + self._after), n_image_tokens)
+        text, ids = self._checked(query)
+        if not self._joins:
+            return self._expand(self._ids(self._before + text + self._after), n_image_tokens)
+        known = self._expanded
+        if known[0] != n_image_tokens:
+            self._expanded = known = (n_image_tokens, self._expand(self._around[0], n_image_tokens))
+        return [*known[1], *ids, *self._around[1]]
 
     def check(self, query: str) -> str:
         """Query without white space around it.
@@ -90,6 +100,10 @@ class Prompt:
         QueryError
             If the query is not text, empty, holds a reserved token, or is longer than the model accepts.
         """
+        return self._checked(query)[0]
+
+    def _checked(self, query: str) -> tuple[str, list[int]]:
+        """The same, with its tokens."""
         if not isinstance(query, str):
             raise QueryError(f"query: expected text, got {type(query).__name__}")
         text = query.strip()
@@ -103,7 +117,12 @@ class Prompt:
             raise QueryError("query: holds a token that is reserved for the prompt's structure")
         if len(ids) > self._limit:
             raise QueryError(f"query: {len(ids)} tokens, at most {self._limit} are accepted; shorten it")
-        return text
+        return text, ids
+
+    def _joined(self, ids: list[int]) -> list[int]:
+        """A prompt whose query has these tokens."""
+        before, after = self._around
+        return [*before, *ids, *after]
 
     def _ids(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
@@ -115,6 +134,24 @@ class Prompt:
         return [*ids[:at], *[self.image_token] * n_image_tokens, *ids[at + 1 :]]
 
 
+def _stands_alone(before: str, after: str, added: "list[AddedToken]") -> bool:
+    """Whether special tokens stand on both sides of the query, so that its tokens are what they are without the rest.
+
+    A tokenizer splits at these before it does anything else, unless another added token reaches over one's edge.
+    """
+    plain = [each.content for each in added if each.special and not each.normalized and not each.single_word]
+    left = max((each for each in plain if before.endswith(each)), key=len, default="")
+    right = max((each for each in plain if after.startswith(each)), key=len, default="")
+    if not left or not right:
+        return False
+    others = [each.content for each in added]
+    is_longer = any(each != left and left in each for each in others)
+    reaches_over = any(each[-n:] == right[:n] for each in others for n in range(1, len(right)))
+    return not is_longer and not reaches_over
+
+
 def common_length(a: list[int], b: list[int]) -> int:
     """How many leading items two lists share."""
+    if b[: len(a)] == a:
+        return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

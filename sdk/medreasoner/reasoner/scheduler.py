@@ -5,8 +5,8 @@ own answer has got on; then another takes over. A single caller so pays for no c
 
 Each sequence is a generator that yields `Step`s, and is sent their hidden states. A tick runs the next step of every
 sequence that has a slot. Long ones go in pieces while others run, so that reading a prompt does not stall an answer.
-Where all of them have come to an answer's choices, the kernel writes those in one tick, until one is done; who joins or
-gives up interrupts it between two steps.
+Where all of them have come to their answers, the kernel reads what is left of the questions and writes those in one
+tick, until one is done; who joins or gives up interrupts it between two steps.
 """
 
 import threading
@@ -184,7 +184,7 @@ class Ticket(Generic[T]):
         assert stream is not None
         try:
             item = next(stream) if states is None else stream.send(states)
-            while not isinstance(item, Step | Choosing):
+            while not isinstance(item, (Step, Choosing)):
                 self.events.append(item)
                 item = next(stream)
         except StopIteration as stop:
@@ -329,7 +329,8 @@ class Scheduler:
         if not active:
             return
         try:
-            choosing = [ticket.choosing for ticket in active if ticket.choosing and ticket.choosing.goes_whole]
+            limit = min(_LARGEST_CHUNK if len(active) == 1 else _CHUNK, self._decoder.kernel_limit)
+            choosing = [ticket.choosing for ticket in active if ticket.choosing and ticket.choosing.goes_whole(limit)]
             if len(choosing) == len(active):
                 seconds = min((left for left in lefts if left is not None), default=None)
                 write_together(choosing, self._interrupt, seconds, n_threads=self._n_threads)

@@ -31,11 +31,11 @@ def test_written_whole_or_by_hand(bundle: Path, monkeypatch: pytest.MonkeyPatch,
         assert counted  # by the kernel
         runs = len(counted)
         with monkeypatch.context() as patch:
-            patch.setattr(Choosing, "goes_whole", False)
+            patch.setattr(Choosing, "goes_whole", lambda *_: False)
             by_hand = [study.ground(query, **options) for query in QUERIES]
             assert len(counted) == runs
         turn = iter(range(10**6))
-        monkeypatch.setattr(Choosing, "goes_whole", property(lambda _: next(turn) % 2 == 0))
+        monkeypatch.setattr(Choosing, "goes_whole", lambda *_: next(turn) % 2 == 0)
         monkeypatch.setattr(scheduler.Interrupt, "clear", scheduler.Interrupt.set)  # each whole run ends at once
         mixed = [study.ground(query, **options) for query in QUERIES]
     for one, *others in zip(written, by_hand, mixed, strict=True):

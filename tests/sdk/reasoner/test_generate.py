@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from medreasoner.errors import GenerationError
 from medreasoner.ops import AnswerGrammar
-from medreasoner.reasoner.generate import choose, free_text, held_back, if_present
+from medreasoner.reasoner.generate import Choices, choose, free_text, held_back
 from medreasoner.reasoner.weights import WeightMatrix
 
 GRAMMAR = AnswerGrammar(
@@ -61,15 +61,15 @@ def test_the_threshold_holds_only_where_absence_can_be_chosen() -> None:
 
 def test_what_follows_a_present_target_is_known_at_the_choice_and_nowhere_else() -> None:
     state = GRAMMAR.start(10, 10)
-    assert if_present(state) == []
+    assert Choices(state).if_present == []
     state.forced()
-    guess = if_present(state)
+    guess = Choices(state).if_present
     assert state.at_absent_choice  # asking moved nothing
     assert guess[0] == 2
     state.accept(guess[0])
     assert state.forced() == guess[1:]
     assert not state.absent
-    assert if_present(state) == []
+    assert Choices(state).if_present == []
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -52,6 +52,19 @@ def test_prefix_and_rest_are_the_tokens_of_the_whole_text(
     assert last_image < common_length(prefix, whole) <= len(prefix)
 
 
+@pytest.mark.parametrize("added", ["t<|im_", "<|vision_end|>t"])
+def test_an_added_token_that_reaches_over_the_querys_edge_is_found(
+    spec: BundleSpec, tokenizer: Tokenizer, added: str
+) -> None:
+    plain = Prompt(tokenizer, spec.reasoner)
+    assert plain._joins
+    tokenizer.add_tokens([added])
+    prompt = Prompt(tokenizer, spec.reasoner)
+    text = whole_text(spec.reasoner.prompt.template, "t")
+    assert prompt.whole("t", N_IMAGE) == tokenizer.encode(text, add_special_tokens=False).ids
+    assert not prompt._joins
+
+
 def test_the_prefix_of_the_plain_template_ends_at_the_query(spec: BundleSpec, tokenizer: Tokenizer) -> None:
     prefix = Prompt(tokenizer, spec.reasoner).prefix(N_IMAGE)
     before = spec.reasoner.prompt.template.partition("{query}")[0].replace("{image}", "<|image_pad|>" * N_IMAGE)
