@@ -386,7 +386,7 @@ def print_report(
         f"vocabulary {text['vocab_size']}; {options.prompt} tokens of prompt, {options.steps} timed; "
         f"{options.runs} interleaved runs after one to warm up"
     )
-    print(f"{_processor()}, {usable_cores()} usable cores, {platform.machine()}, Python {platform.python_version()}")
+    print(f"{processor()}, {usable_cores()} usable cores, {platform.machine()}, Python {platform.python_version()}")
     for name, side in sides.items():
         versions = ", ".join(f"{key} {value}" for key, value in side.facts["versions"].items())
         print(f"  {name}: {versions}; {side.facts['settings']}")
@@ -399,7 +399,7 @@ def print_report(
         print(f"{name}: NOT MEASURED: {error}")
     if options.json:
         facts = {
-            "shape": dict(text), "prompt": options.prompt, "steps": options.steps, "processor": _processor(),
+            "shape": dict(text), "prompt": options.prompt, "steps": options.steps, "processor": processor(),
             "threads": options.threads, "load": os.getloadavg(), "notes": noted, "errors": dict(turns.errors),
             "sides": {name: side.facts for name, side in sides.items()}, "memory_mib": memory,
             "seconds": {
@@ -413,7 +413,7 @@ def _percent(line: str) -> int:
     return max((int(word) for word in line.split() if word.isdigit()), default=0)
 
 
-def _processor() -> str:
+def processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -23,7 +23,7 @@ LOCKS = Path(__file__).parent / "locks"
 _KEEP_STORES = "-fno-tree-dse -fno-dse"
 BUILD: Mapping[str, Mapping[str, str]] = {
     "llama-cpp-python": {
-        "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF",
+        "CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=ON",
         "CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1),
         "CFLAGS": _KEEP_STORES,
         "CXXFLAGS": _KEEP_STORES,

@@ -1,14 +1,16 @@
 """A checkpoint as a GGUF file with all matrices in Q4_0, for llama.cpp and OpenVINO; needs the package gguf."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 from gguf.quants import quantize
 from text_checkpoint import read_matrix, tensors, text_config
 
-__all__ = ["bytes_a_token", "write_gguf"]
+__all__ = ["bytes_a_token", "finish", "rounded_matrix", "write_gguf"]
 
 _PARTS = {
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
@@ -18,7 +20,7 @@ _PARTS = {
 _AT_ONCE = 2048  # rows that are rounded together: the float32 copies stay small
 
 
-def write_gguf(checkpoint: Path, path: Path, *, head_twice: bool = False) -> None:
+def write_gguf(checkpoint: Path, path: Path, *, head_twice: bool = False, sections: Sequence[int] = ()) -> None:
     """Also the embedding, which is the language head, is in Q4_0: the fewest bytes a token.
 
     Parameters
@@ -27,9 +29,13 @@ def write_gguf(checkpoint: Path, path: Path, *, head_twice: bool = False) -> Non
         From where to where.
     head_twice
         Write the language head as a matrix of its own, for a reader that would turn the shared one into floats.
+    sections
+        Of a head's rotations, those of time, rows and columns: the text model of a Qwen2.5-VL that is to read images.
     """
     config = text_config(checkpoint)
-    writer = gguf.GGUFWriter(path, "qwen2")
+    writer = gguf.GGUFWriter(path, "qwen2vl" if sections else "qwen2")
+    if sections:
+        writer.add_rope_dimension_sections([*sections, 0])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(4096)
     writer.add_embedding_length(config["hidden_size"])
@@ -45,12 +51,23 @@ def write_gguf(checkpoint: Path, path: Path, *, head_twice: bool = False) -> Non
             if values.ndim == 1:
                 writer.add_tensor(_gguf_name(name), read_matrix(values))
                 continue
-            parts = [values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE)]
-            levels = pool.map(lambda part: quantize(read_matrix(part), gguf.GGMLQuantizationType.Q4_0), parts)
-            rounded = np.concatenate(list(levels))
+            rounded = rounded_matrix(values, gguf.GGMLQuantizationType.Q4_0, pool)
             writer.add_tensor(_gguf_name(name), rounded, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
             if head_twice and name == "model.embed_tokens.weight":
                 writer.add_tensor("output.weight", rounded, raw_dtype=gguf.GGMLQuantizationType.Q4_0)
+    finish(writer)
+
+
+def rounded_matrix(
+    values: npt.NDArray[np.uint16], kind: gguf.GGMLQuantizationType, pool: ThreadPoolExecutor
+) -> npt.NDArray[np.uint8]:
+    """bfloat16 bit patterns (rows, columns) in blocks of 32 columns."""
+    parts = [values[start : start + _AT_ONCE] for start in range(0, len(values), _AT_ONCE)]
+    return np.concatenate(list(pool.map(lambda part: quantize(read_matrix(part), kind), parts)))
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write all that was added."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -37,14 +37,16 @@ def write_text_checkpoint(checkpoint: Path, folder: Path) -> None:
         (folder / path.name).symlink_to(path.resolve())
 
 
-def tensors(checkpoint: Path) -> Iterator[tuple[str, npt.NDArray[np.uint16]]]:
-    """Names and bfloat16 bit patterns of the text model's tensors, mapped from their files."""
+def tensors(
+    checkpoint: Path, parts: tuple[str, ...] = ("model.", "lm_head.")
+) -> Iterator[tuple[str, npt.NDArray[np.uint16]]]:
+    """Names and bfloat16 bit patterns of the text model's tensors, or of other parts, mapped from their files."""
     for path in sorted(checkpoint.glob("*.safetensors")):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
         for name, entry in header.items():
-            if name.startswith(("model.", "lm_head.")):
+            if name.startswith(parts):
                 start = 8 + size + entry["data_offsets"][0]
                 yield name, np.memmap(path, np.uint16, mode="r", offset=start, shape=tuple(entry["shape"]))
 
