@@ -1,6 +1,6 @@
 """Make an environment for each peer, from its lock file::
 
-    python benchmarks/peers/install.py --into /tmp/peers [onnxruntime-genai openvino-genai llama-cpp-python]
+    python benchmarks/peers/install.py --into /tmp/peers [NAME...]
 
 Environments that are there already, of the same lock file, are kept. A peer that cannot be installed leaves its error
 in ``NAME.error``, which the comparisons print; the others go on.
@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import venv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 __all__ = ["LOCKS", "find_python"]
@@ -29,6 +29,8 @@ BUILD: Mapping[str, Mapping[str, str]] = {
         "CXXFLAGS": _KEEP_STORES,
     }
 }
+# Wants torchvision besides, which nothing here calls and which breaks all where its build is not that of torch.
+ALONE: Mapping[str, Sequence[str]] = {"optimum-intel": ("optimum-intel==2.2.0",)}
 _LAST_LINES = 3
 
 
@@ -54,18 +56,28 @@ def _options(name: str) -> list[str]:
     return ["--no-binary", name, "--no-cache-dir"] if name in BUILD else []
 
 
+def _run(command: Sequence[str], name: str, into: Path) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | BUILD.get(name, {}), check=False)
+    (into / f"{name}.log").write_text(done.stdout + done.stderr)
+    return done
+
+
 def install(into: Path, name: str) -> str:
     """What came of it, in a word or a line."""
     folder, lock, error = into / name, LOCKS / f"{name}.txt", into / f"{name}.error"
     stamp = folder / "lock.txt"
-    wanted = lock.read_text() + "".join(f"# {key}={value}\n" for key, value in BUILD.get(name, {}).items())
+    wanted = (
+        lock.read_text()
+        + "".join(f"# {each}\n" for each in ALONE.get(name, ()))
+        + "".join(f"# {key}={value}\n" for key, value in BUILD.get(name, {}).items())
+    )
     if stamp.is_file() and stamp.read_text() == wanted:
         return "there already"
     venv.create(folder, clear=True, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--disable-pip-version-check"]
-    command = [*pip, *_options(name), "-r", str(lock)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | BUILD.get(name, {}), check=False)
-    (into / f"{name}.log").write_text(done.stdout + done.stderr)
+    done = _run([*pip, *_options(name), "-r", str(lock)], name, into)
+    if not done.returncode and name in ALONE:
+        done = _run([*pip, "--no-deps", *ALONE[name]], name, into)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         error.write_text(" | ".join(lines[-_LAST_LINES:]))
