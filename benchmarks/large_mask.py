@@ -63,6 +63,7 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<
 SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TOKEN_SIDE = 28  # pixels of the image that become one token
 _WARM_UP, _AGAIN = 1_000_000, 1000  # numbers of images that no run asks about
+_WARM = "4 4"  # tokens that a peer writes to warm up
 _SETTLE_S = 0.2  # threads of the last side may spin for a while after their work
 
 
@@ -128,11 +129,15 @@ def write_sam(folder: Path) -> None:
 
 
 def export_ours(scratch: Path) -> None:
-    """Our bundle."""
-    options = ReasonerOptions(precision="int4")
-    export_reasoner(scratch / "checkpoint", scratch / "reasoner", options=options)
+    """Our bundle: the decoder in four bits, the vision tower as it is for CPUs, with products of integers."""
+    for precision in ("int4", "int8"):
+        options = ReasonerOptions(precision=precision)
+        export_reasoner(scratch / "checkpoint", scratch / f"reasoner-{precision}", options=options)
     export_segmenter(scratch / "sam", scratch / "segmenter")
-    build_bundle(scratch / "reasoner", scratch / "segmenter", scratch / "ours", name="large", force=True)
+    build_bundle(
+        scratch / "reasoner-int4", scratch / "segmenter", scratch / "ours", name="large", force=True,
+        cpu_reasoner=scratch / "reasoner-int8", cpu_graphs=("vision",),
+    )  # fmt: skip
 
 
 def prepare(work: Path, shape: str, peers: Mapping[str, Path]) -> dict[str, str]:
@@ -234,7 +239,7 @@ class Rounds:
             side.load()
             self.facts[name] = side.facts
             loaded = time.monotonic()
-            side.run(_WARM_UP + number, counts or "")
+            side.run(_WARM_UP + number, _WARM if counts else "")
             print(
                 f"round {number + 1}: {name}: loaded in {loaded - begin:.0f} s, warm after "
                 f"{time.monotonic() - loaded:.0f} s", file=sys.stderr, flush=True,

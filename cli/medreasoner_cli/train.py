@@ -1,7 +1,7 @@
 """`medreasoner-cli train`: dense, sft, segmenter, mix and grpo."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -134,6 +134,9 @@ def sft(
     ] = None,
     cache: CacheOption = None,
     compiled: CompileOption = False,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="bf16: mixed, twice as fast on a GPU or a CPU with AMX.")
+    ] = "fp32",
     minutes: MinutesOption = float("inf"),
     cooldown: CooldownOption = 0.35,
     weight_decay: DecayOption = 0.05,
@@ -172,6 +175,7 @@ def sft(
             without=tuple(without or ()),
             cache=cache,
             compiled=compiled,
+            precision=precision,
         )
     )
 

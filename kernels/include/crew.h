@@ -24,7 +24,9 @@ class Crew {
     int n_threads() const { return static_cast<int>(others_->size()) + 1; }
     std::mutex& turn() { return turn_; }
 
-    // Calls work(item, who) for the items 0 .. count - 1, `who` below n_threads, and returns when all are done.
+    // Calls work(item, who) for the items 0 .. count - 1, `who` below n_threads, and returns when all are done. Of few items
+    // each thread takes the same ones every time, and those of the others only if they are late: what an item reads is
+    // then still in the thread's own cache.
     template <class Work>
     void each(int64_t count, Work&& work) {
         if (count < 2 || others_->empty()) {
@@ -40,12 +42,14 @@ class Crew {
 
     void share(int64_t count, Call call, void* context);
     bool take(int who);
+    uint32_t own_bits(int who) const;
     void serve(int who);
     void sleep(uint64_t phase);
 
-    // A phase's number in the upper half and its next item in the lower. What the phase is may be read by whoever saw
-    // it open, and holds if his item is then still the next: the caller closes a phase before he makes another.
-    std::atomic<uint64_t> next_;
+    // A phase's number in the upper half, and in the lower one what is left to take: a bit for each of few items, the
+    // number of many. What the phase is may be read by whoever saw it open, and holds if that is then still left: the
+    // caller closes a phase before he makes another.
+    std::atomic<uint64_t> open_{0};
     std::atomic<uint32_t> count_{0};
     std::atomic<Call> call_{nullptr};
     std::atomic<void*> context_{nullptr};

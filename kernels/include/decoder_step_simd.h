@@ -153,6 +153,8 @@ MR_TARGET inline void weigh(float* scores, int64_t length) {
     for (int64_t j = 0; j < whole; j += MR_LANES) save(load_float(scores + j) * share, scores + j);
 }
 
+constexpr int64_t kTogether = MR_LANES == 16 ? 4 : 2;  // queries, for whose sums there are registers
+
 // softmax(query . keys) @ values for R queries of one sequence and group of heads, which share what is loaded; the last
 // one looks at the most places. None depends on the others.
 template <int R, class C>
@@ -217,14 +219,15 @@ MR_TARGET inline void round_input(const float* x, int64_t token, int64_t in, con
     if constexpr (kRounds<T>) round_row<T>(x + token * in, in, scratch.rounded.from<T>(token, in));
 }
 
-// Keys and values of one new token go to its cache; row (q_dim + 2 * kv_dim,) is turned in place.
+// Keys and values of one new token go to its cache; row (q_dim + 2 * kv_dim,) is turned in place. Of some of its heads.
 template <class C>
-MR_TARGET void keep_token(const DecoderShape& s, const NewToken& token, size_t index, float* row, const float* cos,
-                          const float* sin) {
-    const int64_t dim = s.head_dim, kv = s.kv_dim();
-    for (int64_t head = 0; head < s.heads + s.kv_heads; ++head) rotate(row + head * dim, cos, sin, dim / 2);
+MR_TARGET void keep_token(const DecoderShape& s, const NewToken& token, size_t index, const Range& kv_heads, float* row,
+                          const float* cos, const float* sin) {
+    const int64_t dim = s.head_dim, kv = s.kv_dim(), group = s.heads / s.kv_heads;
+    for (int64_t head = kv_heads.first * group; head < kv_heads.end * group; ++head) rotate(row + head * dim, cos, sin, dim / 2);
+    for (int64_t head = kv_heads.first; head < kv_heads.end; ++head) rotate(row + s.q_dim() + head * dim, cos, sin, dim / 2);
     const LayerCache& own = token.cache->layers[index];
-    for (int64_t head = 0; head < s.kv_heads; ++head) {
+    for (int64_t head = kv_heads.first; head < kv_heads.end; ++head) {
         const float* from = row + s.q_dim() + head * dim;
         const int64_t to = (head * token.cache->capacity + token.place) * dim;
         for (int64_t i = 0; i < dim; ++i) {
@@ -234,32 +237,36 @@ MR_TARGET void keep_token(const DecoderShape& s, const NewToken& token, size_t i
     }
 }
 
+// The queries of one group of heads, of tokens that look together, look at all places up to their own.
+template <class C>
+MR_TARGET void attend_together(const DecoderShape& s, size_t index, const std::vector<NewToken>& tokens, const Together& some,
+                               int64_t head, const StepScratch& scratch, float* scores) {
+    const int64_t dim = s.head_dim, width = s.q_dim() + 2 * s.kv_dim(), group = s.heads / s.kv_heads;
+    Query own[kTogether];
+    for (int64_t r = 0; r < some.count; ++r) {
+        const int64_t t = (some.first + r) / group, place = head * group + (some.first + r) % group;
+        own[r] = {scratch.wide + t * width + place * dim, tokens[static_cast<size_t>(t)].place + 1, scores + r * scratch.n_scores,
+                  scratch.attended + t * s.q_dim() + place * dim};
+    }
+    const DecoderCache& cache = *tokens[static_cast<size_t>(some.first / group)].cache;
+    const C* keys = static_cast<const C*>(cache.layers[index].keys) + head * cache.capacity * dim;
+    const C* values = static_cast<const C*>(cache.layers[index].values) + head * cache.capacity * dim;
+    switch (some.count) {
+        case 1: return attend<1>(own, keys, values, dim);
+        case 2: return attend<2>(own, keys, values, dim);
+        case 3: return attend<kTogether == 4 ? 3 : 1>(own, keys, values, dim);
+        default: return attend<kTogether == 4 ? 4 : 1>(own, keys, values, dim);
+    }
+}
+
 // Each head of each token looks at all places up to the token's own.
 template <class C>
 MR_TARGET void attend_all(const DecoderShape& s, size_t index, const std::vector<NewToken>& tokens,
                           const StepScratch& scratch, Crew& crew) {
-    constexpr int64_t most = MR_LANES == 16 ? 4 : 2;  // as many sums as there are registers for
-    const int64_t dim = s.head_dim, width = s.q_dim() + 2 * s.kv_dim(), group = s.heads / s.kv_heads;
-    const std::vector<Together> together = look_together(tokens, group, most);
+    const std::vector<Together> together = look_together(tokens, s.heads / s.kv_heads, kTogether);
     crew.each(static_cast<int64_t>(together.size()) * s.kv_heads, [&](int64_t item, int who) MR_TARGET {
-        const Together& some = together[static_cast<size_t>(item / s.kv_heads)];
-        const int64_t head = item % s.kv_heads;
-        Query own[most];
-        for (int64_t r = 0; r < some.count; ++r) {
-            const int64_t t = (some.first + r) / group, place = head * group + (some.first + r) % group;
-            own[r] = {scratch.wide + t * width + place * dim, tokens[static_cast<size_t>(t)].place + 1,
-                      scratch.scores + (who * kMostQueries + r) * scratch.n_scores,
-                      scratch.attended + t * s.q_dim() + place * dim};
-        }
-        const DecoderCache& cache = *tokens[static_cast<size_t>(some.first / group)].cache;
-        const C* keys = static_cast<const C*>(cache.layers[index].keys) + head * cache.capacity * dim;
-        const C* values = static_cast<const C*>(cache.layers[index].values) + head * cache.capacity * dim;
-        switch (some.count) {
-            case 1: return attend<1>(own, keys, values, dim);
-            case 2: return attend<2>(own, keys, values, dim);
-            case 3: return attend<most == 4 ? 3 : 1>(own, keys, values, dim);
-            default: return attend<most == 4 ? 4 : 1>(own, keys, values, dim);
-        }
+        attend_together<C>(s, index, tokens, together[static_cast<size_t>(item / s.kv_heads)], item % s.kv_heads, scratch,
+                           scratch.scores + who * kMostQueries * scratch.n_scores);
     });
 }
 
@@ -291,7 +298,7 @@ MR_TARGET void keep_all(const DecoderShape& s, const DecoderLayer& layer, size_t
     });
     add_product<T>(layer.qkv, s.hidden, width, n, input_of<T>(h, scratch), qkv, crew);
     crew.each(n, [&](int64_t t, int) MR_TARGET {
-        keep_token<C>(s, tokens[t], index, qkv + t * width, cos + t * half, sin + t * half);
+        keep_token<C>(s, tokens[t], index, {0, s.kv_heads}, qkv + t * width, cos + t * half, sin + t * half);
     });
 }
 
@@ -329,3 +336,5 @@ MR_TARGET void step(const DecoderWeights& weights, std::vector<NewToken> tokens,
         normalise(scratch.residual + t * s.hidden, weights.final_norm, s.hidden, s.epsilon, out + t * s.hidden);
     }
 }
+
+#include "decoder_halves_simd.h"

@@ -62,15 +62,16 @@ MR_TARGET inline void round_row(const float* x, int64_t in, const RoundedRows& r
     }
 }
 
-// y (N, out) += levels (N, in) @ one panel, of which C vectors of columns at a time.
+// y (N, out) += levels (N, in) @ one panel, of which C vectors of columns at a time; of the rows only some blocks.
 template <int N>
-MR_TARGET inline void add_tokens(const uint8_t* panel, int64_t in, int64_t out, const RoundedRows& rows, float* y) {
+MR_TARGET inline void add_tokens(const uint8_t* panel, int64_t in, int64_t out, const RoundedRows& rows, const Range& some,
+                                 float* y) {
     constexpr int C = 4;
     constexpr int64_t width = C * MR_LANES;
     const int64_t blocks = in / kBlockRows;
     for (int64_t first = 0; first < kPanel; first += width) {
-        const uint8_t* block = panel;
-        for (int64_t b = 0; b < blocks; ++b, block += kBlockBytes) {
+        const uint8_t* block = panel + some.first * kBlockBytes;
+        for (int64_t b = some.first; b < some.end; ++b, block += kBlockBytes) {
             VecI sums[N][C];
             for (int t = 0; t < N; ++t)
                 for (int c = 0; c < C; ++c) sums[t][c] = VecI{} + rows.offsets[t * blocks + b];
@@ -99,20 +100,27 @@ MR_TARGET inline void add_tokens(const uint8_t* panel, int64_t in, int64_t out, 
     }
 }
 
-// y (n, 64) of the rows' `out` numbers += x (n, in) @ a panel of w (in, out), with x as levels.
-MR_TARGET inline void add_panel(const Packed* w, int64_t j, int64_t in, int64_t out, int64_t n, const RoundedRows& x,
-                                float* y) {
+// y (n, 64) of the rows' `out` numbers += x (n, in) @ a panel of w (in, out), with x as levels; of `in` only some blocks.
+MR_TARGET inline void add_blocks(const void* w, int64_t j, int64_t in, int64_t out, int64_t n, const RoundedRows& x,
+                                 const Range& some, float* y) {
     constexpr int64_t most = MR_LANES == 16 ? 6 : 2;  // as many sums as there are registers for
-    const uint8_t* panel = reinterpret_cast<const uint8_t*>(w) + j * packed_bytes(in, kPanel);
+    const uint8_t* panel = static_cast<const uint8_t*>(w) + j * packed_bytes(in, kPanel);
     y += j * kPanel;
     int64_t t = 0;
-    for (; t + most <= n; t += most) add_tokens<most>(panel, in, out, x.from<Packed>(t, in), y + t * out);
+    for (; t + most <= n; t += most) add_tokens<most>(panel, in, out, x.from<Packed>(t, in), some, y + t * out);
+    const RoundedRows rest = x.from<Packed>(t, in);
     switch (n - t) {
-        case 5: add_tokens<5>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
-        case 4: add_tokens<4>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
-        case 3: add_tokens<3>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
-        case 2: add_tokens<2>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
-        case 1: add_tokens<1>(panel, in, out, x.from<Packed>(t, in), y + t * out); break;
+        case 5: add_tokens<5>(panel, in, out, rest, some, y + t * out); break;
+        case 4: add_tokens<4>(panel, in, out, rest, some, y + t * out); break;
+        case 3: add_tokens<3>(panel, in, out, rest, some, y + t * out); break;
+        case 2: add_tokens<2>(panel, in, out, rest, some, y + t * out); break;
+        case 1: add_tokens<1>(panel, in, out, rest, some, y + t * out); break;
         default: break;
     }
+}
+
+// The same with all of them.
+MR_TARGET inline void add_panel(const Packed* w, int64_t j, int64_t in, int64_t out, int64_t n, const RoundedRows& x,
+                                float* y) {
+    add_blocks(w, j, in, out, n, x, {0, in / kBlockRows}, y);
 }

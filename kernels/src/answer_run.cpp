@@ -175,15 +175,16 @@ void write_rows(const AnswerModel& model, const std::vector<AnswerRow*>& rows, L
 void write_answers(const AnswerModel& model, const std::vector<AnswerRow*>& rows, const std::atomic<bool>& stop,
                    std::optional<std::chrono::steady_clock::time_point> deadline, Crew& crew, int n_threads) {
     Limits limits{stop, deadline};
-    const size_t most = crew.n_threads() > 1 ? 1 : static_cast<size_t>(std::max(n_threads, 1));
-    const size_t n = std::max<size_t>(1, std::min(most, rows.size() / kRowsOfAThread));
+    const auto n = std::min(static_cast<size_t>(std::max(n_threads, 1)), rows.size() / kRowsOfAThread);
+    if (n < 2) return write_rows(model, rows, limits, crew);
     std::vector<std::vector<AnswerRow*>> shares(n);
     for (size_t i = 0; i < rows.size(); ++i) shares[i * n / rows.size()].push_back(rows[i]);
+    Crew alone(1);
     std::vector<std::future<void>> others;
     for (size_t i = 1; i < n; ++i) {
-        others.push_back(std::async(std::launch::async, [&, i] { write_rows(model, shares[i], limits, crew); }));
+        others.push_back(std::async(std::launch::async, [&, i] { write_rows(model, shares[i], limits, alone); }));
     }
-    write_rows(model, shares[0], limits, crew);
+    write_rows(model, shares[0], limits, alone);
     for (auto& other : others) other.get();
 }
 

@@ -12,7 +12,7 @@
 namespace medreasoner {
 namespace {
 
-constexpr uint64_t kClosed = 0xffffffff;  // in the place of the next item
+constexpr uint32_t kFew = 32;  // items that have a bit each
 constexpr auto kSpin = std::chrono::microseconds(30);
 constexpr int kPausesAClock = 16;
 
@@ -48,7 +48,7 @@ bool spun(Condition is_so) {
 }  // namespace
 
 Crew::Crew(int n_threads)
-    : next_(kClosed), others_(std::make_unique<std::vector<std::thread>>()), process_(process_id()) {
+    : others_(std::make_unique<std::vector<std::thread>>()), process_(process_id()) {
     for (int who = 1; who < n_threads; ++who) others_->emplace_back([this, who] { serve(who); });
 }
 
@@ -70,8 +70,9 @@ void Crew::share(int64_t count, Call call, void* context) {
     call_.store(call, std::memory_order_release);
     context_.store(context, std::memory_order_release);
     done_.store(0, std::memory_order_relaxed);
-    const uint64_t phase = (next_.load(std::memory_order_relaxed) >> 32) + 1;
-    next_.store(phase << 32);  // in one order with `sleepers_`: whoever goes to sleep sees this, or is seen
+    const uint64_t phase = (open_.load(std::memory_order_relaxed) >> 32) + 1;
+    const uint64_t left = static_cast<uint64_t>(count) < kFew ? (uint64_t{1} << count) - 1 : static_cast<uint64_t>(count);
+    open_.store(phase << 32 | left);  // in one order with `sleepers_`: whoever goes to sleep sees this, or is seen
     if (sleepers_.load() > 0) {
         { const std::lock_guard<std::mutex> lock(door_); }
         bell_.notify_all();
@@ -80,19 +81,30 @@ void Crew::share(int64_t count, Call call, void* context) {
     }
     const auto all_done = [&] { return done_.load(std::memory_order_acquire) == static_cast<uint32_t>(count); };
     while (!spun(all_done)) std::this_thread::yield();
-    next_.store(phase << 32 | kClosed);
+}
+
+// Every n-th of few items.
+uint32_t Crew::own_bits(int who) const {
+    uint32_t bits = 0;
+    for (int i = who; i < static_cast<int>(kFew); i += n_threads()) bits |= uint32_t{1} << i;
+    return bits;
 }
 
 bool Crew::take(int who) {
-    uint64_t seen = next_.load(std::memory_order_acquire);
+    uint64_t seen = open_.load(std::memory_order_acquire);
     while (true) {
-        const uint64_t item = seen & kClosed;
-        if (item == kClosed) return false;
+        const auto left = static_cast<uint32_t>(seen);
+        if (left == 0) return false;
         const uint32_t count = count_.load(std::memory_order_acquire);
         const Call call = call_.load(std::memory_order_acquire);
         void* context = context_.load(std::memory_order_acquire);
-        if (item >= count) return false;
-        if (next_.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel, std::memory_order_acquire)) {
+        uint32_t item = count - left, taken = 1;
+        if (count < kFew) {
+            const uint32_t own = left & own_bits(who);
+            item = static_cast<uint32_t>(own ? __builtin_ctz(own) : 31 - __builtin_clz(left));
+            taken = uint32_t{1} << item;
+        }
+        if (open_.compare_exchange_weak(seen, seen - taken, std::memory_order_acq_rel, std::memory_order_acquire)) {
             call(context, static_cast<int64_t>(item), who);
             done_.fetch_add(1, std::memory_order_acq_rel);
             return true;
@@ -102,9 +114,9 @@ bool Crew::take(int who) {
 
 void Crew::serve(int who) {
     while (!over_) {
-        const uint64_t seen = next_.load(std::memory_order_acquire);
+        const uint64_t seen = open_.load(std::memory_order_acquire);
         if (take(who)) continue;
-        const auto called = [&] { return next_.load(std::memory_order_relaxed) >> 32 != seen >> 32 || over_; };
+        const auto called = [&] { return open_.load(std::memory_order_relaxed) >> 32 != seen >> 32 || over_; };
         if (!spun(called)) sleep(seen >> 32);
     }
 }
@@ -112,7 +124,7 @@ void Crew::serve(int who) {
 void Crew::sleep(uint64_t phase) {
     std::unique_lock<std::mutex> lock(door_);
     ++sleepers_;
-    bell_.wait(lock, [&] { return next_.load() >> 32 != phase || over_; });
+    bell_.wait(lock, [&] { return open_.load() >> 32 != phase || over_; });
     --sleepers_;
 }
 

@@ -46,6 +46,11 @@ struct RoundedRows {
     }
 };
 
+// Some of a row's columns, heads or blocks.
+struct Range {
+    int64_t first, end;
+};
+
 // Where a token goes, and whether its hidden state is asked for.
 struct NewToken {
     const DecoderCache* cache;
@@ -69,6 +74,16 @@ struct StepScratch {
     float* scores;        // (threads, kMostQueries, n_scores)
     int64_t n_scores;     // as many as there are places, rounded up to whole vectors
     RoundedRows rounded;  // for the widest input of a product
+};
+
+// What one half works on: its own copy of the residual, among others.
+struct Half {
+    StepScratch scratch;
+    float* attention;  // (n, hidden), what its heads add to the residual
+    float* wider;      // (n, hidden), what its part of the wide layer adds
+    Range kv_heads, queries, wide;
+
+    RoundedRows rounded(int64_t at) const { return scratch.rounded.from<Packed>(1, at); }
 };
 
 static std::vector<Together> look_together(const std::vector<NewToken>& tokens, int64_t group, int64_t most) {
@@ -128,35 +143,75 @@ void step_with(const DecoderWeights& weights, const std::vector<NewToken>& token
     }
 }
 
+// The memory of a step of n tokens. Nothing of it is read before it is written.
+struct StepRoom {
+    std::unique_ptr<float[]> numbers;
+    std::unique_ptr<int8_t[]> levels;
+    std::unique_ptr<float[]> scales;
+    std::unique_ptr<int32_t[]> offsets;
+    StepScratch scratch;
+
+    StepRoom(const DecoderWeights& weights, int64_t n, int64_t n_scores, int64_t n_threads) {
+        const DecoderShape& s = weights.shape;
+        const int64_t wide = std::max(s.q_dim() + 2 * s.kv_dim(), 2 * s.mlp);
+        const auto size = static_cast<size_t>(n * (2 * s.hidden + wide + s.q_dim()) + n_threads * kMostQueries * n_scores);
+        const auto widest = static_cast<size_t>(weights.form == MatrixForm::plain ? 0 : n * std::max({s.hidden, s.q_dim(), s.mlp}));
+        numbers.reset(new float[size]);
+        levels.reset(new int8_t[widest]);
+        scales.reset(new float[widest / kNibbleRows]);
+        offsets.reset(new int32_t[widest / kNibbleRows]);
+        float* normed = numbers.get() + n * s.hidden;
+        float* attended = normed + n * s.hidden;
+        float* wider = attended + n * s.q_dim();
+        scratch = {numbers.get(), normed, wider, attended, wider + n * wide, n_scores, {levels.get(), scales.get(), offsets.get()}};
+    }
+};
+
+// Whether each half has whole blocks of all matrices.
+bool has_halves(const DecoderWeights& weights) {
+    const DecoderShape& s = weights.shape;
+    const auto divides = [](int64_t size) { return size % (2 * kPanel) == 0; };
+    return weights.form == MatrixForm::eight_bits && s.kv_heads % 2 == 0 && divides(s.q_dim()) && divides(s.kv_dim()) &&
+           divides(s.mlp);
+}
+
+void step_of_halves(const DecoderWeights& weights, const std::vector<NewToken>& tokens, int64_t n_scores, const float* embeds,
+                    const float* cos, const float* sin, float* out, Crew& crew) {
+    const DecoderShape& s = weights.shape;
+    const auto n = static_cast<int64_t>(tokens.size());
+    const StepRoom rooms[2]{{weights, n, n_scores, 1}, {weights, n, n_scores, 1}};
+    const std::unique_ptr<float[]> sums[2]{std::unique_ptr<float[]>(new float[static_cast<size_t>(2 * n * s.hidden)]),
+                                           std::unique_ptr<float[]>(new float[static_cast<size_t>(2 * n * s.hidden)])};
+    const auto half = [&](int64_t i) {
+        const auto part = [&](int64_t size) { return Range{i * size / 2, (i + 1) * size / 2}; };
+        return Half{rooms[i].scratch, sums[i].get(), sums[i].get() + n * s.hidden, part(s.kv_heads), part(s.q_dim()), part(s.mlp)};
+    };
+    const Half halves[2]{half(0), half(1)};
+    if (tokens[0].cache->dtype == Dtype::float16) {
+        MR_DISPATCH(step_in_halves<Float16>)(weights, tokens, embeds, cos, sin, halves, out, crew);
+    } else {
+        MR_DISPATCH(step_in_halves<float>)(weights, tokens, embeds, cos, sin, halves, out, crew);
+    }
+}
+
 }  // namespace
 
 void decoder_step(const DecoderWeights& weights, const std::vector<StepPart>& parts, const float* embeds, const float* cos,
                   const float* sin, float* out, Crew& crew) {
-    const DecoderShape& s = weights.shape;
     std::vector<NewToken> tokens;
     int64_t places = 0;
     for (const StepPart& part : parts) {
         for (int64_t i = 0; i < part.n; ++i) tokens.push_back({part.cache, part.past + i, i >= part.n - part.n_out});
         places = std::max(places, part.past + part.n);
     }
-    const int64_t n = static_cast<int64_t>(tokens.size()), wide = std::max(s.q_dim() + 2 * s.kv_dim(), 2 * s.mlp);
+    const auto n = static_cast<int64_t>(tokens.size());
     const int64_t n_scores = (places / kStepAlign + 1) * kStepAlign;
-    // Nothing of it is read before it is written.
-    const std::unique_ptr<float[]> room(new float[static_cast<size_t>(n * (2 * s.hidden + wide + s.q_dim()) + crew.n_threads() * kMostQueries * n_scores)]);
-    float* normed = room.get() + n * s.hidden;
-    float* attended = normed + n * s.hidden;
-    float* wider = attended + n * s.q_dim();
-    const bool rounds = weights.form != MatrixForm::plain;
-    const auto widest = static_cast<size_t>(rounds ? n * std::max({s.hidden, s.q_dim(), s.mlp}) : 0);
-    const std::unique_ptr<int8_t[]> levels(new int8_t[widest]);
-    const std::unique_ptr<float[]> scales(new float[widest / kNibbleRows]);
-    const std::unique_ptr<int32_t[]> offsets(new int32_t[widest / kNibbleRows]);
-    const RoundedRows rounded{levels.get(), scales.get(), offsets.get()};
-    const StepScratch scratch{room.get(), normed, wider, attended, wider + n * wide, n_scores, rounded};
-    std::copy(embeds, embeds + n * s.hidden, scratch.residual);
     std::unique_lock<std::mutex> turn(crew.turn(), std::defer_lock);
     if (crew.n_threads() > 1) turn.lock();  // else there is nothing to share
-    step_with(weights, tokens, cos, sin, scratch, out, crew);
+    if (has_halves(weights)) return step_of_halves(weights, tokens, n_scores, embeds, cos, sin, out, crew);
+    const StepRoom room(weights, n, n_scores, crew.n_threads());
+    std::copy(embeds, embeds + n * weights.shape.hidden, room.scratch.residual);
+    step_with(weights, tokens, cos, sin, room.scratch, out, crew);
 }
 
 }  // namespace medreasoner

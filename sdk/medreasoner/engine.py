@@ -27,6 +27,8 @@ __all__ = ["Engine", "Sharing", "Towers", "load_engine", "load_reasoner", "step_
 # Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
 # times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
 _SPLIT_FROM_HIDDEN_DIM = 1024
+# Our own step wakes nobody between its products: of a small decoder's weights two cores keep half each in their caches.
+_SMALL_STEP_THREADS = 2
 _SPLIT_FROM_MASK_SIZE = 128
 _SECOND_SESSION_BYTES = 64 * 2**20
 _CLOSED = "this Grounder is closed"
@@ -173,12 +175,13 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     decoding = step_options(options, splits=splits)
     n_cores = options.n_threads or usable_cores()
     n_threads = n_cores if splits else 1  # of what runs without a session
+    step_threads = n_cores if splits else min(n_cores, _SMALL_STEP_THREADS)
     drawing = step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)
     opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(5) as pool:
         vision = pool.submit(opener.open, reasoner.graphs.vision, options)
         encoder = pool.submit(opener.open, segmenter.graphs.encoder, options)
-        decoder = pool.submit(_open_decoder, reasoner, bundle.path, opener.open, decoding, n_threads)
+        decoder = pool.submit(_open_decoder, reasoner, bundle.path, opener.open, decoding, step_threads)
         mask_decoder = pool.submit(opener.open, segmenter.graphs.decoder, drawing)
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
@@ -198,7 +201,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
                     step=step,
                     n_slots=sharing.n_slots,
                     max_waiting=sharing.max_waiting,
-                    n_threads=n_cores,
+                    n_threads=1 if splits else n_cores,
                 ),
                 Segmenter(segmenter, encoder=opened[1].session, decoder=opened[3].session, n_threads=n_cores),
             ),

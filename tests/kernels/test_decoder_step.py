@@ -212,6 +212,23 @@ def test_packed_steps_stay_close(simd):
     assert np.linalg.norm(packed - plainly) < 0.04 * np.linalg.norm(plainly)
 
 
+@pytest.mark.parametrize(("kv_heads", "mlp"), [(2, 768), (4, 128), (1, 768)])  # the last one has no halves
+def test_packed_steps_are_the_same_by_any_number_of_threads(simd, kv_heads, mlp):
+    model = toy(256, kv_heads, 2, 64, mlp, 3, seed=0)
+    found = []
+    for n_threads in (1, 2, 3):
+        step = kernel(model, "float16", pack=True, n_threads=n_threads)
+        buffers = [caches(model, 64, np.float16, number) for number in range(2)]
+        sequences = [step.open(*each) for each in buffers]
+        read = ops.decoder_step(sequences, [5, 0], [3, 40], *tokens(model, 43, 1), n_out=[1, 2])
+        nothing = ops.decoder_step(sequences[:1], [8], [2], *tokens(model, 2, 2), n_out=[0])
+        steps = [ops.decoder_step(sequences, [10 + i, 40 + i], [1, 1], *tokens(model, 2, 3 + i)) for i in range(9)]
+        assert nothing.shape == (0, 256)
+        found.append(np.concatenate([np.concatenate([read, *steps]).ravel(), np.array(buffers).ravel()]))
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_packed_steps_hide_no_number_that_is_none(simd, value):
     model = toy(64, 1, 1, 64, 64, 1, seed=0)

@@ -34,6 +34,7 @@ def test_dynamic_sampling_keeps_the_groups_that_differ() -> None:
     rewards = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 0.25])
     groups = torch.tensor([3, 1, 3, 1, 8, 8])
     assert telling_groups(rewards, groups).tolist() == [False, True, False, True, True, True]
+    assert telling_groups(rewards, groups, apart=0.5).tolist() == [False, True, False, True, False, False]
     assert telling_groups(torch.zeros(0), torch.zeros(0, dtype=torch.int64)).tolist() == []
 
 

@@ -143,6 +143,11 @@ def test_groups_that_teach_nothing_are_drawn_again(config: GrpoConfig, monkeypat
     assert state["drawn"] == 6  # three rounds a step
 
 
+def test_groups_whose_answers_are_worth_nearly_the_same_may_teach_nothing_too(config: GrpoConfig) -> None:
+    run(changed(config, steps=1, dynamic=1, apart=1e3, save_every=1))  # no answer is worth so much
+    assert [row["groups"] for row in rows(config.train.out)] == [0]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

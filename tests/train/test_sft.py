@@ -17,7 +17,7 @@ from medreasoner_train.data import load_index
 from medreasoner_train.dense import DenseHeads
 from medreasoner_train.language import ABSENT, TEMPLATE, load_phrasings, place_of
 from medreasoner_train.loop import LoopOptions, Optimiser
-from medreasoner_train.sft import SftHeads, sft_loss
+from medreasoner_train.sft import Passes, SftHeads, in_bfloat16, sft_loss
 from medreasoner_train.sft_data import IGNORED, SftBatch, SftData, SftOptions
 from medreasoner_train.store import Stored
 from medreasoner_train.targets import box_of
@@ -276,6 +276,19 @@ def test_a_frozen_tower_gets_no_gradient_and_the_decoder_does(
     loss.backward()  # type: ignore[no-untyped-call]
     assert all(parameter.grad is None for parameter in toy_reasoner.model.visual.parameters())
     assert all(parameter.grad is not None for parameter in toy_reasoner.model.language_model.layers.parameters())
+
+
+def test_mixed_precision_changes_the_loss_by_its_rounding_and_trains_in_float32(
+    data: SftData, vocabulary: Vocabulary, toy_reasoner: Any
+) -> None:
+    heads, dense = SftHeads(32, len(data.categories)), DenseHeads(32, len(data.categories))
+    batch = data.make(0, 0)
+    whole, _ = sft_loss(toy_reasoner, heads, dense, batch, OPTIONS, vocabulary)
+    mixed, _ = sft_loss(toy_reasoner, heads, dense, batch, OPTIONS, vocabulary, Passes(*map(in_bfloat16, Passes())))
+    assert mixed.item() == pytest.approx(whole.item(), rel=0.02)
+    assert mixed.item() != whole.item()
+    mixed.backward()  # type: ignore[no-untyped-call]
+    assert {each.grad.dtype for each in toy_reasoner.parameters() if each.grad is not None} == {torch.float32}
 
 
 def test_a_share_of_the_questions_merely_names_its_target(

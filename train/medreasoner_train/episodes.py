@@ -56,9 +56,9 @@ def judged(
     return episodes
 
 
-def is_telling(episode: Episode) -> bool:
-    """Whether the group's answers are of different worth."""
-    return bool(telling_groups(*totals_of([episode.totals])).any())
+def is_telling(episode: Episode, *, apart: float = 1e-6) -> bool:
+    """Whether the group's answers are of different worth, by more than `apart`."""
+    return bool(telling_groups(*totals_of([episode.totals]), apart=apart).any())
 
 
 def totals_of(groups: Sequence[Sequence[float]]) -> tuple[Tensor, Tensor]:

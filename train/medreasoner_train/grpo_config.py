@@ -154,6 +154,9 @@ class TrainOptions:
     dynamic
         Further rounds of prompts that may be drawn until `prompts` groups have answers of different worth (DAPO's
         dynamic sampling); 0: groups that teach nothing stay in.
+    apart
+        By how much a group's best answer must be worth more than its worst one to count there. The least of it drops
+        groups of equal answers; more keeps the steps for questions about whose meaning the policy is not sure.
     precision
         ``"bf16"``: mixed precision.
     """
@@ -170,6 +173,7 @@ class TrainOptions:
     weight_decay: float = 0.0
     clip: float = 1.0
     dynamic: int = 0
+    apart: float = 1e-6
     precision: Literal["fp32", "bf16"] = "fp32"
     device: str = "cpu"
     workers: int = 0
@@ -184,6 +188,8 @@ class TrainOptions:
         for name in ("steps", "prompts", "micro_batch", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is at least 1")
+        if self.apart < 0:
+            raise ValueError("apart: a distance is not negative")
         if self.mini_batch and self.prompts % self.mini_batch:
             raise ValueError(f"mini_batch: {self.prompts} prompts do not divide into parts of {self.mini_batch}")
 

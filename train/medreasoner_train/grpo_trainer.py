@@ -110,7 +110,7 @@ class GrpoTrainer:
             prompts = [task.prompt for task in tasks]
             answers = self._rollouts.sample(prompts, self._config.rollouts, seed=seed + drawn)
             episodes = judged(tasks, answers, self._config, self._judge)
-            count = [not options.dynamic or is_telling(each) for each in episodes]
+            count = [not options.dynamic or is_telling(each, apart=options.apart) for each in episodes]
             # A batch was dealt out group by group, so it is put together in turns.
             for turn, all_counts in enumerate(itertools.zip_longest(*self.processes.everywhere(count))):
                 for process, counts in enumerate(all_counts):

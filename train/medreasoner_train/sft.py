@@ -8,7 +8,7 @@ early what is asked and where it lies; if a sentence encoder is given, its embed
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from tokenizers import Tokenizer
@@ -49,6 +49,19 @@ class Passes(NamedTuple):
 
     vision: Callable[..., Tensor] = tower
     language: Callable[..., Tensor] = language_pass
+
+
+def in_bfloat16(run: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A pass whose products are of bfloat16; what it takes, gives and trains stays float32.
+
+    Losses stay outside: logits of eight bits would round the numbers of an answer.
+    """
+
+    def mixed(module: nn.Module, values: Tensor, *others: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, torch.bfloat16):
+            return run(module, values, *others).float()
+
+    return mixed
 
 
 class SftHeads(nn.Module):
@@ -172,7 +185,8 @@ class SftRun:
 
     `start` is the dense stage's checkpoint, or the folder of a finished reasoner, whose tokenizer is then used too;
     `tokenizer` a file to use instead of one made from the questions, so that a checkpoint outlives a change of theirs;
-    `teacher` the folder of a sentence encoder; `without` the sources that it does not see.
+    `teacher` the folder of a sentence encoder; `without` the sources that it does not see. With `precision` ``"bf16"`` the
+    passes are in mixed precision, twice as fast on a CPU with AMX.
     """
 
     data: Path
@@ -184,6 +198,7 @@ class SftRun:
     without: tuple[str, ...] = ()
     cache: Path | None = None
     compiled: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
     vocab_size: int = 6144
     eval_every: int = 300
 
@@ -205,6 +220,8 @@ def run(settings: SftRun) -> None:
     passes = Passes()
     if settings.compiled:  # rows differ in length from step to step
         passes = Passes(vision=torch.compile(tower), language=torch.compile(language_pass, dynamic=True))
+    if settings.precision == "bf16":
+        passes = Passes(*map(in_bfloat16, passes))
     model.model.visual.requires_grad_(not settings.options.frozen)
     near = vocabulary.to(torch.device(settings.loop.device))
     train(
