@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <exception>
 #include <future>
 #include <stdexcept>
 
@@ -180,6 +181,22 @@ void write_answers(const AnswerModel& model, const std::vector<AnswerRow*>& rows
     std::vector<std::vector<AnswerRow*>> shares(n);
     for (size_t i = 0; i < rows.size(); ++i) shares[i * n / rows.size()].push_back(rows[i]);
     Crew alone(1);
+    if (n <= static_cast<size_t>(crew.n_threads())) {
+        const std::lock_guard<std::mutex> turn(crew.turn());
+        std::vector<std::exception_ptr> faults(n);
+        crew.each(static_cast<int64_t>(n), [&](int64_t item, int) {
+            const auto i = static_cast<size_t>(item);
+            try {
+                write_rows(model, shares[i], limits, alone);
+            } catch (...) {
+                faults[i] = std::current_exception();
+            }
+        });
+        for (const std::exception_ptr& fault : faults) {
+            if (fault) std::rethrow_exception(fault);
+        }
+        return;
+    }
     std::vector<std::future<void>> others;
     for (size_t i = 1; i < n; ++i) {
         others.push_back(std::async(std::launch::async, [&, i] { write_rows(model, shares[i], limits, alone); }));

@@ -139,8 +139,7 @@ class Study:
         """What drawn answers come to."""
         found = [each for each in drawn if each.corners is not None and each.points is not None]
         n, segmenter = len(drawn), self._engine.segmenter
-        votes, score, nearest = np.zeros((self.image.height, self.image.width), np.uint8), 0.0, drawn[0]
-        value = 1.0
+        score, nearest, value = 0.0, drawn[0], 1.0
         if found:
             embedded, spent = self._embedding()
             if "vision" in timings:
@@ -155,6 +154,8 @@ class Study:
                 nearest, score = found[index], float(scores[index])
             else:
                 nearest = next(each for each in drawn if each.corners is None)
+        else:
+            votes = np.zeros((self.image.height, self.image.width), np.uint8)
         timings["postprocess"] = watch.lap()
         timings["total"] = timings.get("total", 0.0) + sum(
             timings.get(stage, 0.0) for stage in ("draw", "segment_decode", "postprocess")

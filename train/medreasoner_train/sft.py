@@ -185,8 +185,8 @@ class SftRun:
 
     `start` is the dense stage's checkpoint, or the folder of a finished reasoner, whose tokenizer is then used too;
     `tokenizer` a file to use instead of one made from the questions, so that a checkpoint outlives a change of theirs;
-    `teacher` the folder of a sentence encoder; `without` the sources that it does not see. With `precision` ``"bf16"`` the
-    passes are in mixed precision, twice as fast on a CPU with AMX.
+    `teacher` the folder of a sentence encoder; `without` the sources that it does not see. With a `precision` of
+    ``"bf16"`` the passes are in mixed precision, twice as fast on a CPU with AMX.
     """
 
     data: Path
