@@ -48,7 +48,7 @@ class Crew {
 
     // A phase's number in the upper half, and in the lower one what is left to take: a bit for each of few items, the
     // number of many. What the phase is may be read by whoever saw it open, and holds if that is then still left: the
-    // caller closes a phase before he makes another.
+    // caller makes another phase only when nothing is.
     std::atomic<uint64_t> open_{0};
     std::atomic<uint32_t> count_{0};
     std::atomic<Call> call_{nullptr};

@@ -27,9 +27,9 @@ __all__ = ["Engine", "Sharing", "Towers", "load_engine", "load_reasoner", "step_
 # Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
 # times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
 _SPLIT_FROM_HIDDEN_DIM = 1024
+_SPLIT_FROM_MASK_SIZE = 128
 # Our own step wakes nobody between its products: of a small decoder's weights two cores keep half each in their caches.
 _SMALL_STEP_THREADS = 2
-_SPLIT_FROM_MASK_SIZE = 128
 _SECOND_SESSION_BYTES = 64 * 2**20
 _CLOSED = "this Grounder is closed"
 

@@ -125,7 +125,7 @@ def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, mon
     longer = changed(config, steps=50, prompts=8, mini_batch=0, micro_batch=8, lr=3e-2, pictures_every=0)
     run(dataclasses.replace(longer, rollouts=dataclasses.replace(config.rollouts, count=8, max_tokens=2)))
     assert np.mean(shares[:3]) < 0.65
-    assert np.mean(shares[-3:]) > 0.75
+    assert np.mean(shares[-3:]) > 0.85
     kl = [row["kl"] for row in rows(config.train.out)]
     assert kl[0] == pytest.approx(0, abs=1e-6)  # the reference is the start
     assert kl[-1] > 0.01
