@@ -47,7 +47,12 @@ DeviceOption = Annotated[str, typer.Option(callback=_usable, help="Where to trai
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that prepare the images; 0: a thread. A GPU needs about ten.")
 ]
-CacheOption = Annotated[Path | None, typer.Option(help="File (.npz) that keeps the masks' key points between runs.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="File (.npz) that keeps the masks' key points for the next run, and the teacher's words beside it."
+    ),
+]
 
 
 def _whole_windows(size: int) -> int:

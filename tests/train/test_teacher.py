@@ -1,21 +1,28 @@
 """The sentence encoder that teaches the meaning of questions: a tiny BERT made on the spot."""
 
+import dataclasses
+import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn import functional
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from medreasoner.errors import BundleError
+from medreasoner_train import teacher
 from medreasoner_train.data import load_index
 from medreasoner_train.dense import DenseHeads
-from medreasoner_train.language import load_phrasings
+from medreasoner_train.language import Phrasings, load_phrasings
 from medreasoner_train.sft import SftHeads, sft_loss
 from medreasoner_train.sft_data import SftData, SftOptions
 from medreasoner_train.store import Stored
-from medreasoner_train.teacher import embed_sentences
+from medreasoner_train.teacher import embed_queries, embed_sentences
 from medreasoner_train.vocabulary import Vocabulary
 
 SENTENCES = ["the heart pumps", "lungs", "which organ filters the blood here"]
@@ -51,6 +58,32 @@ def test_an_embedding_is_the_mean_of_the_sentence_s_own_tokens_at_length_one(enc
 def test_a_folder_without_an_encoder_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=tmp_path.name):
         embed_sentences(tmp_path, SENTENCES)
+
+
+def test_embeddings_are_kept_for_the_next_run_of_the_same_encoder(
+    encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def counted(folder: Path, sentences: Sequence[str]) -> Tensor:
+        asked.append(list(sentences))
+        return embed_sentences(folder, sentences)
+
+    monkeypatch.setattr(teacher, "embed_sentences", counted)
+    own = Phrasings(queries=tuple(SENTENCES[:2]))
+    cache = tmp_path / "points.teacher.npz"
+    first = embed_queries(encoder, {"MRI/heart": own}, cache=cache)
+    more = embed_queries(encoder, {"MRI/heart": dataclasses.replace(own, queries=tuple(SENTENCES))}, cache=cache)
+    assert asked == [sorted(SENTENCES[:2]), SENTENCES[2:]]
+    for sentence, true in zip(SENTENCES, embed_sentences(encoder, SENTENCES), strict=True):
+        assert functional.cosine_similarity(more[sentence], true, dim=0) > 0.9995  # eight bits
+    assert all(torch.equal(first[sentence], more[sentence]) for sentence in first)
+
+    other = tmp_path / "other"
+    shutil.copytree(encoder, other)
+    settings = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**settings, "layer_norm_eps": 0.5}))
+    assert not torch.equal(embed_queries(other, {"MRI/heart": own}, cache=cache)[SENTENCES[0]], first[SENTENCES[0]])
 
 
 def test_the_teacher_s_embedding_of_the_whole_question_is_learnt(

@@ -67,8 +67,9 @@ class PolicyOptions:
     kind
         ``"packed"``: one pass over an image for all its answers, for reasoners of nano's kind (square images, one token
         a coordinate); ``"hub"``: any other, by transformers' own forward; ``"auto"``: whichever fits.
-    frozen_vision
-        Whether the vision tower is left as it is.
+    frozen_vision, frozen_embeddings
+        Whether the vision tower, and the tokens' embeddings (with the language head, where that is the same table), are
+        left as they are. A batch asks few of a vocabulary's words, and AdamW moves each of their rows by the full rate.
     gradient_checkpointing
         Whether layers are run again for the gradient instead of being kept.
     lora
@@ -78,6 +79,7 @@ class PolicyOptions:
     checkpoint: Path
     kind: Literal["auto", "packed", "hub"] = "auto"
     frozen_vision: bool = False
+    frozen_embeddings: bool = False
     gradient_checkpointing: bool = False
     lora: LoraOptions | None = None
 

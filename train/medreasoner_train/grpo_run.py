@@ -126,6 +126,7 @@ def what_it_needs(config: GrpoConfig) -> Plan:
         precision=config.train.precision,
         gradient_checkpointing=options.gradient_checkpointing,
         frozen_vision=options.frozen_vision,
+        frozen_embeddings=options.frozen_embeddings,
         lora=options.lora,
         kl=config.loss.kl > 0,
     )

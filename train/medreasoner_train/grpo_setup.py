@@ -73,7 +73,12 @@ def make_setup(config: GrpoConfig, processes: Processes) -> Setup:
         )
     policy = packed or HubPolicy(start, gradient_checkpointing=options.gradient_checkpointing)
     by_transformers = packed is None and options.gradient_checkpointing
-    model = load_hub_model(start, frozen_vision=options.frozen_vision, gradient_checkpointing=by_transformers)
+    model = load_hub_model(
+        start,
+        frozen_vision=options.frozen_vision,
+        frozen_embeddings=options.frozen_embeddings,
+        gradient_checkpointing=by_transformers,
+    )
     if options.lora is not None:
         model = add_adapter(model, options.lora)
     before = copy.deepcopy(model) if config.loss.kl and options.lora is None else None

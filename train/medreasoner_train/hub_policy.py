@@ -178,6 +178,7 @@ def load_hub_model(
     *,
     dtype: torch.dtype = torch.float32,
     frozen_vision: bool = False,
+    frozen_embeddings: bool = False,
     gradient_checkpointing: bool = False,
 ) -> Any:
     """The ``Qwen2_5_VLForConditionalGeneration`` of a checkpoint folder, to be trained with :class:`HubPolicy`.
@@ -188,8 +189,9 @@ def load_hub_model(
         Of the checkpoint.
     dtype
         Of the weights. Those that are trained need float32 beside mixed precision: a step of 1e-6 is lost in bfloat16.
-    frozen_vision
-        Whether the vision tower is left as it is.
+    frozen_vision, frozen_embeddings
+        Whether the vision tower, and the tokens' embeddings (with the language head, where that is the same table), are
+        left as they are.
     gradient_checkpointing
         As the policy's.
 
@@ -209,6 +211,7 @@ def load_hub_model(
     if missing := sorted(found["missing_keys"]):
         raise BundleError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
     model.model.visual.requires_grad_(not frozen_vision)
+    model.get_input_embeddings().requires_grad_(not frozen_embeddings)
     if gradient_checkpointing:
         newer = getattr(model, "activation_checkpointing_enable", None)  # the same under its newer name
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})

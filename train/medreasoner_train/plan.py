@@ -152,6 +152,7 @@ def plan(
     precision: Literal["fp32", "bf16"] = "bf16",
     gradient_checkpointing: bool = True,
     frozen_vision: bool = False,
+    frozen_embeddings: bool = False,
     lora: LoraOptions | None = None,
     kl: bool = True,
 ) -> Plan:
@@ -163,13 +164,14 @@ def plan(
         See :func:`meta_model`.
     scale, work
         The processes, and what each has in hand.
-    precision, gradient_checkpointing, frozen_vision, lora
+    precision, gradient_checkpointing, frozen_vision, frozen_embeddings, lora
         How the policy is trained.
     kl
         Whether there is a reference.
     """
     model = meta_model(config)
     model.model.visual.requires_grad_(not frozen_vision)
+    model.get_input_embeddings().requires_grad_(not frozen_embeddings)
     sizes = model.config
     if lora is not None:
         model = add_adapter(model, lora)

@@ -255,7 +255,10 @@ def _data(settings: SftRun, vocabulary: Vocabulary) -> tuple[SftData, SftData, i
     """Batches to train on, images to validate on, and the size of the teacher's embeddings (0: none)."""
     samples = leave_out(load_index(settings.data), settings.without)
     phrasings = load_phrasings("train")
-    meanings = None if settings.teacher is None else embed_queries(settings.teacher, phrasings)
+    meanings = None
+    if settings.teacher is not None:
+        kept = None if settings.cache is None else settings.cache.with_suffix(".teacher.npz")
+        meanings = embed_queries(settings.teacher, phrasings, cache=kept)
     data, val = (
         SftData(
             samples,

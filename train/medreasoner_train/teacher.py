@@ -4,23 +4,73 @@ A small decoder that learns language from a few thousand questions tells their c
 no other author. Asked to say as well what a sentence encoder makes of each question, it learns which words are alike.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from medreasoner.errors import BundleError
+from medreasoner_train.files import appearing
 from medreasoner_train.language import Phrasings
 
 __all__ = ["embed_queries", "embed_sentences"]
 
 
-def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings]) -> dict[str, Tensor]:
-    """The embedding (D,) of every question of `phrasings`, by :func:`embed_sentences`."""
+def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings], *, cache: Path | None = None) -> dict[str, Tensor]:
+    """The embedding (D,) of every question of `phrasings`, by :func:`embed_sentences`; their lengths are not kept.
+
+    Parameters
+    ----------
+    folder
+        The encoder.
+    phrasings
+        By key.
+    cache
+        File (.npz) that keeps them in eight bits, for the next run: a minute for each ten thousand on two cores.
+
+    Raises
+    ------
+    BundleError
+        If the encoder cannot be read.
+    """
     queries = sorted({query for own in phrasings.values() for query in own.queries})
-    return dict(zip(queries, embed_sentences(folder, queries), strict=True))
+    encoder = _digest(folder)
+    known = {} if cache is None else _kept(cache, encoder)
+    new = [query for query in queries if query not in known]
+    if new:
+        values = embed_sentences(folder, new)
+        steps = values / values.abs().amax(1, keepdim=True) * 127
+        known |= dict(zip(new, steps.round().to(torch.int8).numpy(), strict=True))
+        if cache is not None:
+            with appearing(cache) as beside, beside.open("wb") as file:
+                texts = np.frombuffer("\0".join(known).encode(), np.uint8)  # an array of texts is as wide as the longest
+                np.savez_compressed(file, encoder=encoder, queries=texts, values=np.stack(list(known.values())))
+    return {query: torch.from_numpy(known[query].astype(np.float32)) for query in queries}
+
+
+def _kept(cache: Path, encoder: str) -> dict[str, npt.NDArray[np.int8]]:
+    """What is in the file, if it is this encoder's."""
+    if not cache.exists():
+        return {}
+    with np.load(cache) as file:
+        if str(file["encoder"]) != encoder:
+            return {}
+        queries = file["queries"].tobytes().decode().split("\0")
+        return dict(zip(queries, file["values"], strict=True))
+
+
+def _digest(folder: Path) -> str:
+    """What tells an encoder from another: its configuration and its weights' sizes."""
+    parts = [
+        (each.name, each.stat().st_size) for each in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
+    ]
+    config = folder / "config.json"
+    return hashlib.sha256(repr(parts).encode() + (config.read_bytes() if config.is_file() else b"")).hexdigest()
 
 
 @torch.no_grad()
@@ -52,10 +102,12 @@ def embed_sentences(folder: Path, sentences: Sequence[str], *, batch: int = 64) 
         encoder = AutoModel.from_pretrained(folder, local_files_only=True).eval()
     except Exception as err:  # transformers raises many kinds for a folder that holds no model
         raise BundleError(f"{folder}: not a sentence encoder in transformers' form ({type(err).__name__})") from err
+    order = sorted(range(len(sentences)), key=lambda index: len(sentences[index]))  # alike in length: little padding
     parts = []
-    for start in range(0, len(sentences), batch):
-        inputs = tokenizer(list(sentences[start : start + batch]), padding=True, truncation=True, return_tensors="pt")
+    for start in range(0, len(order), batch):
+        some = [sentences[index] for index in order[start : start + batch]]
+        inputs = tokenizer(some, padding=True, truncation=True, return_tensors="pt")
         states = encoder(**inputs).last_hidden_state
         shown = inputs["attention_mask"][..., None]
         parts.append(functional.normalize((states * shown).sum(1) / shown.sum(1), dim=-1))
-    return torch.cat(parts)
+    return torch.cat(parts)[torch.tensor(order).argsort()]

@@ -14,11 +14,11 @@ __all__ = ["TorchRollouts"]
 class TorchRollouts:
     """Draws with :meth:`PackedPolicy.sample`; see :class:`medreasoner_train.rollout.Rollouts`.
 
-    `at_once` is the number of prompts whose answers are written together: memory against speed. `bf16`: in mixed
-    precision, as the trainer's passes may be.
+    `at_once` is the number of answers that are written together: memory against speed. `bf16`: in mixed precision, as
+    the trainer's passes may be.
     """
 
-    def __init__(self, policy: PackedPolicy, model: Any, *, at_once: int = 64, bf16: bool = False) -> None:
+    def __init__(self, policy: PackedPolicy, model: Any, *, at_once: int = 4096, bf16: bool = False) -> None:
         self._policy, self._model, self._at_once, self._bf16 = policy, model, at_once, bf16
 
     def refresh(self, model: Any) -> None:
@@ -29,8 +29,9 @@ class TorchRollouts:
         """See :class:`medreasoner_train.rollout.Rollouts`."""
         device = self._model.model.language_model.embed_tokens.weight.device
         answers: list[list[Completion]] = []
-        for start in range(0, len(prompts), self._at_once):
-            some = prompts[start : start + self._at_once]
+        groups = max(1, self._at_once // sampling.count)
+        for start in range(0, len(prompts), groups):
+            some = prompts[start : start + groups]
             with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
                 answers += self._policy.sample(self._model, some, sampling, seed=seed)
         return answers
