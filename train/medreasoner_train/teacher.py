@@ -48,7 +48,8 @@ def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings], *, cache: Pa
         known |= dict(zip(new, steps.round().to(torch.int8).numpy(), strict=True))
         if cache is not None:
             with appearing(cache) as beside, beside.open("wb") as file:
-                texts = np.frombuffer("\0".join(known).encode(), np.uint8)  # an array of texts is as wide as the longest
+                # As one text: an array of texts is as wide as the longest for each.
+                texts = np.frombuffer("\0".join(known).encode(), np.uint8)
                 np.savez_compressed(file, encoder=encoder, queries=texts, values=np.stack(list(known.values())))
     return {query: torch.from_numpy(known[query].astype(np.float32)) for query in queries}
 
