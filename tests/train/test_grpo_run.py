@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import medreasoner_train
 from medreasoner.errors import BundleError, MissingExtraError
 from medreasoner_cli.main import run as command
 from medreasoner_train.config import ConfigError
+from medreasoner_train.episodes import Episode
 from medreasoner_train.grpo_config import GrpoConfig, read_config
 from medreasoner_train.grpo_run import run
 from medreasoner_train.hub_policy import load_hub_model
 from medreasoner_train.lora import LoraOptions
+from medreasoner_train.rewards import Reward
 
 SIZE = 84
 RECIPES = Path(medreasoner_train.__file__).parent / "recipes"
@@ -78,6 +81,16 @@ def test_the_command_writes_a_checkpoint_metrics_and_pictures(settings: Path, tm
         assert picture.size == (4 * 320, 320 + 58)
 
 
+def test_frozen_parts_stay_as_they_are(config: GrpoConfig, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("medreasoner_train.grpo_trainer.judged", rewarded_by_sign(start, []))
+    policy = dataclasses.replace(config.policy, frozen_vision=True, frozen_embeddings=True)
+    run(changed(dataclasses.replace(config, policy=policy), steps=2, lr=1e-2, pictures_every=0))
+    before, after = (load_hub_model(each).state_dict() for each in (start, config.train.out / "checkpoint"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert moved
+    assert not [name for name in moved if "visual" in name or "embed_tokens" in name or "lm_head" in name]
+
+
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(config: GrpoConfig, tmp_path: Path) -> None:
     """The loop is stopped between checkpoints: what came after the last one is done again, and comes out the same."""
     run(changed(config, out=tmp_path / "whole"))
@@ -100,15 +113,11 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def rewarded_by_sign(start: Path, shares: list[float]) -> Callable[..., list[Episode]]:
     """Whatever an answer says, it is worth the sign of its second token in one direction of the embedding."""
-    shares: list[float] = []
     sign = load_hub_model(start).model.language_model.embed_tokens.weight[:, 0] > 0
 
-    def by_parity(tasks: Any, answers: Any, *_: object) -> Any:
-        from medreasoner_train.episodes import Episode
-        from medreasoner_train.rewards import Reward
-
+    def by_sign(tasks: Any, answers: Any, *_: object) -> list[Episode]:
         worth = [[float(sign[each.ids[1]]) for each in own] for own in answers]
         shares.append(float(np.mean(worth)))
         return [
@@ -121,7 +130,12 @@ def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, mon
             for task, own, value in zip(tasks, answers, worth, strict=True)
         ]
 
-    monkeypatch.setattr("medreasoner_train.grpo_trainer.judged", by_parity)
+    return by_sign
+
+
+def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    monkeypatch.setattr("medreasoner_train.grpo_trainer.judged", rewarded_by_sign(start, shares))
     longer = changed(config, steps=50, prompts=8, mini_batch=0, micro_batch=8, lr=3e-2, pictures_every=0)
     run(dataclasses.replace(longer, rollouts=dataclasses.replace(config.rollouts, count=8, max_tokens=2)))
     assert np.mean(shares[:3]) < 0.65

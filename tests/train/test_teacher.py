@@ -85,6 +85,10 @@ def test_embeddings_are_kept_for_the_next_run_of_the_same_encoder(
     (other / "config.json").write_text(json.dumps({**settings, "layer_norm_eps": 0.5}))
     assert not torch.equal(embed_queries(other, {"MRI/heart": own}, cache=cache)[SENTENCES[0]], first[SENTENCES[0]])
 
+    cache.write_bytes(cache.read_bytes()[:100])
+    with pytest.raises(BundleError, match=cache.name):
+        embed_queries(encoder, {"MRI/heart": own}, cache=cache)
+
 
 def test_the_teacher_s_embedding_of_the_whole_question_is_learnt(
     encoder: Path, grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary, toy_reasoner: torch.nn.Module
