@@ -47,12 +47,7 @@ DeviceOption = Annotated[str, typer.Option(callback=_usable, help="Where to trai
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that prepare the images; 0: a thread. A GPU needs about ten.")
 ]
-CacheOption = Annotated[
-    Path | None,
-    typer.Option(
-        help="File (.npz) that keeps the masks' key points for the next run, and the teacher's words beside it."
-    ),
-]
+CacheOption = Annotated[Path | None, typer.Option(help="File (.npz) that keeps the masks' key points between runs.")]
 
 
 def _whole_windows(size: int) -> int:
@@ -137,7 +132,12 @@ def sft(
     without: Annotated[
         list[str] | None, typer.Option(metavar="SOURCE", help="Leave a source out, to measure on it; may be repeated.")
     ] = None,
-    cache: CacheOption = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="File NAME.npz to keep the masks' key points in; NAME.teacher.npz the teacher's embeddings."
+        ),
+    ] = None,
     compiled: CompileOption = False,
     precision: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="bf16: mixed, twice as fast on a GPU or a CPU with AMX.")
@@ -277,7 +277,7 @@ def grpo(
     """Teach the reasoner by reward: answers are drawn, judged, and the better of a group made likelier.
 
     \b
-    medreasoner-cli train grpo recipes/nano.toml -o runs/grpo
+    medreasoner-cli train grpo recipes/nano-grpo.toml -o runs/grpo
     """  # noqa: D301
     import dataclasses
 

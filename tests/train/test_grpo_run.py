@@ -114,7 +114,10 @@ def _stop(*_: object) -> None:
 
 
 def rewarded_by_sign(start: Path, shares: list[float]) -> Callable[..., list[Episode]]:
-    """Whatever an answer says, it is worth the sign of its second token in one direction of the embedding."""
+    """A judge for which an answer is worth the sign of its second token in one direction of the embedding.
+
+    A round's mean worth is added to `shares`.
+    """
     sign = load_hub_model(start).model.language_model.embed_tokens.weight[:, 0] > 0
 
     def by_sign(tasks: Any, answers: Any, *_: object) -> list[Episode]:

@@ -14,6 +14,7 @@ from medreasoner.errors import QueryError
 from medreasoner_train.checkpoint import save_reasoner
 from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.rollout import Completion, Prompt, Sampling
+from medreasoner_train.torch_rollouts import TorchRollouts
 from medreasoner_train.vocabulary import Vocabulary
 
 Reference = Callable[[Any, list[int], Tensor], Tensor]
@@ -176,3 +177,16 @@ def test_the_checkpoint_says_whether_the_policy_fits(toy_reasoner: Any, vocabula
         assert PackedPolicy.of(tmp_path) is None, new
     (tmp_path / "medreasoner.json").unlink()  # a checkpoint as others write it
     assert PackedPolicy.of(tmp_path) is None
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 4])
+def test_answers_do_not_depend_on_how_many_are_written_at_once(
+    at_once: int, policy: PackedPolicy, prompts: list[Prompt], toy_reasoner: Any
+) -> None:
+    sampling = Sampling(count=3, max_tokens=6)
+    whole, parts = (
+        TorchRollouts(policy, toy_reasoner, at_once=number).sample(prompts, sampling, seed=4)
+        for number in (4096, at_once)
+    )
+    assert [len(own) for own in whole] == [3, 3]
+    assert [[each.ids for each in own] for own in parts] == [[each.ids for each in own] for own in whole]

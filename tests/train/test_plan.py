@@ -14,7 +14,7 @@ from medreasoner.errors import BundleError
 from medreasoner_train.distributed import ScaleOptions
 from medreasoner_train.hub_policy import POSITIONS
 from medreasoner_train.lora import LoraOptions
-from medreasoner_train.plan import QWEN2_5_VL_7B, Workload, plan
+from medreasoner_train.plan import QWEN2_5_VL_7B, Workload, meta_model, plan
 
 SMALL: dict[str, Any] = {
     "text_config": {
@@ -101,6 +101,13 @@ def test_lora_needs_no_reference_and_no_moments_of_the_whole() -> None:
     assert lora.parameters == full.parameters + lora.trained
     assert lora.parts["reference"] == 0 < full.parts["reference"]
     assert lora.parts["weights"] == 4 * lora.trained + 2 * full.parameters
+
+
+def test_frozen_embeddings_are_not_trained_but_a_head_of_its_own_is() -> None:
+    whole, frozen = (plan(SMALL, scale=ALONE, work=Workload(), frozen_embeddings=each) for each in (False, True))
+    sizes = meta_model(SMALL).config.get_text_config()
+    assert not sizes.tie_word_embeddings
+    assert whole.trained - frozen.trained == sizes.vocab_size * sizes.hidden_size
 
 
 def test_the_recipe_has_the_papers_settings() -> None:

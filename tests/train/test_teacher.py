@@ -85,9 +85,20 @@ def test_embeddings_are_kept_for_the_next_run_of_the_same_encoder(
     (other / "config.json").write_text(json.dumps({**settings, "layer_norm_eps": 0.5}))
     assert not torch.equal(embed_queries(other, {"MRI/heart": own}, cache=cache)[SENTENCES[0]], first[SENTENCES[0]])
 
-    cache.write_bytes(cache.read_bytes()[:100])
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "an array"])
+def test_a_damaged_file_of_embeddings_is_named(encoder: Path, tmp_path: Path, damage: str) -> None:
+    asked, cache = {"MRI/heart": Phrasings(queries=tuple(SENTENCES))}, tmp_path / "points.teacher.npz"
+    embed_queries(encoder, asked, cache=cache)
+    whole = cache.read_bytes()
+    middle = whole.rindex(b"values.npy", 0, whole.index(b"PK\x01\x02")) + 60  # in the last member's packed bytes
+    flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
+    cache.write_bytes({"empty": b"", "cut": whole[:100], "flipped": flipped}.get(damage, b""))
+    if damage == "an array":
+        with cache.open("wb") as file:
+            np.save(file, np.zeros(3))
     with pytest.raises(BundleError, match=cache.name):
-        embed_queries(encoder, {"MRI/heart": own}, cache=cache)
+        embed_queries(encoder, asked, cache=cache)
 
 
 def test_the_teacher_s_embedding_of_the_whole_question_is_learnt(

@@ -70,6 +70,7 @@ class PolicyOptions:
     frozen_vision, frozen_embeddings
         Whether the vision tower, and the tokens' embeddings (with the language head, where that is the same table), are
         left as they are. A batch asks few of a vocabulary's words, and AdamW moves each of their rows by the full rate.
+        With `lora` both are left in any case.
     gradient_checkpointing
         Whether layers are run again for the gradient instead of being kept.
     lora

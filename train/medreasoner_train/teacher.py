@@ -5,9 +5,9 @@ no other author. Asked to say as well what a sentence encoder makes of each ques
 """
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,13 @@ from medreasoner_train.language import Phrasings
 
 __all__ = ["embed_queries", "embed_sentences"]
 
+logger = logging.getLogger(__name__)
+
 
 def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings], *, cache: Path | None = None) -> dict[str, Tensor]:
-    """The embedding (D,) of every question of `phrasings`, by :func:`embed_sentences`, up to a factor.
+    """The embedding (D,) of every question of `phrasings`, by :func:`embed_sentences`, to learn the direction of.
+
+    Rounded to steps of 1/127 of its largest component, and of any length.
 
     Parameters
     ----------
@@ -32,7 +36,7 @@ def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings], *, cache: Pa
     phrasings
         By key.
     cache
-        File (.npz) that keeps them in eight bits, for the next run: 56,000 take three minutes on two cores.
+        File (.npz) that keeps them for the next run of the same encoder: 56,000 took three minutes on two cores.
 
     Raises
     ------
@@ -40,7 +44,7 @@ def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings], *, cache: Pa
         If the encoder or the cache cannot be read; the message names it.
     """
     queries = sorted({query for own in phrasings.values() for query in own.queries})
-    encoder = _digest(folder)
+    encoder = "" if cache is None else _digest(folder)
     known = {} if cache is None else _kept(cache, encoder)
     new = [query for query in queries if query not in known]
     if new:
@@ -62,10 +66,11 @@ def _kept(cache: Path, encoder: str) -> dict[str, npt.NDArray[np.int8]]:
     try:
         with cache.open("rb") as raw, np.load(raw) as file:
             if str(file["encoder"]) != encoder:
+                logger.info("%s holds another encoder's embeddings; they are replaced", cache)
                 return {}
             queries = file["queries"].tobytes().decode().split("\0")
             return dict(zip(queries, file["values"], strict=True))
-    except (OSError, ValueError, KeyError, BadZipFile) as err:
+    except Exception as err:  # numpy and zipfile raise many kinds for a damaged file
         raise BundleError(f"{cache}: no file of a teacher's embeddings ({type(err).__name__}); delete it") from err
 
 
@@ -73,7 +78,7 @@ def _digest(folder: Path) -> str:
     """What tells an encoder from another: all that its folder says in files of its own."""
     digest = hashlib.sha256()
     for each in sorted(folder.glob("*")):
-        if each.suffix in (".json", ".txt", ".safetensors", ".bin"):
+        if each.suffix in (".json", ".txt", ".model", ".safetensors", ".bin"):
             with each.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

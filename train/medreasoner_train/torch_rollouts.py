@@ -10,12 +10,14 @@ from medreasoner_train.rollout import Completion, Prompt, Sampling
 
 __all__ = ["TorchRollouts"]
 
+IMAGES = 512  # that are read at a time
+
 
 class TorchRollouts:
     """Draws with :meth:`PackedPolicy.sample`; see :class:`medreasoner_train.rollout.Rollouts`.
 
-    `at_once` is the number of answers that are written together: memory against speed. `bf16`: in mixed precision, as
-    the trainer's passes may be.
+    `at_once` is the number of answers that are written together, to no more than 512 images: memory against speed.
+    `bf16`: in mixed precision, as the trainer's passes may be.
     """
 
     def __init__(self, policy: PackedPolicy, model: Any, *, at_once: int = 4096, bf16: bool = False) -> None:
@@ -29,7 +31,7 @@ class TorchRollouts:
         """See :class:`medreasoner_train.rollout.Rollouts`."""
         device = self._model.model.language_model.embed_tokens.weight.device
         answers: list[list[Completion]] = []
-        groups = max(1, self._at_once // sampling.count)
+        groups = max(1, min(IMAGES, self._at_once // sampling.count))
         for start in range(0, len(prompts), groups):
             some = prompts[start : start + groups]
             with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16):
