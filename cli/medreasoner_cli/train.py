@@ -134,9 +134,7 @@ def sft(
     ] = None,
     cache: Annotated[
         Path | None,
-        typer.Option(
-            help="File NAME.npz to keep the masks' key points in; NAME.teacher.npz the teacher's embeddings."
-        ),
+        typer.Option(help="File NAME.npz to keep the masks' key points in; NAME.teacher.npz the teacher's embeddings."),
     ] = None,
     compiled: CompileOption = False,
     precision: Annotated[
