@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies
 from PIL import Image as PilImage
 
-from medreasoner.errors import ImageReadError, MedReasonerError
+from medreasoner.errors import BundleError, ImageReadError, MedReasonerError
 from medreasoner_train import store
 from medreasoner_train.data import (
     Sample,
@@ -179,3 +179,10 @@ def test_the_cache_spares_the_points_and_grows_with_new_images(
     store.load_store(records, cache=cache)
     assert len(worked_out) == sum(len(record.samples) for record in records[4:])
     assert [path.name for path in cache.parent.iterdir()] == ["points.npz"]
+
+
+def test_a_damaged_cache_is_named(grounding_set: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "points.npz"
+    cache.write_bytes(b"PK")
+    with pytest.raises(BundleError, match=cache.name):
+        store.load_store(by_image(load_index(grounding_set))[:1], cache=cache)

@@ -69,6 +69,29 @@ def changed(config: GrpoConfig, **train: Any) -> GrpoConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
 
 
+def rewarded_by_sign(start: Path, shares: list[float]) -> Callable[..., list[Episode]]:
+    """A judge for which an answer is worth the sign of its second token in one direction of the embedding.
+
+    A round's mean worth is added to `shares`.
+    """
+    sign = load_hub_model(start).model.language_model.embed_tokens.weight[:, 0] > 0
+
+    def by_sign(tasks: Any, answers: Any, *_: object) -> list[Episode]:
+        worth = [[float(sign[each.ids[1]]) for each in own] for own in answers]
+        shares.append(float(np.mean(worth)))
+        return [
+            Episode(
+                task=task,
+                completions=tuple(own),
+                rewards=tuple(Reward(segment=each) for each in value),
+                totals=tuple(value),
+            )
+            for task, own, value in zip(tasks, answers, worth, strict=True)
+        ]
+
+    return by_sign
+
+
 def test_the_command_writes_a_checkpoint_metrics_and_pictures(settings: Path, tmp_path: Path, start: Path) -> None:
     assert command(["train", "grpo", str(settings)]) == 0
     out = tmp_path / "run"
@@ -111,29 +134,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(config: GrpoConfig, tmp
 
 def _stop(*_: object) -> None:
     raise KeyboardInterrupt
-
-
-def rewarded_by_sign(start: Path, shares: list[float]) -> Callable[..., list[Episode]]:
-    """A judge for which an answer is worth the sign of its second token in one direction of the embedding.
-
-    A round's mean worth is added to `shares`.
-    """
-    sign = load_hub_model(start).model.language_model.embed_tokens.weight[:, 0] > 0
-
-    def by_sign(tasks: Any, answers: Any, *_: object) -> list[Episode]:
-        worth = [[float(sign[each.ids[1]]) for each in own] for own in answers]
-        shares.append(float(np.mean(worth)))
-        return [
-            Episode(
-                task=task,
-                completions=tuple(own),
-                rewards=tuple(Reward(segment=each) for each in value),
-                totals=tuple(value),
-            )
-            for task, own, value in zip(tasks, answers, worth, strict=True)
-        ]
-
-    return by_sign
 
 
 def test_the_policy_learns_what_is_rewarded(config: GrpoConfig, start: Path, monkeypatch: pytest.MonkeyPatch) -> None:

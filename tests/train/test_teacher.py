@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -93,10 +94,9 @@ def test_a_damaged_file_of_embeddings_is_named(encoder: Path, tmp_path: Path, da
     whole = cache.read_bytes()
     middle = whole.rindex(b"values.npy", 0, whole.index(b"PK\x01\x02")) + 60  # in the last member's packed bytes
     flipped = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
-    cache.write_bytes({"empty": b"", "cut": whole[:100], "flipped": flipped}.get(damage, b""))
-    if damage == "an array":
-        with cache.open("wb") as file:
-            np.save(file, np.zeros(3))
+    array = BytesIO()
+    np.save(array, np.zeros(3))
+    cache.write_bytes({"empty": b"", "cut": whole[:100], "flipped": flipped, "an array": array.getvalue()}[damage])
     with pytest.raises(BundleError, match=cache.name):
         embed_queries(encoder, asked, cache=cache)
 

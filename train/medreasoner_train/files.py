@@ -1,10 +1,16 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and arrays that are kept in them between runs."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-__all__ = ["appearing"]
+import numpy as np
+import numpy.typing as npt
+
+from medreasoner.errors import BundleError
+
+__all__ = ["appearing", "keep_arrays", "kept_arrays"]
 
 
 @contextmanager
@@ -14,3 +20,24 @@ def appearing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f"{path.stem}.part{path.suffix}")
     yield beside
     beside.replace(path)
+
+
+def keep_arrays(path: Path, **arrays: Any) -> None:
+    """Write arrays to a .npz file, for :func:`kept_arrays`."""
+    with appearing(path) as beside, beside.open("wb") as file:  # savez would put an ending of its own to a name
+        np.savez_compressed(file, **arrays)
+
+
+def kept_arrays(path: Path, names: tuple[str, ...]) -> tuple[npt.NDArray[Any], ...]:
+    """Arrays of a .npz file, in the order of their `names`.
+
+    Raises
+    ------
+    BundleError
+        If they are not there or the file is damaged; the message names it.
+    """
+    try:
+        with path.open("rb") as raw, np.load(raw) as file:
+            return tuple(file[name] for name in names)
+    except Exception as err:  # numpy and zipfile raise many kinds for a damaged file
+        raise BundleError(f"{path}: no file with {', '.join(names)} ({type(err).__name__}); delete it") from err

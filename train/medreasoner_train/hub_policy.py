@@ -27,7 +27,7 @@ from medreasoner.reasoner.vision import image_patches
 from medreasoner_train.completions import as_rows
 from medreasoner_train.rollout import Completion, Pixels, Prompt
 
-__all__ = ["HubPolicy", "bare", "load_hub_model", "replaced"]
+__all__ = ["HubPolicy", "bare", "freeze", "load_hub_model", "replaced"]
 
 POSITIONS = 512  # whose logits exist at a time: 0.3 GB in float32 at a vocabulary of 152k
 
@@ -173,6 +173,15 @@ class HubPolicy:
         return ids, (1, rows, columns), torch.from_numpy(patches)
 
 
+def freeze(model: Any, *, vision: bool, embeddings: bool) -> None:
+    """Say what of a ``Qwen2_5_VLForConditionalGeneration`` is left as it is: the vision tower, the tokens' embeddings.
+
+    With the embeddings goes the language head, where that is the same table.
+    """
+    model.model.visual.requires_grad_(not vision)
+    model.get_input_embeddings().requires_grad_(not embeddings)
+
+
 def load_hub_model(
     folder: Path,
     *,
@@ -210,8 +219,7 @@ def load_hub_model(
         raise BundleError(f"{folder}: not a Qwen2.5-VL checkpoint that transformers reads ({one_line(err)})") from err
     if missing := sorted(found["missing_keys"]):
         raise BundleError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}")
-    model.model.visual.requires_grad_(not frozen_vision)
-    model.get_input_embeddings().requires_grad_(not frozen_embeddings)
+    freeze(model, vision=frozen_vision, embeddings=frozen_embeddings)
     if gradient_checkpointing:
         newer = getattr(model, "activation_checkpointing_enable", None)  # the same under its newer name
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})

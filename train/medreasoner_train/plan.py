@@ -33,7 +33,7 @@ import torch
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
 from medreasoner_train.distributed import ScaleOptions
-from medreasoner_train.hub_policy import POSITIONS
+from medreasoner_train.hub_policy import POSITIONS, freeze
 from medreasoner_train.lora import LoraOptions, add_adapter
 
 __all__ = ["QWEN2_5_VL_7B", "Plan", "Workload", "meta_model", "plan"]
@@ -170,8 +170,7 @@ def plan(
         Whether there is a reference.
     """
     model = meta_model(config)
-    model.model.visual.requires_grad_(not frozen_vision)
-    model.get_input_embeddings().requires_grad_(not frozen_embeddings)
+    freeze(model, vision=frozen_vision, embeddings=frozen_embeddings)
     sizes = model.config
     if lora is not None:
         model = add_adapter(model, lora)

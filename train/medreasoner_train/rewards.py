@@ -10,7 +10,6 @@ MedReasoner (arXiv 2508.08177), section on rewards, and the code published with 
 """
 
 import dataclasses
-import functools
 import json
 import math
 from typing import Any, Literal
@@ -127,7 +126,6 @@ def _point(value: Any) -> Point | None:
     return None if found is None else (found[0], found[1])
 
 
-@functools.lru_cache(maxsize=16384)  # a step's answers are read for the reward, the mask and what is told
 def _read(text: str, compat: Compat | None) -> _Reading:
     answer = parse_answer(text)
     if isinstance(answer, str):

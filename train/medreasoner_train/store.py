@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from medreasoner.errors import MedReasonerError
 from medreasoner_train.data import ImageRecord, load_mask, load_pixels
-from medreasoner_train.files import appearing
+from medreasoner_train.files import keep_arrays, kept_arrays
 from medreasoner_train.targets import box_of, inscribed_points
 
 __all__ = ["DRAWS", "Stored", "load_store", "redraws", "sampling_weights"]
@@ -36,11 +36,17 @@ class Stored:
 
 
 def load_store(records: Sequence[ImageRecord], *, cache: Path | None = None) -> list[Stored]:
-    """Decode `records` and work out their targets; the points, which cost most, are kept in `cache` (.npz)."""
+    """Decode `records` and work out their targets; the points, which cost most, are kept in `cache` (.npz).
+
+    Raises
+    ------
+    BundleError
+        If the cache is damaged; the message names it.
+    """
     known: dict[str, npt.NDArray[np.float64]] = {}
     if cache is not None and cache.exists():
-        with np.load(cache) as file:
-            known = dict(zip(file["ids"].tolist(), file["points"], strict=True))
+        ids, points = kept_arrays(cache, ("ids", "points"))
+        known = dict(zip(ids.tolist(), points, strict=True))
 
     def read(record: ImageRecord) -> Stored:
         masks = np.stack([load_mask(sample.mask) for sample in record.samples])
@@ -63,8 +69,7 @@ def load_store(records: Sequence[ImageRecord], *, cache: Path | None = None) -> 
     }
     if cache is not None and not found.keys() <= known.keys():
         known.update(found)
-        with appearing(cache) as beside, beside.open("wb") as file:  # savez would put an ending of its own to a name
-            np.savez(file, ids=np.array(list(known)), points=np.stack(list(known.values())))
+        keep_arrays(cache, ids=np.array(list(known)), points=np.stack(list(known.values())))
     return stored
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from medreasoner.errors import BundleError
-from medreasoner_train.files import appearing
+from medreasoner_train.files import keep_arrays, kept_arrays
 from medreasoner_train.language import Phrasings
 
 __all__ = ["embed_queries", "embed_sentences"]
@@ -52,10 +52,9 @@ def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings], *, cache: Pa
         steps = values / values.abs().amax(1, keepdim=True) * 127
         known |= dict(zip(new, steps.round().to(torch.int8).numpy(), strict=True))
         if cache is not None:
-            with appearing(cache) as beside, beside.open("wb") as file:
-                # As one text: an array of texts is as wide as the longest for each.
-                texts = np.frombuffer("\0".join(known).encode(), np.uint8)
-                np.savez_compressed(file, encoder=encoder, queries=texts, values=np.stack(list(known.values())))
+            # As one text: an array of texts is as wide as the longest for each.
+            texts = np.frombuffer("\0".join(known).encode(), np.uint8)
+            keep_arrays(cache, encoder=encoder, queries=texts, values=np.stack(list(known.values())))
     return {query: torch.from_numpy(known[query].astype(np.float32)) for query in queries}
 
 
@@ -63,25 +62,20 @@ def _kept(cache: Path, encoder: str) -> dict[str, npt.NDArray[np.int8]]:
     """What is in the file, if it is this encoder's."""
     if not cache.exists():
         return {}
-    try:
-        with cache.open("rb") as raw, np.load(raw) as file:
-            if str(file["encoder"]) != encoder:
-                logger.info("%s holds another encoder's embeddings; they are replaced", cache)
-                return {}
-            queries = file["queries"].tobytes().decode().split("\0")
-            return dict(zip(queries, file["values"], strict=True))
-    except Exception as err:  # numpy and zipfile raise many kinds for a damaged file
-        raise BundleError(f"{cache}: no file of a teacher's embeddings ({type(err).__name__}); delete it") from err
+    whose, texts, values = kept_arrays(cache, ("encoder", "queries", "values"))
+    if str(whose) != encoder:
+        logger.info("%s holds another encoder's embeddings; they are replaced", cache)
+        return {}
+    return dict(zip(texts.tobytes().decode().split("\0"), values, strict=True))
 
 
 def _digest(folder: Path) -> str:
     """What tells an encoder from another: all that its folder says in files of its own."""
-    digest = hashlib.sha256()
-    for each in sorted(folder.glob("*")):
-        if each.suffix in (".json", ".txt", ".model", ".safetensors", ".bin"):
-            with each.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    from medreasoner_export.checkpoint import sha256_of
+
+    kinds = (".json", ".txt", ".model", ".safetensors", ".bin")
+    files = [each for each in sorted(folder.glob("*")) if each.suffix in kinds]
+    return hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
 
 
 @torch.no_grad()
