@@ -101,6 +101,36 @@ def test_packing_pads_on_the_right_and_starts_every_branch_at_one_position(vocab
     assert int(packed.image.sum()) == 2 * 9
 
 
+def test_a_trunk_reads_as_if_each_branch_began_with_it(toy_reasoner: Any, vocabulary: Vocabulary) -> None:
+    """Also where its text has the token that stands for a part of an image."""
+    language = toy_reasoner.model.language_model
+    prefix, positions = vocabulary.prefix(3)
+    trunks = [[*vocabulary.prompt("Which organ pumps blood?"), vocabulary.image], []]
+    answers = [[[7, 8, 9], [10]], [[5, vocabulary.image], [6, 7]]]
+    whole = [[[*trunk, *answer] for answer in row] for trunk, row in zip(trunks, answers, strict=True)]
+    images = torch.randn(2, 3, 84, 84, generator=torch.Generator().manual_seed(5))
+    hidden = []
+    with torch.no_grad():
+        parts = tower(toy_reasoner.model.visual, images)
+        for packed in (
+            pack(prefix, positions, vocabulary.image, answers, vocabulary.pad, trunks=trunks),
+            pack(prefix, positions, vocabulary.image, whole, vocabulary.pad),
+        ):
+            assert int(packed.image.sum()) == 2 * 9
+            embeds = language.embed_tokens(packed.ids).masked_scatter(packed.image[..., None], parts)
+            states = language_pass(language, embeds, packed.positions, block_mask(packed.branch))
+            # Of each answer, which ends its branch in both.
+            hidden.append(
+                [
+                    states[b, packed.branch[b] == k][-len(answer) :]
+                    for b, row in enumerate(answers)
+                    for k, answer in enumerate(row, start=1)
+                ]
+            )
+    for own, expected in zip(*hidden, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 def test_positions_of_the_prefix_count_the_image_as_its_side(vocabulary: Vocabulary) -> None:
     prefix, positions = vocabulary.prefix(9)
     image = np.array(prefix) == vocabulary.image

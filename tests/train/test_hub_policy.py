@@ -1,6 +1,7 @@
 """Log-probabilities of any Qwen2.5-VL, beside transformers' forward of each answer by itself."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -112,10 +113,14 @@ def test_the_gradient_is_that_of_the_plain_way(folder: Path, model: Any, prompts
 
 
 def test_forced_tokens_do_not_count(folder: Path, model: Any, prompts: list[Prompt]) -> None:
-    own = Completion(ids=(11, 12, 13), text="", free=(False, True, False))
+    whole = [Completion(ids=(11, 12, 13), text=""), Completion(ids=(14, 15), text="")]
+    some = [replace(whole[0], free=(False, True, False)), replace(whole[1], free=(False, False))]
+    policy = HubPolicy(folder)
     with torch.no_grad():
-        _, mask = HubPolicy(folder).log_probs(model, prompts[:1], [[own]])
-    assert mask.tolist() == [[False, True, False]]
+        expected, _ = policy.log_probs(model, prompts[:1], [whole])
+        found, mask = policy.log_probs(model, prompts[:1], [some])
+    assert mask.tolist() == [[False, True, False], [False] * 3]
+    torch.testing.assert_close(found, expected * mask)
 
 
 def test_checkpointing_and_bfloat16_leave_the_loss(folder: Path, prompts: list[Prompt]) -> None:

@@ -67,9 +67,28 @@ def test_log_probabilities_are_those_of_the_whole_model(
 
 
 def test_forced_tokens_do_not_count(policy: PackedPolicy, prompts: list[Prompt], toy_reasoner: Any) -> None:
-    (one,) = written(policy, [4], 0)
-    _, mask = policy.log_probs(toy_reasoner, prompts[:1], [[replace(one, free=(False, True, False, True))]])
-    assert mask.tolist() == [[False, True, False, True]]
+    """Nor does leaving them out, with what follows the last chosen one, change the others' log-probabilities."""
+    whole = [written(policy, [4, 6, 5, 3], 1), written(policy, [7, 2], 2)]
+    free = [
+        [(False, True, False, True), (True, *[False] * 5), (False,) * 5, (False, False, True)],
+        [(False, False, True, True, False, True, False), (False, False)],
+    ]
+    some = [
+        [replace(each, free=which) for each, which in zip(own, marks, strict=True)]
+        for own, marks in zip(whole, free, strict=True)
+    ]
+    with torch.no_grad():
+        expected, _ = policy.log_probs(toy_reasoner, prompts, whole)
+        found, mask = policy.log_probs(toy_reasoner, prompts, some)
+        nothing, none = policy.log_probs(toy_reasoner, prompts[:1], [[replace(whole[0][0], free=(False,) * 4)]])
+    marks = torch.zeros(6, 7, dtype=torch.bool)
+    for row, which in zip(marks, [which for own in free for which in own], strict=True):
+        row[: len(which)] = torch.tensor(which)
+    assert torch.equal(mask, marks)
+    torch.testing.assert_close(found, expected * marks, rtol=1e-5, atol=1e-5)
+    assert nothing.shape == (1, 4)
+    assert not nothing.any()
+    assert not none.any()
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -1,7 +1,8 @@
 """The language model's pass, written again so that several queries share one image in training.
 
 Image tokens stand before the query and attend causally, so they are the same whatever is asked. A training row is
-therefore the prefix once, then one branch a query; a branch sees the prefix and itself.
+therefore the prefix once, then one branch a query; a branch sees the prefix and itself. Where the branches are answers
+to one query, that is read once too, behind the prefix.
 """
 
 import dataclasses
@@ -21,8 +22,8 @@ __all__ = ["Packed", "block_mask", "language_pass", "pack", "prefix_positions"]
 class Packed:
     """Rows of prefix and branches, padded on the right.
 
-    ids : (B, T) int64; positions : (3, B, T) int64 (time, row, column); branch : (B, T) int64, 0 for the prefix, 1..K
-    for the branches, -1 for padding; image : (B, T) bool.
+    ids : (B, T) int64; positions : (3, B, T) int64 (time, row, column); branch : (B, T) int64, 0 for what all branches
+    of the row see, 1..K for the branches, -1 for padding; image : (B, T) bool.
     """
 
     ids: Tensor
@@ -41,27 +42,37 @@ def prefix_positions(before: int, side: int, after: int) -> Tensor:
 
 
 def pack(
-    prefix: Sequence[int], positions: Tensor, image_token: int, branches: Sequence[Sequence[Sequence[int]]], pad: int
+    prefix: Sequence[int],
+    positions: Tensor,
+    image_token: int,
+    branches: Sequence[Sequence[Sequence[int]]],
+    pad: int,
+    *,
+    trunks: Sequence[Sequence[int]] | None = None,
 ) -> Packed:
-    """Join one prefix (shared by all rows) and the branches of each row."""
+    """Join one prefix (for all rows), each row's trunk (for all its branches; empty if not given) and branches."""
     n = len(prefix)
-    lengths = [n + sum(len(branch) for branch in row) for row in branches]
+    trunks = trunks or [[]] * len(branches)
+    lengths = [n + len(trunk) + sum(map(len, row)) for trunk, row in zip(trunks, branches, strict=True)]
     shape = (len(branches), max(lengths))
     ids = torch.full(shape, pad, dtype=torch.int64)
     where = torch.zeros((3, *shape), dtype=torch.int64)
     branch_of = torch.full(shape, -1, dtype=torch.int64)
     ids[:, :n], where[:, :, :n], branch_of[:, :n] = torch.tensor(prefix), positions[:, None], 0
-    first = int(positions.max()) + 1
-    for b, row in enumerate(branches):
+    behind = int(positions.max()) + 1
+    for b, (trunk, row) in enumerate(zip(trunks, branches, strict=True)):
         at = n
-        for k, branch in enumerate(row, start=1):
-            stop = at + len(branch)
-            ids[b, at:stop] = torch.tensor(branch)
-            where[:, b, at:stop] = torch.arange(first, first + len(branch))
+        for k, tokens in enumerate((trunk, *row)):
+            first = behind + (len(trunk) if k else 0)
+            stop = at + len(tokens)
+            ids[b, at:stop] = torch.tensor(tokens, dtype=torch.int64)
+            where[:, b, at:stop] = torch.arange(first, first + len(tokens))
             branch_of[b, at:stop] = k
             at = stop
-    # A policy may write an image's token too, which stands for no image.
-    return Packed(ids=ids, positions=where, branch=branch_of, image=(ids == image_token) & (branch_of == 0))
+    # A question and a policy may write an image's token too, which stands for no image.
+    image = ids == image_token
+    image[:, n:] = False
+    return Packed(ids=ids, positions=where, branch=branch_of, image=image)
 
 
 def block_mask(branch: Tensor) -> Tensor:

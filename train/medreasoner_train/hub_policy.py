@@ -130,18 +130,18 @@ class HubPolicy:
     ) -> _Batch:
         seen = [self._read(prompt) for prompt in prompts]
         rows = [
-            (ids, image, each.ids)
+            (ids, image, each)
             for image, ((ids, _, _), own) in enumerate(zip(seen, completions, strict=True))
             for each in own
         ]
-        length = max(len(ids) + len(answer) for ids, _, answer in rows)
+        length = max(len(ids) + len(answer.ids) for ids, _, answer in rows)
         tokens = torch.zeros((len(rows), length), dtype=torch.int64)
         valid, keep = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
         for row, (ids, _, answer) in enumerate(rows):
-            end = len(ids) + len(answer)
-            tokens[row, :end] = torch.tensor([*ids, *answer])
+            end = len(ids) + len(answer.ids)
+            tokens[row, :end] = torch.tensor([*ids, *answer.ids])
             valid[row, :end] = 1
-            keep[row, len(ids) - 1 : end - 1] = True
+            keep[row, [len(ids) + place - 1 for place in answer.places]] = True
         image_of = [image for _, image, _ in rows]
         grids = torch.tensor([grid for _, grid, _ in seen])
         inputs = {
@@ -151,7 +151,7 @@ class HubPolicy:
             "pixel_values": torch.cat([_two_frames(config, patches) for _, _, patches in seen]),
             "image_grid_thw": grids[image_of],
         }
-        targets = torch.tensor([token for _, _, answer in rows for token in answer], dtype=torch.int64)
+        targets = torch.tensor([each.ids[place] for _, _, each in rows for place in each.places], dtype=torch.int64)
         return _Batch(
             inputs={name: value.to(device) for name, value in inputs.items()},
             grids=grids.to(device),

@@ -21,7 +21,7 @@ from medreasoner.errors import BundleError, QueryError
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import read_settings
 from medreasoner_train.completions import as_rows
-from medreasoner_train.decoder import Packed, block_mask, language_pass, pack
+from medreasoner_train.decoder import block_mask, language_pass, pack
 from medreasoner_train.hub_policy import bare, replaced
 from medreasoner_train.loop import moved
 from medreasoner_train.model import to_tensor, tower
@@ -36,11 +36,15 @@ BRANCHES = 8  # answers in a row: attention's mask grows with the square of a ro
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Row:
-    """Some answers of one prompt: its number, the answers' numbers of tokens, question and answer as tokens."""
+    """Some answers of one prompt: its number, its question, and of each answer the tokens up to the last chosen one.
+
+    `chosen` tells which of these tokens were.
+    """
 
     prompt: int
-    lengths: list[int]
-    branches: list[list[int]]
+    asked: list[int]
+    answers: list[tuple[int, ...]]
+    chosen: list[list[int]]
 
 
 class PackedPolicy:
@@ -143,26 +147,23 @@ class PackedPolicy:
     def _flat(
         self, model: Any, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]], temperature: float
     ) -> Tensor:
-        """Log-probabilities of all tokens, one completion behind the other."""
+        """Log-probabilities of all chosen tokens, one completion behind the other."""
         device = model.model.language_model.embed_tokens.weight.device
         rows = self._rows(prompts, completions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
             images = torch.stack([self.shown(prompt) for prompt in prompts]).to(device)
             embeds = tower(model.model.visual, images)
-        hidden, packed, first = self._hidden(model, embeds, rows)
-        # Where each answer's tokens are predicted from: one place before them.
-        row_of: list[int] = []
-        place_of: list[int] = []
+        hidden, first = self._hidden(model, embeds, rows)
+        # Where each token is predicted from: one place before it, the first of an answer at the question's end.
+        wanted: list[tuple[int, int, int]] = []
         for b, row in enumerate(rows):
-            end = first
-            for length, branch in zip(row.lengths, row.branches, strict=True):
-                end += len(branch)
-                row_of += [b] * length
-                place_of += range(end - length - 1, end - 1)
-        where = torch.tensor([row_of, place_of], device=device)
-        states = hidden[where[0], where[1]]
+            asked = at = first + len(row.asked)
+            for answer, places in zip(row.answers, row.chosen, strict=True):
+                wanted += [(b, (at + place if place else asked) - 1, answer[place]) for place in places]
+                at += len(answer)
+        row_of, place_of, tokens = torch.tensor(wanted, dtype=torch.int64, device=device).reshape(-1, 3).T
         table = model.model.language_model.embed_tokens.weight  # tied: the language head too
-        return _chosen(states, table, packed.ids[where[0], where[1] + 1], temperature)
+        return _chosen(hidden[row_of, place_of], table, tokens, temperature)
 
     def _rows(self, prompts: Sequence[Prompt], completions: Sequence[Sequence[Completion]]) -> list[_Row]:
         """Answers laid out in rows, in their order."""
@@ -171,17 +172,21 @@ class PackedPolicy:
             asked = self.vocabulary.prompt(prompt.query)
             for start in range(0, len(own), BRANCHES):
                 part = own[start : start + BRANCHES]
-                branches = [[*asked, *each.ids] for each in part]
-                rows.append(_Row(prompt=number, lengths=[len(each.ids) for each in part], branches=branches))
+                places = [each.places for each in part]
+                answers = [
+                    each.ids[: places[-1] + 1 if places else 0] for each, places in zip(part, places, strict=True)
+                ]
+                rows.append(_Row(prompt=number, asked=asked, answers=answers, chosen=places))
         return rows
 
-    def _hidden(self, model: Any, embeds: Tensor, rows: list[_Row]) -> tuple[Tensor, Packed, int]:
-        """Final states (rows, T, D), the rows' tokens, and the place of the first after the shared prefix."""
+    def _hidden(self, model: Any, embeds: Tensor, rows: list[_Row]) -> tuple[Tensor, int]:
+        """Final states (rows, T, D), and the place of the first token after the shared prefix."""
         language = model.model.language_model
         prefix, positions = self._prefix()
         device = embeds.device
+        answers, asked = [row.answers for row in rows], [row.asked for row in rows]
         packed = moved(
-            pack(prefix, positions, self.vocabulary.image, [row.branches for row in rows], self.vocabulary.pad), device
+            pack(prefix, positions, self.vocabulary.image, answers, self.vocabulary.pad, trunks=asked), device
         )
         of = torch.tensor([row.prompt for row in rows], device=device)
         inputs = language.embed_tokens(packed.ids)
@@ -191,7 +196,7 @@ class PackedPolicy:
             hidden = checkpoint(language_pass, language, inputs, packed.positions, seen, use_reentrant=False)
         else:
             hidden = language_pass(language, inputs, packed.positions, seen)
-        return hidden, packed, len(prefix)
+        return hidden, len(prefix)
 
     def _prefix(self) -> tuple[list[int], Tensor]:
         return self.vocabulary.prefix(self.size // self._token_side)
@@ -243,10 +248,9 @@ def _config(folder: Path) -> Any:
 def _chosen(states: Tensor, table: Tensor, tokens: Tensor, temperature: float) -> Tensor:
     """Log-probability (M,) of each token after its state (M, D); logits over the vocabulary only a part at a time."""
     parts = []
-    for start in range(0, len(tokens), 16384):
-        own = states[start : start + 16384]
-        logits = (own @ table.T).float() / temperature
-        parts.append(logits.gather(1, tokens[start : start + 16384, None])[:, 0] - logits.logsumexp(-1))
+    for some, own in zip(torch.split(states, 16384), torch.split(tokens, 16384), strict=True):
+        logits = (some @ table.T).float() / temperature
+        parts.append(logits.gather(1, own[:, None])[:, 0] - logits.logsumexp(-1))
     return torch.cat(parts)
 
 

@@ -49,6 +49,11 @@ class Completion:
     free: tuple[bool, ...] | None = None
     finished: bool = True
 
+    @property
+    def places(self) -> list[int]:
+        """Where among its tokens those stand that were chosen."""
+        return [place for place in range(len(self.ids)) if self.free is None or self.free[place]]
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
