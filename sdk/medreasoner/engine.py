@@ -20,9 +20,9 @@ from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
 from medreasoner.session import Session
 from medreasoner.sessions import OpenedSession, SessionOpener, decoder_session
-from medreasoner.spec import ConfidenceSpec, ReasonerSpec
+from medreasoner.spec import ConfidenceSpec, ReasonerSpec, SegmenterSpec
 
-__all__ = ["Engine", "Sharing", "Towers", "load_engine", "load_reasoner", "step_options"]
+__all__ = ["Engine", "Sharing", "Towers", "load_engine", "load_reasoner", "load_segmenter", "step_options"]
 
 # Waking the other threads of a session costs tens of microseconds an operator. A step of the decoder is one vector
 # times a matrix, and a small mask decoder has few tokens: below these sizes one thread is twice as fast as two.
@@ -176,7 +176,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     n_cores = options.n_threads or usable_cores()
     n_threads = n_cores if splits else 1  # of what runs without a session
     step_threads = n_cores if splits else min(n_cores, _SMALL_STEP_THREADS)
-    drawing = step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)
+    drawing = _mask_options(segmenter, options)
     opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(5) as pool:
         vision = pool.submit(opener.open, reasoner.graphs.vision, options)
@@ -283,6 +283,27 @@ def load_reasoner(
             n_slots=n_slots,
             max_waiting=max_waiting,
         )
+
+
+def load_segmenter(bundle: Bundle, options: RuntimeOptions) -> Segmenter:
+    """The segmenter alone, of a verified bundle: for masks of boxes and points that come from elsewhere.
+
+    Raises
+    ------
+    ProviderError
+        If the device does not work.
+    """
+    spec, opener = bundle.spec.segmenter, SessionOpener(bundle, options)
+    return Segmenter(
+        spec,
+        encoder=opener.open(spec.graphs.encoder, options).session,
+        decoder=opener.open(spec.graphs.decoder, _mask_options(spec, options)).session,
+        n_threads=options.n_threads or usable_cores(),
+    )
+
+
+def _mask_options(segmenter: SegmenterSpec, options: RuntimeOptions) -> RuntimeOptions:
+    return step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)
 
 
 def _open_decoder(

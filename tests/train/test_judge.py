@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from medreasoner.errors import MedReasonerError
 from medreasoner_train.checkpoint import load_weights
 from medreasoner_train.judge import Geometry, RuntimeJudge, TorchJudge
 from medreasoner_train.metrics import dice
@@ -75,3 +76,10 @@ def test_the_answers_grid_is_brought_to_that_of_the_pixels(task: Task) -> None:
     assert other == pytest.approx(one, abs=1e-3)
     assert task.mask is not None
     assert one > dice(np.ones_like(task.mask), task.mask)
+
+
+def test_a_closed_judge_says_so(task: Task) -> None:
+    judge = RuntimeJudge("nano")
+    judge.close()
+    with pytest.raises(MedReasonerError, match="closed"):
+        judge.dice([task], [[RIGHT]])

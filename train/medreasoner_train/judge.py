@@ -1,7 +1,7 @@
 """What the frozen segmenter makes of an answer: the Dice of its mask, as a reward."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medreasoner import Grounder
+from medreasoner import read_image
+from medreasoner.bundle import load_bundle
+from medreasoner.engine import load_segmenter
+from medreasoner.errors import MedReasonerError
+from medreasoner.providers import Device, RuntimeOptions
+from medreasoner.segmenter import Segmenter
 from medreasoner_train.metrics import dice
 from medreasoner_train.segmenter import BOTH, SIZE, Prompts, segment
 from medreasoner_train.tasks import Task
@@ -31,36 +36,44 @@ class MaskJudge(Protocol):
 
 
 class RuntimeJudge:
-    """Masks by the bundle's segmenter in the runtime, as users get them: of any architecture, on the CPU or a GPU."""
+    """Masks by a bundle's segmenter in the runtime, as users get them: of any architecture, on the CPU or a GPU."""
 
-    def __init__(self, bundle: str, *, device: Literal["auto", "cpu", "cuda", "tensorrt"] = "cpu") -> None:
-        self._grounder = Grounder.load(bundle, device=device)
+    def __init__(self, bundle: str, *, device: Device = "cpu") -> None:
+        self._segmenter: Segmenter | None = load_segmenter(load_bundle(bundle), RuntimeOptions(device=device))
 
     def dice(self, tasks: Sequence[Task], answers: Sequence[Sequence[Geometry | None]]) -> list[list[float]]:
-        """See :class:`MaskJudge`."""
-        return [self._one(task, own) for task, own in zip(tasks, answers, strict=True)]
+        """See :class:`MaskJudge`.
 
-    def _one(self, task: Task, answers: Sequence[Geometry | None]) -> list[float]:
-        if task.mask is None or not any(answers):
-            return [0.0] * len(answers)
-        height, width = task.mask.shape
-        across, down = width / task.truth.size[0], height / task.truth.size[1]
-        found: dict[Geometry, float] = {}  # the same answer is often drawn again
-        with self._grounder.open(task.prompt.pixels) as study:
-            for answer in answers:
-                if answer is None or answer in found:
-                    continue
-                (x1, y1, x2, y2), (first, second) = answer
-                mask, _ = study.segment(
-                    box=(x1 * across, y1 * down, x2 * across, y2 * down),
-                    points=((first[0] * across, first[1] * down), (second[0] * across, second[1] * down)),
-                )
-                found[answer] = dice(mask, task.mask)
-        return [0.0 if answer is None else found[answer] for answer in answers]
+        Raises
+        ------
+        MedReasonerError
+            If closed.
+        """
+        if self._segmenter is None:
+            raise MedReasonerError("this judge is closed")
+        return [_one(self._segmenter, task, own) for task, own in zip(tasks, answers, strict=True)]
 
     def close(self) -> None:
-        """Close the bundle."""
-        self._grounder.close()
+        """Let go of the segmenter."""
+        self._segmenter = None
+
+
+def _one(segmenter: Segmenter, task: Task, answers: Sequence[Geometry | None]) -> list[float]:
+    unlike = list({answer: None for answer in answers if answer is not None})  # the same one is often drawn again
+    if task.mask is None or not unlike:
+        return [0.0] * len(answers)
+    height, width = task.mask.shape
+    scale = np.array([width / task.truth.size[0], height / task.truth.size[1]])
+    image = segmenter.encode(read_image(task.prompt.pixels))
+    logits, _ = segmenter.decode_batch(
+        image,
+        corners=np.array([box for box, _ in unlike]).reshape(-1, 2, 2) * scale,
+        points=np.array([points for _, points in unlike]) * scale,
+    )
+    found = {
+        answer: dice(segmenter.mask(own, image), task.mask) for answer, own in zip(unlike, logits, strict=True)
+    }  # fmt: skip
+    return [0.0 if answer is None else found[answer] for answer in answers]
 
 
 class TorchJudge:
