@@ -61,8 +61,18 @@ def test_eight_samples(benchmark: Any, grounder: Grounder, report: Report, pixel
             lambda number: study.ground(found[number % len(found)], samples=8, seed=number),
             lambda number: study.ground(found[number % len(found)]),
         )
-        name, goal = "eight samples / one answer", report.goal("ours / peer", 3)
+        name, goal = "8 samples / one answer, known image", report.goal("ours / peer", 3)
         report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=ROUNDS, warmup_rounds=2))
+
+
+def test_eight_samples_of_a_new_image(benchmark: Any, forgetful: Grounder, report: Report, pixels: Pixels) -> None:
+    found = [query for query in QUERIES if forgetful.ground(pixels, query).found] or list(QUERIES)
+    turns = TakingTurns(
+        lambda number: forgetful.ground(pixels, found[number % len(found)], samples=8, seed=number),
+        lambda number: forgetful.ground(pixels, found[number % len(found)]),
+    )
+    name, goal = "8 samples / one answer, new image", report.goal("ours / peer", 3)
+    report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=ROUNDS, warmup_rounds=2))
 
 
 def slow_end(ask: Callable[[str], object]) -> float:
