@@ -100,7 +100,6 @@ def build_bundle(
     out = Path(out_dir)
     if out.exists() and not force:
         raise BundleError(f"{out} exists; remove it, or force the replacement")
-    licence = licence or Licence()
     sources = (reasoner_dir, segmenter_dir, cpu_reasoner, cpu_segmenter)
     check_room(out, [Path(each) for each in sources if each is not None])
     with telling(out), _appearing(out) as folder:
@@ -115,12 +114,6 @@ def build_bundle(
         }
         if integer_steps:
             _multiply_integers(Path(reasoner_dir), parts["reasoner"]["section"])
-        terms = {"weights": licence.weights, "notice": licence.notice, "file": None}
-        if licence.file is not None:
-            if not Path(licence.file).is_file():
-                raise BundleError(f"{licence.file}: no such file with the licence")
-            terms["file"] = "LICENSE.weights"
-            shutil.copyfile(licence.file, folder / "LICENSE.weights")
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "name": name,
@@ -130,23 +123,44 @@ def build_bundle(
             "precision": parts["reasoner"].get("precision", "fp32"),
             "opset": OPSET,
             "producers": {package: importlib.metadata.version(package) for package in PRODUCERS},
-            "source": {
-                f"{part}_{key}": parts[part][key] for part in ("reasoner", "segmenter") for key in ("sha256", "storage")
-            }
-            | {f"{part}_calibration": each["calibration"] for part, each in parts.items() if "calibration" in each},
-            "licence": terms,
+            "source": _source(parts),
+            "licence": _copy_licence(licence or Licence(), folder),
             "training": dict(training or {}),
             "quality": dict(quality or {}),
             **({"confidence": dict(confidence)} if confidence is not None else {}),
             "files": _hashes(folder),
         }
-        text = json.dumps({**manifest, "sha256": manifest_sha256(manifest)}, indent=1, ensure_ascii=False) + "\n"
         try:
-            parse_manifest(text)
+            _write_manifest(manifest, folder / MANIFEST)
         except BundleError as err:  # such as a key that an export of another release lacks
             raise BundleError(f"{reasoner_dir}, {segmenter_dir}: {err}; export them again with this release") from err
-        (folder / MANIFEST).write_text(text, encoding="utf-8")
     return out
+
+
+def _copy_licence(licence: Licence, folder: Path) -> dict[str, str | None]:
+    """The terms as a manifest has them; their file goes into the folder."""
+    name = None
+    if licence.file is not None:
+        if not Path(licence.file).is_file():
+            raise BundleError(f"{licence.file}: no such file with the licence")
+        name = "LICENSE.weights"
+        shutil.copyfile(licence.file, folder / name)
+    return {"weights": licence.weights, "notice": licence.notice, "file": name}
+
+
+def _source(parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Of which weights both exports are, and by what images they were calibrated."""
+    source = {f"{part}_{key}": each[key] for part, each in parts.items() for key in ("sha256", "storage")}
+    return source | {
+        f"{part}_calibration": each["calibration"] for part, each in parts.items() if "calibration" in each
+    }
+
+
+def _write_manifest(manifest: Mapping[str, Any], path: Path) -> None:
+    """With its own digest; one that would not load is refused."""
+    text = json.dumps({**manifest, "sha256": manifest_sha256(manifest)}, indent=1, ensure_ascii=False) + "\n"
+    parse_manifest(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def _read_export(source: Path) -> tuple[dict[str, Any], list[str]]:
