@@ -10,7 +10,8 @@ from typing import ParamSpec, TypeVar
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
-from medreasoner.providers import CPU, OrtSession, RuntimeOptions, is_cpu_only, usable_cores
+from medreasoner.ort_session import OrtSession
+from medreasoner.providers import CPU, RuntimeOptions, is_cpu_only, usable_cores
 from medreasoner.readings import CACHE_BYTES, ReadingCache
 from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.model import MAX_WAITING

@@ -8,7 +8,8 @@ import numpy as np
 
 from medreasoner.bundle import Bundle
 from medreasoner.errors import ProviderError
-from medreasoner.providers import CPU, OrtSession, RuntimeOptions
+from medreasoner.ort_session import OrtSession
+from medreasoner.providers import CPU, RuntimeOptions
 from medreasoner.session import Session
 
 if TYPE_CHECKING:  # what runs engines is imported where there are some

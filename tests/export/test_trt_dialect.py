@@ -16,7 +16,8 @@ from onnx.reference.op_run import OpRun
 
 from medreasoner.bundle import Bundle, load_bundle
 from medreasoner.errors import BundleError
-from medreasoner.providers import OrtSession, RuntimeOptions
+from medreasoner.ort_session import OrtSession
+from medreasoner.providers import RuntimeOptions
 from medreasoner.reasoner.rotary import rotary_tables
 from medreasoner.reasoner.static_cache import StaticDecoder, static_places
 from medreasoner.reasoner.vision import vision_grid

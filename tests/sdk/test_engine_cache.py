@@ -9,7 +9,8 @@ from tests.sdk.test_providers import CPU, GPU_BUILD, TENSORRT, identity
 
 from medreasoner import engine_cache
 from medreasoner.errors import ProviderError
-from medreasoner.providers import OrtSession, RuntimeOptions
+from medreasoner.ort_session import OrtSession
+from medreasoner.providers import RuntimeOptions
 
 
 class TensorRt:

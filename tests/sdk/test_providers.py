@@ -10,11 +10,11 @@ import pytest
 
 from medreasoner import sessions
 from medreasoner.errors import ProviderError
+from medreasoner.ort_session import OrtSession
 from medreasoner.providers import (
     CPU,
     CUDA,
     TENSORRT,
-    OrtSession,
     RuntimeOptions,
     fallback_warnings,
     provider_list,

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from medreasoner import ops
 from medreasoner.errors import BundleError
-from medreasoner.providers import CPU, HostBuffer
+from medreasoner.providers import CPU
 from medreasoner.reasoner.weights import STORED
 from medreasoner.session import Buffer
 from medreasoner.spec import ReasonerSpec, StepSpec
@@ -36,6 +36,25 @@ class StepKernel:
 
     decoder: ops.DecoderStep
     max_tokens: int
+
+
+class HostBuffer:
+    """Keys or values in ordinary memory: a `Buffer`."""
+
+    def __init__(self, host: NDArray[Any]) -> None:
+        self.host = host
+
+    def rows(self, start: int, stop: int) -> "HostBuffer":
+        """Some rows of the same memory."""
+        return HostBuffer(self.host[start:stop])
+
+    def save(self, n_positions: int) -> NDArray[Any]:
+        """Copy of the leading positions."""
+        return self.host[:, :, :n_positions].copy()
+
+    def restore(self, saved: NDArray[Any]) -> None:
+        """Write saved positions back."""
+        self.host[:, :, : saved.shape[2]] = saved
 
 
 class NoGraph:
