@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 from medreasoner.bundle import Bundle
 from medreasoner.errors import MedReasonerError, ProviderError
 from medreasoner.ort_session import OrtSession
-from medreasoner.providers import CPU, RuntimeOptions, is_cpu_only, usable_cores
+from medreasoner.providers import CPU, RuntimeOptions, is_cpu_only, require_runtime, usable_cores
 from medreasoner.readings import CACHE_BYTES, ReadingCache
 from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.model import MAX_WAITING
@@ -260,8 +260,9 @@ def load_reasoner(
     BundleError
         If the tokenizer, texts and sizes do not fit together.
     ProviderError
-        If the device does not work.
+        If there is no ONNX Runtime, or two, or the device does not work.
     """
+    require_runtime()
 
     def open_session(name: str, options: RuntimeOptions) -> OpenedSession:
         make = decoder_session if name == spec.graphs.decoder else OrtSession
@@ -292,8 +293,9 @@ def load_segmenter(bundle: Bundle, options: RuntimeOptions) -> Segmenter:
     Raises
     ------
     ProviderError
-        If the device does not work.
+        If there is no ONNX Runtime, or two, or the device does not work.
     """
+    require_runtime()
     spec, opener = bundle.spec.segmenter, SessionOpener(bundle, options)
     return Segmenter(
         spec,
