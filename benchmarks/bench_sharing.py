@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks.bench_latency import QUERIES
 from benchmarks.conftest import ROUNDS, Models
 from benchmarks.report import Comparison, Report, TakingTurns
 
-from medreasoner import Grounder
+from medreasoner import Grounder, Grounding
 
 SOME_ROUNDS = max(3, ROUNDS // 3)
 N_CLIENTS = 8
@@ -54,25 +55,24 @@ def test_sixteen_queries(benchmark: Any, forgetful: Grounder, report: Report, pi
     report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=SOME_ROUNDS, warmup_rounds=1))
 
 
+def eight_samples(ask: Callable[..., Grounding], benchmark: Any, report: Report, name: str) -> None:
+    """Eight samples beside one answer, of questions whose target is found."""
+    found = [query for query in QUERIES if ask(query).found] or list(QUERIES)
+    turns = TakingTurns(
+        lambda number: ask(found[number % len(found)], samples=8, seed=number),
+        lambda number: ask(found[number % len(found)]),
+    )
+    goal = report.goal("ours / peer", 3)
+    report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=ROUNDS, warmup_rounds=2))
+
+
 def test_eight_samples(benchmark: Any, grounder: Grounder, report: Report, pixels: Pixels) -> None:
     with grounder.open(pixels) as study:
-        found = [query for query in QUERIES if study.ground(query).found] or list(QUERIES)
-        turns = TakingTurns(
-            lambda number: study.ground(found[number % len(found)], samples=8, seed=number),
-            lambda number: study.ground(found[number % len(found)]),
-        )
-        name, goal = "8 samples / one answer, known image", report.goal("ours / peer", 3)
-        report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=ROUNDS, warmup_rounds=2))
+        eight_samples(study.ground, benchmark, report, "8 samples / one answer, known image")
 
 
 def test_eight_samples_of_a_new_image(benchmark: Any, forgetful: Grounder, report: Report, pixels: Pixels) -> None:
-    found = [query for query in QUERIES if forgetful.ground(pixels, query).found] or list(QUERIES)
-    turns = TakingTurns(
-        lambda number: forgetful.ground(pixels, found[number % len(found)], samples=8, seed=number),
-        lambda number: forgetful.ground(pixels, found[number % len(found)]),
-    )
-    name, goal = "8 samples / one answer, new image", report.goal("ours / peer", 3)
-    report.rows.append(turns.run(benchmark, name=name, goal=goal, rounds=ROUNDS, warmup_rounds=2))
+    eight_samples(partial(forgetful.ground, pixels), benchmark, report, "8 samples / one answer, new image")
 
 
 def slow_end(ask: Callable[[str], object]) -> float:

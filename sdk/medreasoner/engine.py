@@ -260,9 +260,8 @@ def load_reasoner(
     BundleError
         If the tokenizer, texts and sizes do not fit together.
     ProviderError
-        If there is no ONNX Runtime, or two, or the device does not work.
+        If the device does not work.
     """
-    require_runtime()
 
     def open_session(name: str, options: RuntimeOptions) -> OpenedSession:
         make = decoder_session if name == spec.graphs.decoder else OrtSession

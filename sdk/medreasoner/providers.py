@@ -4,9 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
-
-from numpy.typing import NDArray
+from typing import Literal, TypeAlias
 
 from medreasoner._text import one_line
 from medreasoner.errors import ProviderError
@@ -23,7 +21,6 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "cuda", "tensorrt"]
-Array: TypeAlias = NDArray[Any]
 Provider: TypeAlias = tuple[str, dict[str, str]]
 
 TENSORRT, CUDA, CPU = "TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"

@@ -37,7 +37,7 @@ class _Batch:
     """Inputs of the model, N rows of T tokens; images once each.
 
     `image_of` has the image of each row, `grids` (images, 3) their patches, `keep` (N, T) the positions that predict a
-    token of an answer, `targets` these tokens, row by row.
+    chosen token of an answer, `targets` these tokens, row by row.
     """
 
     inputs: dict[str, Tensor]

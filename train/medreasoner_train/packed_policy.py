@@ -161,7 +161,8 @@ class PackedPolicy:
             for answer, places in zip(row.answers, row.chosen, strict=True):
                 wanted += [(b, (at + place if place else asked) - 1, answer[place]) for place in places]
                 at += len(answer)
-        row_of, place_of, tokens = torch.tensor(wanted, dtype=torch.int64, device=device).reshape(-1, 3).T
+        # By way of NumPy, which reads so many tuples three times as fast.
+        row_of, place_of, tokens = torch.from_numpy(np.array(wanted, np.int64).reshape(-1, 3)).to(device).T
         table = model.model.language_model.embed_tokens.weight  # tied: the language head too
         return _chosen(hidden[row_of, place_of], table, tokens, temperature)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from medreasoner.engine import load_reasoner
 from medreasoner.errors import GenerationError
-from medreasoner.providers import Device, RuntimeOptions
+from medreasoner.providers import Device, RuntimeOptions, require_runtime
 from medreasoner.reasoner import Decoded, Prefix, Reasoner, Ticket
 from medreasoner.reasoner.generate import Sampler
 from medreasoner.reasoner.scheduler import gather
@@ -66,6 +66,7 @@ class RuntimeRollouts:
     ) -> None:
         from medreasoner_export import LiveExport
 
+        require_runtime()
         self._maker = PromptMaker(Path(checkpoint))
         self._export = LiveExport(checkpoint)
         self._options = RuntimeOptions(device=device, n_threads=n_threads)
