@@ -27,3 +27,4 @@ inline void require(bool condition, const char* message) {
 Matrix view_matrix(const py::array& weight, const std::string& dtype);
 
 void bind_decoder(py::module_& m);
+void bind_tower(py::module_& m);

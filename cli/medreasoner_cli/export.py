@@ -143,6 +143,10 @@ def bundle(
         bool,
         typer.Option("--integer-steps", help="Let a small decoder multiply integers on a CPU: faster, and rounded."),
     ] = False,
+    bfloat16_vision: Annotated[
+        bool,
+        typer.Option("--bfloat16-vision", help="Let vision multiply bfloat16 on a CPU with AMX: faster, and rounded."),
+    ] = False,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
     """Join two exports into one folder with a manifest.
@@ -159,6 +163,7 @@ def bundle(
         "cpu_segmenter": cpu_segmenter,
         "cpu_graphs": tuple(each.strip() for each in cpu_graphs.split(",")),
         "integer_steps": integer_steps,
+        "bfloat16_vision": bfloat16_vision,
     }
     print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **seconds, **text))
 

@@ -17,6 +17,7 @@ from medreasoner_export.checkpoint import read_json, sha256_of
 from medreasoner_export.folder import DESCRIPTION
 from medreasoner_export.graph import OPSET
 from medreasoner_export.parts import check_parts, check_room, telling
+from medreasoner_export.qwen_vision import TILE_DEPTH
 from medreasoner_export.trt_plan import GraphName
 
 __all__ = ["CPU_GRAPHS", "Licence", "build_bundle"]
@@ -32,7 +33,7 @@ CPU_GRAPHS: Mapping[GraphName, tuple[str, str]] = {
 
 CPU = "cpu"  # the folder of those graphs, in that of their part
 # What a second export may have otherwise than the first: the graphs, and matrices that are not taken from it.
-_FREE = ("graphs", "step", "embedding", "lm_head")
+_FREE = ("graphs", "step", "tower", "embedding", "lm_head")
 STEP_BLOCK = 64  # numbers that share a scale
 PRODUCERS = ("medreasoner", "onnx", "numpy")
 
@@ -62,6 +63,7 @@ def build_bundle(
     cpu_segmenter: str | Path | None = None,
     cpu_graphs: Collection[GraphName] = tuple(CPU_GRAPHS),
     integer_steps: bool = False,
+    bfloat16_vision: bool = False,
     force: bool = False,
 ) -> Path:
     """Join two exports into the folder `out_dir` with a manifest; return the folder.
@@ -88,6 +90,8 @@ def build_bundle(
         Which of those graphs to take, as far as they differ.
     integer_steps
         Round a small decoder's matrices to eight bits when they are loaded on a CPU, and multiply integers.
+    bfloat16_vision
+        Round the vision tower's matrices to bfloat16 when they are loaded on a CPU that has tiles for it (AMX).
     force
         Replace `out_dir` if it exists.
 
@@ -114,6 +118,8 @@ def build_bundle(
         }
         if integer_steps:
             _multiply_integers(Path(reasoner_dir), parts["reasoner"]["section"])
+        if bfloat16_vision:
+            _multiply_tiles(Path(reasoner_dir), parts["reasoner"]["section"])
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "name": name,
@@ -204,6 +210,16 @@ def _multiply_integers(source: Path, section: dict[str, Any]) -> None:
     step["products"] = "int8"
 
 
+def _multiply_tiles(source: Path, section: dict[str, Any]) -> None:
+    """Say so in a reasoner's section."""
+    if section.get("tower") is None:
+        raise BundleError(
+            f"{source}: vision in bfloat16 is for towers of Qwen2.5-VL in fp32 or fp16, "
+            f"of a width that is a multiple of {TILE_DEPTH}"
+        )
+    section["tower"]["products"] = "bfloat16"
+
+
 def _keys(part: str, names: Collection[GraphName]) -> list[str]:
     """Keys in the section `part` of the graphs with these names."""
     if unknown := sorted(set(names) - set(CPU_GRAPHS)):
@@ -253,8 +269,9 @@ def _paths(section: Mapping[str, Any]) -> Iterator[str]:
             yield section[matrix]["file"]
     if "tokenizer" in section:
         yield section["tokenizer"]
-    if section.get("step"):
-        yield section["step"]["file"]
+    for key in ("step", "tower"):
+        if section.get(key):
+            yield section[key]["file"]
 
 
 def _prefixed(section: Mapping[str, Any], folder: str, cpu_graphs: Mapping[str, str]) -> dict[str, Any]:
@@ -268,8 +285,9 @@ def _prefixed(section: Mapping[str, Any], folder: str, cpu_graphs: Mapping[str, 
             result[matrix] = {**section[matrix], "file": f"{folder}/{section[matrix]['file']}"}
     if "tokenizer" in section:
         result["tokenizer"] = f"{folder}/{section['tokenizer']}"
-    if section.get("step"):
-        result["step"] = {**section["step"], "file": f"{folder}/{section['step']['file']}"}
+    for key in ("step", "tower"):
+        if section.get(key):
+            result[key] = {**section[key], "file": f"{folder}/{section[key]['file']}"}
     return result
 
 

@@ -15,9 +15,11 @@ import onnx
 from medreasoner import ops
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
+from medreasoner.providers import usable_cores
 from medreasoner.reasoner.prompt import Prompt, load_tokenizer
 from medreasoner.reasoner.rotary import prompt_positions, rotary_tables, text_positions
 from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph
+from medreasoner.reasoner.tower import TowerSession, load_tower, runs_without_graph
 from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize
@@ -37,6 +39,8 @@ TOLERANCES = {"fp16": 0.02, "int8": 0.05, "int4": 0.05}
 matrices the activations are rounded to eight bits in every product."""
 DYNAMIC_TOLERANCE = 0.1
 """Of a vision tower whose activations are rounded a tensor at a time, the few largest with the many small ones."""
+BFLOAT16_TOLERANCE = 0.03
+"""Of a vision tower whose factors are rounded to eight bits of mantissa."""
 CALIBRATED_TOLERANCE = 0.3
 """Accepted distance of a calibrated matrix from the checkpoint's: others than its own are further than one."""
 
@@ -70,7 +74,7 @@ def reasoner_stages(
     decoder = TOLERANCES.get(check.precisions[1], tolerance)
     with torch.inference_mode():
         for rows, columns in check.grids():
-            yield check.vision(rows, columns, vision)
+            yield from check.vision(rows, columns, vision)
         yield from check.decoder(max(vision, decoder))  # it reads what the vision tower saw
     check.close()
     if check.own_levels is not None:
@@ -191,6 +195,7 @@ class _Check:
         spec = bundle.spec.reasoner
         self.bundle, self.spec, self.generator = bundle, spec, generator
         self._opened: dict[str, Any] = {}
+        self._tower: TowerSession | None = None
         self.own_levels = _OwnLevels(bundle) if "reasoner_calibration" in bundle.spec.source else None
         graphs = [bundle.path(name) for name in (spec.graphs.vision, spec.graphs.decoder)]
         self.precisions = tuple(stated(graph, "precision") or bundle.spec.precision for graph in graphs)
@@ -203,6 +208,7 @@ class _Check:
         ort = require("onnxruntime", extra="cpu", feature="The parity check")
         if graph not in self._opened:
             self._opened.clear()
+            self._tower = None
             give_back_memory()
             path = str(self.bundle.path(graph))
             self._opened[graph] = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -211,7 +217,7 @@ class _Check:
     def close(self) -> None:
         """Let go of the graph and of the reference: they hold each other, and whatever is compared next needs room."""
         self._opened.clear()
-        self.model = None
+        self._tower = self.model = None
         give_back_memory()
 
     def rounded(self, name: str, weight: Array) -> Array:
@@ -265,9 +271,19 @@ class _Check:
         ).pooler_output
         return patches, found, torch.stack(list(features)).numpy()
 
-    def vision(self, rows: int, columns: int, tolerance: float) -> ParityStage:
-        _, found, expected = self.images(rows, columns, 2)
-        return compare(f"vision embeddings, {rows} x {columns} tokens, batch of 2", found, expected, tolerance)
+    def vision(self, rows: int, columns: int, tolerance: float) -> Iterator[ParityStage]:
+        """The graph's embeddings, and those of the kernel that does without it, where this machine has one."""
+        patches, found, expected = self.images(rows, columns, 2)
+        name = f"vision embeddings, {rows} x {columns} tokens, batch of 2"
+        yield compare(name, found, expected, tolerance)
+        tower = self.spec.tower
+        if tower is not None and runs_without_graph(tower):
+            if self._tower is None:
+                path, out_dim = self.bundle.path(tower.file), self.spec.hidden_dim
+                self._tower = load_tower(path, tower, self.spec.vision, out_dim=out_dim, n_threads=usable_cores())
+            found = self._tower.run({"patches": patches, **self.grid(rows, columns).inputs()})["image_embeds"]
+            limit = max(tolerance, BFLOAT16_TOLERANCE)
+            yield compare(f"{name}, without the graph", found, expected, limit)
 
     def decoder(self, tolerance: float) -> Iterator[ParityStage]:
         """Hidden states of a prompt read whole, in chunks and token by token; in float32, the tokens that follow."""

@@ -21,6 +21,7 @@ from medreasoner.image import Image
 from medreasoner.providers import RuntimeOptions
 from medreasoner.reasoner.model import Decoded
 from medreasoner.reasoner.prompt import load_tokenizer
+from medreasoner.reasoner.tower import runs_without_graph
 from medreasoner.reasoner.vision import VisionGrid
 from medreasoner.segmenter import encoder_input
 from medreasoner_export.needs import give_back_memory
@@ -178,6 +179,8 @@ def _loosest(bundle: Bundle) -> str:
     found = {bundle.spec.precision}
     if bundle.spec.reasoner.step is not None and bundle.spec.reasoner.step.products == "int8":
         found.add("int8")
+    if runs_without_graph(bundle.spec.reasoner.tower):
+        found.add("fp16")
     for name in (reasoner.vision, reasoner.decoder, segmenter.encoder, segmenter.decoder):
         found.add(stated(bundle.path(name), "precision") or bundle.spec.precision)
     return max(found & LIMITS.keys(), key=list(LIMITS).index, default="fp32")

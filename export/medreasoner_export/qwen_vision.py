@@ -13,14 +13,38 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, INT32, INT64, GraphBuilder, Precision, Storage, WeightsFile
+from medreasoner_export.graph import BITS, FLOAT, INT32, INT64, GraphBuilder, Precision, Storage, WeightsFile
 from medreasoner_export.qwen_config import QwenConfig, QwenVisionConfig
 
-__all__ = ["EPSILON", "VisionTower", "vision_graph"]
+__all__ = ["EPSILON", "VisionTower", "tower_section", "vision_graph"]
 
 PREFIXES = ("model.visual.", "visual.")
 # Qwen2_5_VLVisionBlock and Qwen2_5_VLPatchMerger hold this number in code, not in the configuration.
 EPSILON = 1e-6
+TILE, TILE_DEPTH = 16, 32  # what sizes must divide into for the kernel that multiplies tiles
+
+
+def tower_section(config: QwenConfig, storage: Storage, precision: Precision) -> dict[str, Any] | None:
+    """A manifest's ``reasoner.tower`` for a tower whose weights all are in the file beside its graph, in its order.
+
+    None for other families, for matrices in few bits, and for sizes that do not divide into tiles.
+    """
+    vision = config.vision
+    widths = (vision.hidden_dim, config.text.hidden_dim)
+    divides = vision.head_dim % TILE == 0 and not any(width % TILE_DEPTH for width in widths)
+    if config.family != "qwen2_5_vl" or precision in BITS or not divides:
+        return None
+    is_half = precision == "fp16"
+    return {
+        "file": "vision.onnx.data",
+        "patches": "float16" if is_half else "float32",
+        "matrices": "float16" if is_half else storage,
+        "vectors": "float16" if is_half else "float32",
+        "n_layers": vision.n_layers,
+        "n_heads": vision.n_heads,
+        "mlp_dim": vision.mlp_dim,
+        "rms_norm_eps": EPSILON,
+    }
 
 
 def vision_graph(

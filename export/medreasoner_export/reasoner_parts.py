@@ -21,7 +21,7 @@ from medreasoner_export.quantise import quantise
 from medreasoner_export.qwen2_vision import Qwen2VisionTower
 from medreasoner_export.qwen_config import Family, QwenConfig
 from medreasoner_export.qwen_decoder import TEXT_PREFIXES, decoder_graph, step_section
-from medreasoner_export.qwen_vision import VisionTower, vision_graph
+from medreasoner_export.qwen_vision import VisionTower, tower_section, vision_graph
 from medreasoner_export.settings import check_section, reasoner_settings
 
 __all__ = [
@@ -85,6 +85,11 @@ def matrix_record(file: str, config: QwenConfig, storage: Storage) -> dict[str, 
     return {"file": file, "dtype": storage, "shape": [config.text.vocab_size, config.text.hidden_dim]}
 
 
+def vision_precision(options: ReasonerOptions) -> Precision:
+    """The vision tower's: in four bits it would see too little."""
+    return "fp32" if options.precision == "int4" else options.precision
+
+
 def reasoner_section(
     folder: Path, config: QwenConfig, options: ReasonerOptions, storage: Storage, *, with_step: bool
 ) -> dict[str, Any]:
@@ -96,6 +101,7 @@ def reasoner_section(
         "tokenizer": "tokenizer.json",
         **spec_sizes(config, settings),
         "step": step_section(config.text, storage, options.precision) if with_step else None,
+        "tower": tower_section(config, storage, vision_precision(options)),
     }
     matrix = matrix_record("embedding.bin", config, storage)
     check_section(ReasonerSpec, {**section, "embedding": matrix, "lm_head": matrix}, folder)
@@ -115,10 +121,11 @@ class ReasonerGraphFiles:
 
     def vision(self, out: Path, external: bool) -> None:
         """Write the vision tower into a folder, its weights beside it if `external`."""
-        precision: Precision = "fp32" if self.options.precision == "int4" else self.options.precision
-        with weights_file(out / "vision.onnx", wanted=external) as outside:
+        on_its_own = self.section["tower"] is not None  # then all weights are in one file, the small ones too
+        least = 0 if on_its_own else WeightsFile.LEAST_BYTES
+        with weights_file(out / "vision.onnx", wanted=external or on_its_own, least_bytes=least) as outside:
             graph = vision_graph(
-                self.checkpoint, self.config, precision=precision, outside=outside,
+                self.checkpoint, self.config, precision=vision_precision(self.options), outside=outside,
                 tower=TOWERS[self.config.family], storage=self.storage, metadata=self.metadata,
             )  # fmt: skip
         save_graph(graph, out / "vision.onnx")

@@ -119,9 +119,10 @@ def _graph_sets(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
         reasoner = ReasonerGraphs(vision=names.get(r.vision, r.vision), decoder=names.get(r.decoder, r.decoder))
         segmenter = SegmenterGraphs(encoder=names.get(s.encoder, s.encoder), decoder=names.get(s.decoder, s.decoder))
         step = None if r.decoder in names else spec.reasoner.step
+        tower = None if r.vision in names else spec.reasoner.tower
         changed = replace(
             spec,
-            reasoner=replace(spec.reasoner, graphs=reasoner, cpu_graphs=ReasonerCpuGraphs(), step=step),
+            reasoner=replace(spec.reasoner, graphs=reasoner, cpu_graphs=ReasonerCpuGraphs(), step=step, tower=tower),
             segmenter=replace(spec.segmenter, graphs=segmenter, cpu_graphs=SegmenterCpuGraphs()),
         )
         return replace(bundle, spec=changed)

@@ -64,28 +64,6 @@ MR_TARGET void add_product(const void* w, int64_t in, int64_t out, int64_t n, co
     });
 }
 
-// e^x to about 1e-7 of it; below -87 and above 88 as there.
-MR_TARGET inline VecF exponential(VecF x) {
-    const VecF low = VecF{} - 87.f, high = VecF{} + 88.f;
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    const VecF shifted = x * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the nearest integer is in the last bits
-    const VecF whole = shifted - 12582912.f;
-    const VecF r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln 2 in two parts
-    const VecF poly = ((((1.f / 720 * r + 1.f / 120) * r + 1.f / 24) * r + 1.f / 6) * r + 0.5f) * r * r + r + 1.f;
-    return poly * (VecF)(((VecU)shifted + 127) << 23);
-}
-
-MR_TARGET inline void normalise(const float* x, const float* scale, int64_t n, float epsilon, float* out) {
-    VecF squares = VecF{};
-    for (int64_t i = 0; i < n; i += MR_LANES) {
-        const VecF v = load_float(x + i);
-        squares += v * v;
-    }
-    const float factor = 1.f / std::sqrt(sum(squares) / static_cast<float>(n) + epsilon);
-    for (int64_t i = 0; i < n; i += MR_LANES) save(load_float(x + i) * factor * load_float(scale + i), out + i);
-}
-
 // The two halves of a head are turned against each other.
 MR_TARGET inline void rotate(float* head, const float* cos, const float* sin, int64_t half) {
     for (int64_t i = 0; i < half; ++i) {

@@ -52,4 +52,12 @@ inline void narrow(float value, Float16* to) {
     }
 }
 
+// Rounds to the nearest, ties to even; what is not a number stays so.
+inline uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+    return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
 }  // namespace medreasoner

@@ -115,6 +115,34 @@ class DecoderStep:
     ) -> None: ...
     def open(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> DecoderSequence: ...
 
+class VisionTower:
+    """The weights of a vision tower as tiles, and the threads that run it."""
+
+    def __init__(
+        self,
+        dtype: str,
+        patches_dtype: str,
+        heads: int,
+        merged: int,
+        epsilon: float,
+        patches: NDArray[Any],
+        matrices: Sequence[Sequence[NDArray[Any]]],
+        vectors: Sequence[Sequence[NDArray[np.float32]]],
+        is_full: Sequence[bool],
+        last_matrices: Sequence[NDArray[Any]],
+        last_vectors: Sequence[NDArray[np.float32]],
+        n_threads: int = ...,
+    ) -> None: ...
+    def run(
+        self,
+        patches: NDArray[np.float32],
+        cos: NDArray[np.float32],
+        sin: NDArray[np.float32],
+        order: NDArray[np.int64],
+        window_starts: NDArray[np.int64],
+        alone: bool = ...,
+    ) -> NDArray[np.float32]: ...
+
 class Interrupt:
     """Says to whoever runs that there is something else to do."""
 
@@ -206,3 +234,4 @@ def write_answers(
     seconds: float | None,
     n_threads: int,
 ) -> None: ...
+def has_tiles() -> bool: ...

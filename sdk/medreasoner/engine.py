@@ -17,6 +17,7 @@ from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.model import MAX_WAITING
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph, no_graph, steps_pay
+from medreasoner.reasoner.tower import TowerSession, load_tower, runs_without_graph
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
 from medreasoner.session import Session
@@ -180,7 +181,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     drawing = _mask_options(segmenter, options)
     opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(5) as pool:
-        vision = pool.submit(opener.open, reasoner.graphs.vision, options)
+        vision = pool.submit(_open_vision, reasoner, bundle.path, opener.open, options, n_cores)
         encoder = pool.submit(opener.open, segmenter.graphs.encoder, options)
         decoder = pool.submit(_open_decoder, reasoner, bundle.path, opener.open, decoding, step_threads)
         mask_decoder = pool.submit(opener.open, segmenter.graphs.decoder, drawing)
@@ -240,7 +241,8 @@ def _tower_opener(
                 for name in names:
                     bundle.check(name)
                 one, spec = replace(options, n_threads=1), bundle.spec
-                vision = opener.open(spec.reasoner.graphs.vision, one).session
+                own = graphs[0].session
+                vision = own.alone() if isinstance(own, TowerSession) else opener.open(names[0], one).session
                 encoder = opener.open(spec.segmenter.graphs.encoder, one).session
                 opened.append(Towers(vision=vision, encoder=encoder, n_cores=n_cores))
             return opened[0] if opened else None
@@ -270,7 +272,7 @@ def load_reasoner(
 
     n_threads = options.n_threads or usable_cores()
     with ThreadPoolExecutor(2) as pool:
-        vision = pool.submit(open_session, spec.graphs.vision, options)
+        vision = pool.submit(_open_vision, spec, lambda name: folder / name, open_session, options, n_threads)
         tokenizer = pool.submit(load_tokenizer, str(folder / spec.tokenizer))
         decoder, step = _open_decoder(spec, lambda name: folder / name, open_session, options, n_threads)
         return Reasoner(
@@ -306,6 +308,27 @@ def load_segmenter(bundle: Bundle, options: RuntimeOptions) -> Segmenter:
 
 def _mask_options(segmenter: SegmenterSpec, options: RuntimeOptions) -> RuntimeOptions:
     return step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)
+
+
+def _open_vision(
+    reasoner: ReasonerSpec,
+    find: Callable[[str], Path],
+    open_session: Callable[[str, RuntimeOptions], OpenedSession],
+    options: RuntimeOptions,
+    n_threads: int,
+) -> OpenedSession:
+    """The vision tower's session, or on a CPU the kernel that does without it."""
+    tower, graph = reasoner.tower, reasoner.graphs.vision
+    if tower is None or not runs_without_graph(tower):
+        return open_session(graph, options)
+    warnings: tuple[str, ...] = ()
+    if not is_cpu_only(options):
+        opened = open_session(graph, options)
+        if opened.session.providers[0] != CPU:
+            return opened
+        warnings = opened.warnings  # known now: the graph's memory is let go
+    session = load_tower(find(tower.file), tower, reasoner.vision, out_dim=reasoner.hidden_dim, n_threads=n_threads)
+    return OpenedSession(session=session, graph=graph, warnings=warnings)
 
 
 def _open_decoder(

@@ -32,7 +32,9 @@ from medreasoner._kernels import (
     DecoderStep,
     Interrupt,
     ParsedAnswer,
+    VisionTower,
     cpu_features,
+    has_tiles,
     simd_level,
 )
 from medreasoner.errors import ArrayError
@@ -47,6 +49,7 @@ __all__ = [
     "Interrupt",
     "ParsedAnswer",
     "Rle",
+    "VisionTower",
     "VoiFunction",
     "WeightDtype",
     "absent_share",
@@ -55,6 +58,7 @@ __all__ = [
     "decoder_step",
     "draw_token",
     "gather_rows",
+    "has_tiles",
     "mask_box",
     "mask_from_logits",
     "preprocess_patches",

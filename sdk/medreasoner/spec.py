@@ -32,6 +32,7 @@ __all__ = [
     "SegmenterSpec",
     "SmartResize",
     "StretchResize",
+    "TowerSpec",
     "Triple",
     "VisionSpec",
     "WeightDtype",
@@ -245,6 +246,29 @@ class StepSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TowerSpec:
+    """The vision tower's weights in the file beside its graph, to run it without that: element types and sizes.
+
+    `patches` is the type of the first matrix alone. With `products` in bfloat16, a processor that has tiles for it does
+    without the graph.
+    """
+
+    file: str
+    patches: WeightDtype
+    matrices: WeightDtype
+    vectors: Literal["float32", "float16"]
+    n_layers: int
+    n_heads: int
+    mlp_dim: int
+    rms_norm_eps: float
+    products: Literal["float", "bfloat16"] = "float"
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "n_layers", "n_heads", "mlp_dim")
+        _need(self.rms_norm_eps > 0, "rms_norm_eps", "a positive number", self.rms_norm_eps)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonerCpuGraphs:
     """Files that take the place of those in `ReasonerGraphs` on the CPU."""
 
@@ -278,6 +302,7 @@ class ReasonerSpec:
     max_query_tokens: int
     max_think_tokens: int
     step: StepSpec | None = None
+    tower: TowerSpec | None = None
     cpu_graphs: ReasonerCpuGraphs = ReasonerCpuGraphs()
 
     def __post_init__(self) -> None:
@@ -404,5 +429,5 @@ class BundleSpec:
         reasoner, segmenter, licence = self.reasoner, self.segmenter, self.licence.file
         names = [reasoner.graphs.vision, reasoner.graphs.decoder, reasoner.embedding.file, reasoner.lm_head.file]
         names += [reasoner.tokenizer, segmenter.graphs.encoder, segmenter.graphs.decoder, *self.cpu_graphs().values()]
-        names += [reasoner.step.file] if reasoner.step else []
+        names += [each.file for each in (reasoner.step, reasoner.tower) if each]
         return tuple(dict.fromkeys([*names, licence] if licence else names))

@@ -362,7 +362,7 @@ def link(folder: Path) -> None:
     (folder / "vision.onnx").symlink_to("/etc/hostname")
 
 
-BESIDE = "vision.onnx.data"
+BESIDE = "other.data"
 PARTS: dict[str, tuple[Change, str]] = {
     "no description": (remove("export.json"), "{}/r/export.json is missing"),
     "description empty": (text("export.json", ""), "{}/r/export.json cannot be read as JSON"),
@@ -386,14 +386,14 @@ PARTS: dict[str, tuple[Change, str]] = {
     "tokenizer damaged": (text("tokenizer.json", "{}"), "{}/r/tokenizer.json: not a tokenizer.json"),
     "weights in the folder above": (outside("../secret"), "lies in '../secret', which is no file beside it"),
     "weights of the system": (outside("/etc/passwd"), "lies in '/etc/passwd', which is no file beside it"),
-    "weights absent": (outside(BESIDE), "{}/r/vision.onnx.data: it does not hold "),
+    "weights absent": (outside(BESIDE), "{}/r/other.data: it does not hold "),
     "weights not named": (
         outside(BESIDE, written=True),
-        "weights lie in vision.onnx.data, which export.json does not name",
+        "weights lie in other.data, which export.json does not name",
     ),
     "weights behind a link": (
         outside(BESIDE, stated=True, linked=True),
-        "{}/r/vision.onnx.data: it is a link that leaves",
+        "{}/r/other.data: it is a link that leaves",
     ),
 }
 
@@ -476,7 +476,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> None:
         (signed(text("decoder.onnx", "")), "{}/b/reasoner/decoder.onnx holds no graph"),
         (signed(outside("../../secret")), "lies in '../../secret', which is no file beside it"),
         (signed(outside("/etc/passwd")), "lies in '/etc/passwd', which is no file beside it"),
-        (signed(outside(BESIDE)), "{}/b/reasoner/vision.onnx.data: it does not hold "),
+        (signed(outside(BESIDE)), "{}/b/reasoner/other.data: it does not hold "),
         (shutil.rmtree, "no bundle '{}/b'"),
     ],
 )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from medreasoner import ops
 from medreasoner.errors import BundleError
 from medreasoner.providers import CPU
+from medreasoner.reasoner.stored import StoredTensor, check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
 from medreasoner.session import Buffer
 from medreasoner.spec import ReasonerSpec, StepSpec
@@ -26,7 +27,6 @@ __all__ = ["NoGraph", "StepKernel", "load_step", "needs_no_graph", "no_graph", "
 _MOST_TOKENS = 32
 
 _LAYER_MATRICES = ("qkv", "output", "gate", "up", "down")
-_ALIGNMENT = 4096  # of every tensor in the file
 _BLOCK = 32  # numbers of a row that share a scale in four bits
 
 
@@ -119,11 +119,7 @@ def load_step(path: Path, spec: ReasonerSpec, step: StepSpec, *, n_threads: int 
         If the file is not of these sizes.
     """
     tensors = _tensors(spec, step)
-    end, found = tensors[-1].end, path.stat().st_size
-    if end > found:
-        raise BundleError(f"{step.file}: {found} bytes are fewer than its decoder has; export it again")
-    if end != found:
-        raise BundleError(f"{step.file}: {found} bytes, expected {end}; export it again")
+    check_size(path, step.file, tensors)
     per_layer = (len(tensors) - 1) // spec.n_layers
     layers = [tensors[start : start + per_layer] for start in range(1, len(tensors), per_layer)]
     content = np.memmap(path, np.uint8, mode="r")
@@ -155,39 +151,10 @@ def _most_tokens(spec: ReasonerSpec, step: StepSpec) -> int:
     return _MOST_TOKENS
 
 
-@dataclass(frozen=True, slots=True)
-class _Tensor:
-    """A place in the file; of a vector, or a part of a matrix."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def is_vector(self) -> bool:
-        return len(self.shape) == 1
-
-    @property
-    def end(self) -> int:
-        return self.start + int(np.prod(self.shape)) * self.dtype.itemsize
-
-    def view(self, content: NDArray[np.uint8]) -> NDArray[Any]:
-        return content[self.start : self.end].view(self.dtype).reshape(self.shape)
-
-    def vector(self, content: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self.view(content).astype(np.float32)
-
-
-def _tensors(spec: ReasonerSpec, step: StepSpec) -> list[_Tensor]:
+def _tensors(spec: ReasonerSpec, step: StepSpec) -> list[StoredTensor]:
     """All in their order; bfloat16 is read as its bit patterns."""
-    found: list[_Tensor] = []
-    end = 0
-    for name, shape in [("norm", (spec.hidden_dim,)), *spec.n_layers * list(_layer_shapes(spec, step.mlp_dim).items())]:
-        for part, dtype, size in _parts(name, shape, step):
-            found.append(_Tensor(part, np.dtype(dtype), size, -(-end // _ALIGNMENT) * _ALIGNMENT))
-            end = found[-1].end
-    return found
+    weights = [("norm", (spec.hidden_dim,)), *spec.n_layers * list(_layer_shapes(spec, step.mlp_dim).items())]
+    return stored_tensors(part for name, shape in weights for part in _parts(name, shape, step))
 
 
 def _layer_shapes(spec: ReasonerSpec, mlp_dim: int) -> dict[str, tuple[int, ...]]:
@@ -220,7 +187,7 @@ def _parts(name: str, shape: tuple[int, ...], step: StepSpec) -> list[tuple[str,
     ]
 
 
-def _matrices(path: Path, layers: list[list[_Tensor]]) -> Iterator[list[NDArray[Any]]]:
+def _matrices(path: Path, layers: list[list[StoredTensor]]) -> Iterator[list[NDArray[Any]]]:
     """Those of each layer; mapped anew, so that what was packed of one need not stay in memory."""
     for layer in layers:
         content = np.memmap(path, np.uint8, mode="r")

@@ -1,0 +1,106 @@
+#include "vision_tower.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <type_traits>
+#include <utility>
+
+#include "floats.h"
+#include "tiles.h"
+
+#ifdef MR_HAS_TILES
+#include <immintrin.h>
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
+#define MR_TARGET                                                                                                          \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")))
+#define MR_LANES 16
+
+namespace medreasoner {
+namespace on_tiles {
+
+#include "vectors_simd.h"
+
+#include "vision_tower_amx.h"
+
+}  // namespace on_tiles
+
+void tile_matrix(const Matrix& m, int64_t stride, uint16_t* out) {
+    switch (m.dtype) {
+        case Dtype::float32: return on_tiles::tile(static_cast<const float*>(m.data), m.rows, m.cols, stride, out);
+        case Dtype::float16: return on_tiles::tile(static_cast<const Float16*>(m.data), m.rows, m.cols, stride, out);
+        case Dtype::bfloat16: return on_tiles::tile(static_cast<const Bfloat16*>(m.data), m.rows, m.cols, stride, out);
+    }
+}
+
+namespace {
+
+std::unique_ptr<TowerRoom> make_room(const TowerWeights& weights, int64_t n_patches, int n_threads) {
+    return std::make_unique<on_tiles::Workshop>(weights, n_patches, n_threads);
+}
+
+}  // namespace
+}  // namespace medreasoner
+
+#else
+
+namespace medreasoner {
+
+void tile_matrix(const Matrix&, int64_t, uint16_t*) {}
+
+namespace {
+
+std::unique_ptr<TowerRoom> make_room(const TowerWeights&, int64_t, int) {
+    throw std::invalid_argument("this build has no kernel for tiles");
+}
+
+}  // namespace
+}  // namespace medreasoner
+
+#endif
+
+namespace medreasoner {
+namespace {
+
+constexpr size_t kMostIdle = 4;  // rooms: of the sizes of image that were asked for last
+
+}  // namespace
+
+void Tower::run(const TowerImage& image, bool alone, float* out) {
+    std::unique_lock<std::mutex> turn(crew_.turn(), std::defer_lock);
+    if (!alone) (void)turn.try_lock();
+    Crew& crew = turn ? crew_ : alone_;
+    std::unique_ptr<TowerRoom> own = room(image.n_patches, crew.n_threads());
+    own->run(image, crew, out);
+    keep(std::move(own));
+}
+
+std::unique_ptr<TowerRoom> Tower::room(int64_t n_patches, int n_threads) {
+    {
+        const std::lock_guard<std::mutex> lock(door_);
+        for (auto each = idle_.begin(); each != idle_.end(); ++each) {
+            if (!(*each)->fits(n_patches, n_threads)) continue;
+            std::unique_ptr<TowerRoom> found = std::move(*each);
+            idle_.erase(each);
+            return found;
+        }
+    }
+    return make_room(weights_, n_patches, n_threads);
+}
+
+void Tower::keep(std::unique_ptr<TowerRoom> room) {
+    const std::lock_guard<std::mutex> lock(door_);
+    idle_.insert(idle_.begin(), std::move(room));
+    if (idle_.size() > kMostIdle) idle_.pop_back();
+}
+
+}  // namespace medreasoner
