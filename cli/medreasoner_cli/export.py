@@ -143,9 +143,9 @@ def bundle(
         bool,
         typer.Option("--integer-steps", help="Let a small decoder multiply integers on a CPU: faster, and rounded."),
     ] = False,
-    bfloat16_vision: Annotated[
+    bfloat16: Annotated[
         bool,
-        typer.Option("--bfloat16-vision", help="Let vision multiply bfloat16 on a CPU with AMX: faster, and rounded."),
+        typer.Option("--bfloat16", help="Vision and masks multiply bfloat16 on CPUs with AMX: faster, and rounded."),
     ] = False,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
@@ -163,7 +163,7 @@ def bundle(
         "cpu_segmenter": cpu_segmenter,
         "cpu_graphs": tuple(each.strip() for each in cpu_graphs.split(",")),
         "integer_steps": integer_steps,
-        "bfloat16_vision": bfloat16_vision,
+        "bfloat16": bfloat16,
     }
     print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **seconds, **text))
 

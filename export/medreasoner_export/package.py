@@ -17,7 +17,6 @@ from medreasoner_export.checkpoint import read_json, sha256_of
 from medreasoner_export.folder import DESCRIPTION
 from medreasoner_export.graph import OPSET
 from medreasoner_export.parts import check_parts, check_room, telling
-from medreasoner_export.qwen_vision import TILE_DEPTH
 from medreasoner_export.trt_plan import GraphName
 
 __all__ = ["CPU_GRAPHS", "Licence", "build_bundle"]
@@ -33,7 +32,8 @@ CPU_GRAPHS: Mapping[GraphName, tuple[str, str]] = {
 
 CPU = "cpu"  # the folder of those graphs, in that of their part
 # What a second export may have otherwise than the first: the graphs, and matrices that are not taken from it.
-_FREE = ("graphs", "step", "tower", "embedding", "lm_head")
+_FREE = ("graphs", "step", "tower", "drawing", "embedding", "lm_head")
+_KERNELS = ("step", "tower", "drawing")  # keys of what runs without a graph
 STEP_BLOCK = 64  # numbers that share a scale
 PRODUCERS = ("medreasoner", "onnx", "numpy")
 
@@ -63,7 +63,7 @@ def build_bundle(
     cpu_segmenter: str | Path | None = None,
     cpu_graphs: Collection[GraphName] = tuple(CPU_GRAPHS),
     integer_steps: bool = False,
-    bfloat16_vision: bool = False,
+    bfloat16: bool = False,
     force: bool = False,
 ) -> Path:
     """Join two exports into the folder `out_dir` with a manifest; return the folder.
@@ -90,8 +90,9 @@ def build_bundle(
         Which of those graphs to take, as far as they differ.
     integer_steps
         Round a small decoder's matrices to eight bits when they are loaded on a CPU, and multiply integers.
-    bfloat16_vision
-        Round the vision tower's matrices to bfloat16 when they are loaded on a CPU that has tiles for it (AMX).
+    bfloat16
+        Round the matrices of vision tower and mask decoder to bfloat16 when they are loaded on a CPU that has tiles for
+        it (AMX), where their kernels take them.
     force
         Replace `out_dir` if it exists.
 
@@ -118,8 +119,8 @@ def build_bundle(
         }
         if integer_steps:
             _multiply_integers(Path(reasoner_dir), parts["reasoner"]["section"])
-        if bfloat16_vision:
-            _multiply_tiles(Path(reasoner_dir), parts["reasoner"]["section"])
+        if bfloat16:
+            _multiply_tiles(parts)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "name": name,
@@ -210,14 +211,17 @@ def _multiply_integers(source: Path, section: dict[str, Any]) -> None:
     step["products"] = "int8"
 
 
-def _multiply_tiles(source: Path, section: dict[str, Any]) -> None:
-    """Say so in a reasoner's section."""
-    if section.get("tower") is None:
+def _multiply_tiles(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say so in both sections."""
+    found = [parts["reasoner"]["section"].get("tower"), parts["segmenter"]["section"].get("drawing")]
+    if not any(found):
         raise BundleError(
-            f"{source}: vision in bfloat16 is for towers of Qwen2.5-VL in fp32 or fp16, "
-            f"of a width that is a multiple of {TILE_DEPTH}"
+            "bfloat16 is for vision towers of Qwen2.5-VL in fp32 or fp16 and mask decoders of SAM, "
+            "whose sizes are multiples of 32 and 128: neither of the two exports has one"
         )
-    section["tower"]["products"] = "bfloat16"
+    for section in found:
+        if section is not None:
+            section["products"] = "bfloat16"
 
 
 def _keys(part: str, names: Collection[GraphName]) -> list[str]:
@@ -269,7 +273,7 @@ def _paths(section: Mapping[str, Any]) -> Iterator[str]:
             yield section[matrix]["file"]
     if "tokenizer" in section:
         yield section["tokenizer"]
-    for key in ("step", "tower"):
+    for key in _KERNELS:
         if section.get(key):
             yield section[key]["file"]
 
@@ -285,7 +289,7 @@ def _prefixed(section: Mapping[str, Any], folder: str, cpu_graphs: Mapping[str, 
             result[matrix] = {**section[matrix], "file": f"{folder}/{section[matrix]['file']}"}
     if "tokenizer" in section:
         result["tokenizer"] = f"{folder}/{section['tokenizer']}"
-    for key in ("step", "tower"):
+    for key in _KERNELS:
         if section.get(key):
             result[key] = {**section[key], "file": f"{folder}/{section[key]['file']}"}
     return result

@@ -15,11 +15,12 @@ import onnx
 from medreasoner import ops
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
+from medreasoner.kernel_session import runs_without_graph
 from medreasoner.providers import usable_cores
 from medreasoner.reasoner.prompt import Prompt, load_tokenizer
 from medreasoner.reasoner.rotary import prompt_positions, rotary_tables, text_positions
 from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph
-from medreasoner.reasoner.tower import TowerSession, load_tower, runs_without_graph
+from medreasoner.reasoner.tower import TowerSession, load_tower
 from medreasoner.reasoner.vision import VisionGrid, vision_grid
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.spec import ReasonerSpec, StretchResize

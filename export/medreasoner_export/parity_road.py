@@ -18,10 +18,10 @@ from medreasoner.bundle import Bundle
 from medreasoner.engine import Engine, load_engine
 from medreasoner.geometry import Placement
 from medreasoner.image import Image
+from medreasoner.kernel_session import runs_without_graph
 from medreasoner.providers import RuntimeOptions
 from medreasoner.reasoner.model import Decoded
 from medreasoner.reasoner.prompt import load_tokenizer
-from medreasoner.reasoner.tower import runs_without_graph
 from medreasoner.reasoner.vision import VisionGrid
 from medreasoner.segmenter import encoder_input
 from medreasoner_export.needs import give_back_memory
@@ -179,7 +179,7 @@ def _loosest(bundle: Bundle) -> str:
     found = {bundle.spec.precision}
     if bundle.spec.reasoner.step is not None and bundle.spec.reasoner.step.products == "int8":
         found.add("int8")
-    if runs_without_graph(bundle.spec.reasoner.tower):
+    if runs_without_graph(bundle.spec.reasoner.tower) or runs_without_graph(bundle.spec.segmenter.drawing):
         found.add("fp16")
     for name in (reasoner.vision, reasoner.decoder, segmenter.encoder, segmenter.decoder):
         found.add(stated(bundle.path(name), "precision") or bundle.spec.precision)

@@ -9,8 +9,10 @@ import numpy.typing as npt
 
 from medreasoner._extras import require
 from medreasoner.bundle import Bundle
+from medreasoner.drawing import load_drawing
 from medreasoner.errors import BundleError
 from medreasoner.geometry import Placement
+from medreasoner.kernel_session import runs_without_graph
 from medreasoner.spec import SegmenterSpec
 from medreasoner_export.parity_road import Segment
 from medreasoner_export.report import ParityStage, compare, stated
@@ -23,6 +25,8 @@ TOLERANCES = {"fp16": 0.03, "int8": 0.1, "int4": 0.5}
 
 The reference is not rounded. In four bits a Hiera of random weights loses a third of a mask's IoU; a faulty graph all.
 """
+BFLOAT16_TOLERANCE = 0.03
+"""Of a decoder whose factors are rounded to eight bits of mantissa."""
 
 Array = npt.NDArray[Any]
 
@@ -75,6 +79,14 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
     yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
+    drawing = spec.drawing
+    if drawing is not None and runs_without_graph(drawing):
+        drawn = load_drawing(bundle.path(drawing.file), spec, drawing).run(inputs)
+        limit = max(tolerance, BFLOAT16_TOLERANCE)
+        for words, key, theirs in (
+            ("mask logits", "mask_logits", result.pred_masks), ("predicted IoU", "predicted_iou", result.iou_scores),
+        ):  # fmt: skip
+            yield compare(f"{words} without the graph", drawn[key], theirs[:, 0].numpy(), limit)
 
 
 def _image_size(sam: Any, spec: SegmenterSpec, checkpoint_path: Path) -> int:

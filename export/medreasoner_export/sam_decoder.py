@@ -13,11 +13,11 @@ import onnx
 
 from medreasoner_export.box_mask import box_prompt
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, INT64, GraphBuilder, Storage, joined
+from medreasoner_export.graph import FLOAT, INT64, GraphBuilder, Storage, WeightsFile, joined
 from medreasoner_export.sam_attention import ImageAttention
 from medreasoner_export.sam_config import DecoderConfig
 
-__all__ = ["SamDecoder", "sam_decoder_graph"]
+__all__ = ["SamDecoder", "drawing_section", "sam_decoder_graph"]
 
 # These norms hold their numbers in code, not in the configuration.
 FINAL_EPSILON = 1e-5
@@ -34,6 +34,7 @@ def sam_decoder_graph(
     box_mask: bool = False,
     storage: Storage,
     metadata: Mapping[str, str],
+    outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from an image's embedding and prompts to masks.
 
@@ -48,6 +49,8 @@ def sam_decoder_graph(
         The weights and their sizes.
     storage, metadata
         Element type of matrices, and ``metadata_props``.
+    outside
+        File that takes the weights; None: they stay in the graph.
     multimask
         Return the masks for ambiguous prompts (3) instead of the single one.
 
@@ -64,7 +67,40 @@ def sam_decoder_graph(
     ----------
     segment-anything, ``utils/onnx.py``: the labels.
     """
-    return SamDecoder(checkpoint, config, storage, box_mask=box_mask).build(multimask, metadata)
+    return SamDecoder(checkpoint, config, storage, box_mask=box_mask, outside=outside).build(multimask, metadata)
+
+
+def drawing_section(
+    config: DecoderConfig, storage: Storage, *, multimask: bool, box_mask: bool
+) -> dict[str, Any] | None:
+    """A manifest's ``segmenter.drawing`` for a decoder whose weights all are in the file beside its graph, in order.
+
+    None where the sizes do not divide into tiles.
+    """
+    channels, heads = config.n_channels, config.decoder_heads
+    inner = channels // config.decoder_downsample
+    divides = channels % 128 == 0 and inner % 32 == 0 and inner // heads in (16, 32) and channels // heads % 16 == 0
+    if box_mask and config.mask_channels % 16:
+        return None
+    if not divides or config.grid**2 % 32 or config.iou_dim % 32 or config.iou_depth < 2:
+        return None
+    return {
+        "file": "decoder.onnx.data",
+        "matrices": storage,
+        "image_size": config.image_size,
+        "n_channels": channels,
+        "inner_dim": inner,
+        "n_heads": heads,
+        "mlp_dim": config.decoder_mlp_dim,
+        "n_layers": config.decoder_layers,
+        "n_learned": config.n_masks + 2,
+        "first_mask": int(multimask),
+        "iou_dim": config.iou_dim,
+        "iou_depth": config.iou_depth,
+        "box_channels": config.mask_channels if box_mask else 0,
+        "norm_eps": config.decoder_norm_eps,
+        "prompt_norm_eps": config.prompt_norm_eps,
+    }
 
 
 class SamDecoder:
@@ -85,11 +121,19 @@ class SamDecoder:
     OUT_PROJ = "out_proj"
     MLP = ("lin1", "lin2")
 
-    def __init__(self, checkpoint: Weights, config: DecoderConfig, storage: Storage, *, box_mask: bool) -> None:
+    def __init__(
+        self,
+        checkpoint: Weights,
+        config: DecoderConfig,
+        storage: Storage,
+        *,
+        box_mask: bool,
+        outside: WeightsFile | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.box_mask = box_mask
-        self.g = GraphBuilder("decoder", storage=storage)
+        self.g = GraphBuilder("decoder", storage=storage, outside=outside)
 
     def tensor(self, name: str, *shape: int) -> npt.NDArray[Any]:
         """The tensor `name` of the checkpoint, refused if it has another shape."""
@@ -156,7 +200,7 @@ class SamDecoder:
         scale = g.constant("point_scale", np.array(factor, dtype=np.float32))
         shift = g.constant("point_shift", np.array(0.5 * factor - 2.0 * np.pi, dtype=np.float32))
         scaled = g.op("Add", g.op("Mul", points, scale), shift)
-        angles = g.op("MatMul", scaled, g.constant("frequencies", self.frequencies(self.POINT_CODES)))
+        angles = g.op("MatMul", scaled, g.weight("frequencies", self.frequencies(self.POINT_CODES), exact=True))
         places = g.op("Concat", g.op("Sin", angles), g.op("Cos", angles), axis=-1)
         real = g.op("Cast", g.op("GreaterOrEqual", labels, g.ints(0)), to=FLOAT)
         places = g.op("Mul", places, g.op("Unsqueeze", real, g.ints(-1)))

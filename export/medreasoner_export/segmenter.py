@@ -14,6 +14,7 @@ from medreasoner_export.graph import Precision, Storage, are_large, save_graph, 
 from medreasoner_export.needs import PROGRAM_BYTES, Needs, check_needs, segmenter_needs
 from medreasoner_export.optimum_sam import is_optimum, open_optimum
 from medreasoner_export.reasoner import SMALL_FILES, source_storage
+from medreasoner_export.sam_decoder import drawing_section
 from medreasoner_export.sam_family import open_sam, recognise
 from medreasoner_export.settings import SamArch, check_section, segmenter_settings
 
@@ -111,6 +112,8 @@ def export_segmenter(
     needs = segmenter_needs(checkpoint.shapes, storage)
     n_masks = config.n_masks if multimask else 1
     section = _section(family.architecture, settings, mask_size=config.mask_size, n_masks=n_masks)
+    if family.architecture == "sam":
+        section["drawing"] = drawing_section(config, storage, multimask=multimask, box_mask=box_mask)
     check_section(SegmenterSpec, section, checkpoint.path)
     common: dict[str, Any] = {"storage": storage}
 
@@ -121,7 +124,12 @@ def export_segmenter(
         save_graph(graph, out / "encoder.onnx")
 
     def decoder(out: Path) -> None:
-        graph = family.decoder(multimask=multimask, box_mask=box_mask, metadata=metadata, **common)
+        given = {"multimask": multimask, "box_mask": box_mask, "metadata": metadata, **common}
+        if section.get("drawing"):  # then all weights are in one file, for what draws without the graph
+            with weights_file(out / "decoder.onnx", wanted=True, least_bytes=0) as outside:
+                graph = family.decoder(outside=outside, **given)
+        else:
+            graph = family.decoder(**given)
         save_graph(graph, out / "decoder.onnx")
 
     options_key = repr(("segmenter", replace(options, fresh=False)))

@@ -1,154 +1,7 @@
-// The body of vision_tower.cpp: MR_LANES is 16, and every function carries MR_TARGET.
+// The body of vision_tower.cpp, behind tiles_amx.h.
 
-using Half = uint16_t;  // the bits of a bfloat16
-
-constexpr int64_t kPair = 2 * kTile;      // rows, and columns, of a block of four tiles
 constexpr int64_t kMostTilesAtOnce = 6;   // of rows: with what is worked out between they must fit the second cache
 constexpr int64_t kQueries = 12 * kTile;  // that share one packing of keys and values
-
-MR_TARGET inline void configure() {
-    struct alignas(64) {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // bytes
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const config;
-    _tile_loadconfig(&config);
-}
-
-// GCC's tile loads do not say that they read memory.
-MR_TARGET inline void all_is_written() { __asm__ volatile("" ::: "memory"); }
-
-MR_TARGET inline void narrow_to(VecF v, Half* to) {
-    const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(to, &narrow, sizeof narrow);
-}
-
-// 16 columns of two rows of a matrix, next to each other; those that are not there are 0.
-template <class T>
-MR_TARGET inline __m512i side_by_side(const T* from, int64_t cols, bool has_other, __mmask16 there) {
-    const auto read = [&](const T* row) MR_TARGET {
-        alignas(64) T numbers[kTile] = {};
-        if (there == 0xffff) return load_float(row);
-        for (int64_t j = 0; there >> j & 1; ++j) numbers[j] = row[j];
-        return load_float(numbers);
-    };
-    Half both[2 * kTile] = {};
-    narrow_to(read(from), both);
-    if (has_other) narrow_to(read(from + cols), both + kTile);
-    const __m512i one = _mm512_cvtepu16_epi32(load<__m256i>(both)), other = _mm512_cvtepu16_epi32(load<__m256i>(both + kTile));
-    return _mm512_or_si512(one, _mm512_slli_epi32(other, 16));
-}
-
-template <class T>
-MR_TARGET void tile(const T* from, int64_t rows, int64_t cols, int64_t stride, Half* out) {
-    const int64_t filled = up_to(rows, kTileDepth);
-    for (int64_t first = 0; first < cols; first += kTile, out += stride * filled * kTile) {
-        const auto there = static_cast<__mmask16>((1u << std::min(kTile, cols - first)) - 1);
-        for (int64_t i = 0; i < filled; i += 2) {
-            const bool is_there = i < rows;
-            _mm512_storeu_si512(out + i * kTile, is_there ? side_by_side(from + i * cols + first, cols, i + 1 < rows, there)
-                                                          : _mm512_setzero_si512());
-        }
-    }
-}
-
-// Where the sums of a block of rows and columns start, and where they go.
-struct Sums {
-    float* at;
-    int64_t stride;  // floats
-    bool goes_on;    // from what stands there, instead of 0
-};
-
-// (32 or 16 rows) a @ w for two panels of 16 columns.
-template <bool is_pair>
-MR_TARGET inline void multiply(const Half* a, int64_t lda, const Half* w, int64_t steps, const Sums& sums) {
-    const int64_t bytes = sums.stride * 4, row_bytes = lda * 2;
-    float* const below = sums.at + kTile * sums.stride;
-    if (sums.goes_on) {
-        _tile_loadd(0, sums.at, bytes);
-        _tile_loadd(1, sums.at + kTile, bytes);
-        if constexpr (is_pair) {
-            _tile_loadd(2, below, bytes);
-            _tile_loadd(3, below + kTile, bytes);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (is_pair) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    }
-    const Half* const other = w + steps * kTileNumbers;
-    for (int64_t k = 0; k < steps; ++k) {
-        _tile_loadd(4, a + k * kTileDepth, row_bytes);
-        _tile_loadd(6, w + k * kTileNumbers, 64);
-        _tile_loadd(7, other + k * kTileNumbers, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (is_pair) {
-            _tile_loadd(5, a + kTile * lda + k * kTileDepth, row_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, sums.at, bytes);
-    _tile_stored(1, sums.at + kTile, bytes);
-    if constexpr (is_pair) {
-        _tile_stored(2, below, bytes);
-        _tile_stored(3, below + kTile, bytes);
-    }
-}
-
-// Calls work(row, panel, is_pair) for blocks of 32 rows (the last may have 16) and two panels; a pair of panels stays in
-// the first cache for all rows.
-template <class Work>
-MR_TARGET inline void each_block(int64_t n_tiles, int64_t columns, const Work& work) {
-    for (int64_t panel = 0; panel * kTile < columns; panel += 2) {
-        int64_t row = 0;
-        for (; row + kPair <= n_tiles * kTile; row += kPair) work(row, panel, std::true_type{});
-        if (row < n_tiles * kTile) work(row, panel, std::false_type{});
-    }
-}
-
-// y (n_tiles * 16, columns) = a @ w, or added to y.
-MR_TARGET inline void product(const Half* a, int64_t lda, int64_t n_tiles, const Half* w, int64_t depth, int64_t columns,
-                              float* y, int64_t stride, bool goes_on) {
-    const int64_t steps = up_to(depth, kTileDepth) / kTileDepth;
-    all_is_written();
-    each_block(n_tiles, columns, [&](int64_t row, int64_t panel, auto is_pair) MR_TARGET {
-        multiply<is_pair()>(a + row * lda, lda, w + panel * steps * kTileNumbers, steps,
-                            {y + row * stride + panel * kTile, stride, goes_on});
-    });
-}
-
-// To 2^-14 of it: more than is kept.
-MR_TARGET inline VecF sigmoid(VecF x) { return (VecF)_mm512_rcp14_ps((__m512)(1.f + exponential(-x))); }
-
-// The error function to 2e-7 (Abramowitz and Stegun, 7.1.26).
-MR_TARGET inline VecF error_function(VecF x) {
-    const VecF size = x < 0.f ? -x : x, t = 1.f / (1.f + 0.3275911f * size);
-    const VecF poly = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    const VecF y = 1.f - poly * exponential(-size * size);
-    return x < 0.f ? -y : y;
-}
-
-// Zeroed numbers, at the start of a cache line.
-template <class T>
-class Numbers {
-   public:
-    explicit Numbers(int64_t n) : numbers_(static_cast<T*>(::operator new(static_cast<size_t>(n) * sizeof(T), kLine))) {
-        std::fill(get(), get() + n, T{});
-    }
-    T* get() const { return numbers_.get(); }
-
-   private:
-    static constexpr std::align_val_t kLine{64};
-    struct Free {
-        void operator()(T* numbers) const { ::operator delete(numbers, kLine); }
-    };
-    std::unique_ptr<T, Free> numbers_;
-};
 
 // Keys and values of one head and group of patches as tiles, and what is made of some queries with them.
 struct Attention {
@@ -342,44 +195,12 @@ class Workshop final : public TowerRoom {
             Attention& own = scratch_[static_cast<size_t>(who)]->attention;
             const int64_t head = index % s_.heads, n = item.end - item.start;
             configure();
-            pack_keys(head, item.start, n, own.keys.get());
-            pack_values(head, item.start, n, own.values.get());
+            const Half* const rows = qkv_.get() + item.start * 3 * s_.hidden + head * s_.head_dim();
+            pack_columns(rows + s_.hidden, 3 * s_.hidden, n, s_.head_dim(), own.keys.get());
+            pack_rows(rows + 2 * s_.hidden, 3 * s_.hidden, n, s_.head_dim(), own.values.get());
             for (int64_t q = item.first; q < item.last; q += kTile) attend_tile(head, q, std::min(kTile, item.last - q), n, own);
             _tile_release();
         });
-    }
-
-    // Keys as columns: a panel of 16 keys after the other, up to a pair.
-    MR_TARGET void pack_keys(int64_t head, int64_t start, int64_t n, Half* to) const {
-        const int64_t dim = s_.head_dim(), row_bytes = 3 * s_.hidden * 2;
-        const Half* const from = qkv_.get() + start * 3 * s_.hidden + s_.hidden + head * dim;
-        const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                                  _mm512_set1_epi32(static_cast<int>(row_bytes)));
-        for (int64_t key = 0; key < up_to(n, kPair); key += kTile) {
-            const int64_t there = std::clamp<int64_t>(n - key, 0, kTile);
-            const auto valid = static_cast<__mmask16>((1u << there) - 1);
-            for (int64_t pair = 0; pair < up_to(dim, kTileDepth) / 2; ++pair, to += 2 * kTile) {
-                const __mmask16 mask = 2 * pair < dim ? valid : __mmask16{0};
-                const __m512i column =
-                    _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), mask, places, from + key * 3 * s_.hidden + 2 * pair, 1);
-                _mm512_storeu_si512(to, column);
-            }
-        }
-    }
-
-    // Values as they are: two rows side by side, a panel of 16 numbers after the other, up to a pair.
-    MR_TARGET void pack_values(int64_t head, int64_t start, int64_t n, Half* to) const {
-        const int64_t dim = s_.head_dim(), width = 3 * s_.hidden;
-        const Half* const from = qkv_.get() + start * width + 2 * s_.hidden + head * dim;
-        for (int64_t column = 0; column < up_to(dim, kPair); column += kTile) {
-            const __mmask16 there = column < dim ? 0xffff : 0;
-            for (int64_t key = 0; key < up_to(n, kTileDepth); key += 2, to += 2 * kTile) {
-                const __mmask16 one = key < n ? there : 0, other = key + 1 < n ? there : 0;
-                const __m256i a = _mm256_maskz_loadu_epi16(one, from + key * width + column);
-                const __m256i b = _mm256_maskz_loadu_epi16(other, from + (key + 1) * width + column);
-                _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)));
-            }
-        }
     }
 
     // Some queries of one head, at most a tile of them, from row `first` on, among n keys.
@@ -396,23 +217,6 @@ class Workshop final : public TowerRoom {
             Half* const to = attended_.get() + (first + i) * s_.hidden + head * dim;
             for (int64_t j = 0; j < dim; j += MR_LANES) narrow_to(load_float(sums + i * columns + j) * shares[i], to + j);
         }
-    }
-
-    // to = e^(scale * (score - the largest)), 0 behind the first n; gives one over their sum.
-    MR_TARGET static float weigh(float* scores, int64_t n, int64_t whole, float scale, Half* to) {
-        std::fill(scores + n, scores + whole, -std::numeric_limits<float>::infinity());
-        VecF most = load_float(scores), total = VecF{};
-        for (int64_t j = MR_LANES; j < whole; j += MR_LANES) {
-            const VecF v = load_float(scores + j);
-            most = v > most ? v : most;
-        }
-        const float largest = largest_of(most);
-        for (int64_t j = 0; j < whole; j += MR_LANES) {
-            const VecF v = load_float(scores + j), weight = v == -std::numeric_limits<float>::infinity() ? VecF{} : exponential((v - largest) * scale);
-            total += weight;
-            narrow_to(weight, to + j);
-        }
-        return 1.f / sum(total);
     }
 
     // Tokens of the patches that lie together, in the order of the image.

@@ -1,9 +1,21 @@
 #include "tiles.h"
 
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "floats.h"
+
 #ifdef MR_HAS_TILES
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+#include "tiles_target.h"
 #endif
 
 namespace medreasoner {
@@ -38,5 +50,27 @@ bool has_tiles() {
     static const bool has = ask_for_tiles();
     return has;
 }
+
+#ifdef MR_HAS_TILES
+
+namespace on_tiles {
+
+#include "tiles_amx.h"
+
+}  // namespace on_tiles
+
+void tile_matrix(const Matrix& m, int64_t stride, uint16_t* out) {
+    switch (m.dtype) {
+        case Dtype::float32: return on_tiles::tile(static_cast<const float*>(m.data), m.rows, m.cols, stride, out);
+        case Dtype::float16: return on_tiles::tile(static_cast<const Float16*>(m.data), m.rows, m.cols, stride, out);
+        case Dtype::bfloat16: return on_tiles::tile(static_cast<const Bfloat16*>(m.data), m.rows, m.cols, stride, out);
+    }
+}
+
+#else
+
+void tile_matrix(const Matrix&, int64_t, uint16_t*) {}
+
+#endif
 
 }  // namespace medreasoner

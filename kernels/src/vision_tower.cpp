@@ -14,33 +14,16 @@
 #include "tiles.h"
 
 #ifdef MR_HAS_TILES
-#include <immintrin.h>
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
-
-#define MR_TARGET                                                                                                          \
-    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,amx-tile,amx-bf16,prefer-vector-width=512")))
-#define MR_LANES 16
+#include "tiles_target.h"
 
 namespace medreasoner {
 namespace on_tiles {
 
-#include "vectors_simd.h"
+#include "tiles_amx.h"
 
 #include "vision_tower_amx.h"
 
 }  // namespace on_tiles
-
-void tile_matrix(const Matrix& m, int64_t stride, uint16_t* out) {
-    switch (m.dtype) {
-        case Dtype::float32: return on_tiles::tile(static_cast<const float*>(m.data), m.rows, m.cols, stride, out);
-        case Dtype::float16: return on_tiles::tile(static_cast<const Float16*>(m.data), m.rows, m.cols, stride, out);
-        case Dtype::bfloat16: return on_tiles::tile(static_cast<const Bfloat16*>(m.data), m.rows, m.cols, stride, out);
-    }
-}
 
 namespace {
 
@@ -54,8 +37,6 @@ std::unique_ptr<TowerRoom> make_room(const TowerWeights& weights, int64_t n_patc
 #else
 
 namespace medreasoner {
-
-void tile_matrix(const Matrix&, int64_t, uint16_t*) {}
 
 namespace {
 

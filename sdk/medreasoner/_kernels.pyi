@@ -1,6 +1,6 @@
 """Compiled kernels; use them through medreasoner.ops."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -114,6 +114,27 @@ class DecoderStep:
         n_threads: int = ...,
     ) -> None: ...
     def open(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> DecoderSequence: ...
+
+class PromptDecoder:
+    """The weights of a mask decoder as tiles."""
+
+    def __init__(
+        self,
+        dtype: str,
+        weights: Mapping[str, NDArray[Any]],
+        heads: int,
+        grid: int,
+        image_size: float,
+        n_layers: int,
+        iou_depth: int,
+        first_mask: int,
+        n_masks: int,
+        epsilon: float,
+        prompt_epsilon: float,
+    ) -> None: ...
+    def run(
+        self, embedding: NDArray[np.float32], points: NDArray[np.float32], labels: NDArray[np.int64]
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
 
 class VisionTower:
     """The weights of a vision tower as tiles, and the threads that run it."""

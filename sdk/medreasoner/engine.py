@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from medreasoner.bundle import Bundle
+from medreasoner.drawing import load_drawing
 from medreasoner.errors import MedReasonerError, ProviderError
+from medreasoner.kernel_session import runs_without_graph
 from medreasoner.ort_session import OrtSession
 from medreasoner.providers import CPU, RuntimeOptions, is_cpu_only, require_runtime, usable_cores
 from medreasoner.readings import CACHE_BYTES, ReadingCache
@@ -17,7 +19,7 @@ from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.model import MAX_WAITING
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph, no_graph, steps_pay
-from medreasoner.reasoner.tower import TowerSession, load_tower, runs_without_graph
+from medreasoner.reasoner.tower import TowerSession, load_tower
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
 from medreasoner.session import Session
@@ -178,13 +180,12 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     n_cores = options.n_threads or usable_cores()
     n_threads = n_cores if splits else 1  # of what runs without a session
     step_threads = n_cores if splits else min(n_cores, _SMALL_STEP_THREADS)
-    drawing = _mask_options(segmenter, options)
     opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(5) as pool:
         vision = pool.submit(_open_vision, reasoner, bundle.path, opener.open, options, n_cores)
         encoder = pool.submit(opener.open, segmenter.graphs.encoder, options)
         decoder = pool.submit(_open_decoder, reasoner, bundle.path, opener.open, decoding, step_threads)
-        mask_decoder = pool.submit(opener.open, segmenter.graphs.decoder, drawing)
+        mask_decoder = pool.submit(_open_masks, bundle, opener, options)
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
         embedding = load_weight(bundle.path(reasoner.embedding.file), reasoner.embedding)
         lm_head = load_weight(bundle.path(reasoner.lm_head.file), reasoner.lm_head, n_threads=n_threads)
@@ -301,7 +302,7 @@ def load_segmenter(bundle: Bundle, options: RuntimeOptions) -> Segmenter:
     return Segmenter(
         spec,
         encoder=opener.open(spec.graphs.encoder, options).session,
-        decoder=opener.open(spec.graphs.decoder, _mask_options(spec, options)).session,
+        decoder=_open_masks(bundle, opener, options).session,
         n_threads=options.n_threads or usable_cores(),
     )
 
@@ -317,18 +318,41 @@ def _open_vision(
     options: RuntimeOptions,
     n_threads: int,
 ) -> OpenedSession:
-    """The vision tower's session, or on a CPU the kernel that does without it."""
+    """The vision tower's session, or on a CPU the kernel that does without its graph."""
     tower, graph = reasoner.tower, reasoner.graphs.vision
     if tower is None or not runs_without_graph(tower):
         return open_session(graph, options)
+
+    def load() -> Session:
+        path, out_dim = find(tower.file), reasoner.hidden_dim
+        return load_tower(path, tower, reasoner.vision, out_dim=out_dim, n_threads=n_threads)
+
+    return _kernel_on_cpu(graph, open_session, options, load)
+
+
+def _open_masks(bundle: Bundle, opener: SessionOpener, options: RuntimeOptions) -> OpenedSession:
+    """The mask decoder's session, or on a CPU the kernel that does without its graph."""
+    spec = bundle.spec.segmenter
+    drawing, graph, options = spec.drawing, spec.graphs.decoder, _mask_options(spec, options)
+    if drawing is None or spec.cpu_graphs.decoder is not None or not runs_without_graph(drawing):
+        return opener.open(graph, options)
+    return _kernel_on_cpu(graph, opener.open, options, lambda: load_drawing(bundle.path(drawing.file), spec, drawing))
+
+
+def _kernel_on_cpu(
+    graph: str,
+    open_session: Callable[[str, RuntimeOptions], OpenedSession],
+    options: RuntimeOptions,
+    load: Callable[[], Session],
+) -> OpenedSession:
+    """The kernel, unless something else than the CPU runs the graph."""
     warnings: tuple[str, ...] = ()
     if not is_cpu_only(options):
         opened = open_session(graph, options)
         if opened.session.providers[0] != CPU:
             return opened
         warnings = opened.warnings  # known now: the graph's memory is let go
-    session = load_tower(find(tower.file), tower, reasoner.vision, out_dim=reasoner.hidden_dim, n_threads=n_threads)
-    return OpenedSession(session=session, graph=graph, warnings=warnings)
+    return OpenedSession(session=load(), graph=graph, warnings=warnings)
 
 
 def _open_decoder(

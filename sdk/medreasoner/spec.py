@@ -18,6 +18,7 @@ __all__ = [
     "AnswerSpec",
     "BundleSpec",
     "Coordinates",
+    "DrawingSpec",
     "FileSpec",
     "LicenceSpec",
     "PadResize",
@@ -335,6 +336,43 @@ class SegmenterCpuGraphs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrawingSpec:
+    """The mask decoder's weights in the file beside its graph, to run it without that: element types and sizes.
+
+    `n_learned` tokens stand before a prompt's, of whose masks the first that is asked for is `first_mask`; a box is
+    drawn into the mask prompt where that has `box_channels`. With `products` in bfloat16, a processor that has tiles
+    for it does without the graph.
+    """
+
+    file: str
+    matrices: WeightDtype
+    image_size: int
+    n_channels: int
+    inner_dim: int
+    n_heads: int
+    mlp_dim: int
+    n_layers: int
+    n_learned: int
+    first_mask: int
+    iou_dim: int
+    iou_depth: int
+    box_channels: int
+    norm_eps: float
+    prompt_norm_eps: float
+    products: Literal["float", "bfloat16"] = "float"
+
+    def __post_init__(self) -> None:
+        _need_positive(self, "image_size", "n_channels", "inner_dim", "n_heads", "mlp_dim", "n_layers", "n_learned")
+        _need_positive(self, "iou_dim", "iou_depth")
+        for key in ("first_mask", "box_channels"):
+            _need(getattr(self, key) >= 0, key, "no negative number", getattr(self, key))
+        for key in ("norm_eps", "prompt_norm_eps"):
+            _need(getattr(self, key) > 0, key, "a positive number", getattr(self, key))
+        _need(self.inner_dim % self.n_heads == 0, "n_heads", f"a divisor of {self.inner_dim}", self.n_heads)
+        _need(self.box_channels % 4 == 0, "box_channels", "a multiple of 4", self.box_channels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SegmenterSpec:
     """The promptable segmenter: graphs, input grid and mask grid (pixels), mean and deviation on the scale 0 to 1.
 
@@ -352,6 +390,7 @@ class SegmenterSpec:
     mask_size: int
     n_masks: int
     prompts: PromptMode
+    drawing: DrawingSpec | None = None
     cpu_graphs: SegmenterCpuGraphs = SegmenterCpuGraphs()
 
     def __post_init__(self) -> None:
@@ -429,5 +468,5 @@ class BundleSpec:
         reasoner, segmenter, licence = self.reasoner, self.segmenter, self.licence.file
         names = [reasoner.graphs.vision, reasoner.graphs.decoder, reasoner.embedding.file, reasoner.lm_head.file]
         names += [reasoner.tokenizer, segmenter.graphs.encoder, segmenter.graphs.decoder, *self.cpu_graphs().values()]
-        names += [each.file for each in (reasoner.step, reasoner.tower) if each]
+        names += [each.file for each in (reasoner.step, reasoner.tower, segmenter.drawing) if each]
         return tuple(dict.fromkeys([*names, licence] if licence else names))

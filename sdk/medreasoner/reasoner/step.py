@@ -6,7 +6,7 @@ buffers of a small one are the session's own, so that both take turns on one seq
 prompts too, and the graph need not be opened at all.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from medreasoner import ops
 from medreasoner.errors import BundleError
-from medreasoner.providers import CPU
+from medreasoner.kernel_session import KernelSession
 from medreasoner.reasoner.stored import StoredTensor, check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
-from medreasoner.session import Buffer
 from medreasoner.spec import ReasonerSpec, StepSpec
 
 __all__ = ["NoGraph", "StepKernel", "load_step", "needs_no_graph", "no_graph", "steps_pay"]
@@ -38,31 +37,8 @@ class StepKernel:
     max_tokens: int
 
 
-class HostBuffer:
-    """Keys or values in ordinary memory: a `Buffer`."""
-
-    def __init__(self, host: NDArray[Any]) -> None:
-        self.host = host
-
-    def rows(self, start: int, stop: int) -> "HostBuffer":
-        """Some rows of the same memory."""
-        return HostBuffer(self.host[start:stop])
-
-    def save(self, n_positions: int) -> NDArray[Any]:
-        """Copy of the leading positions."""
-        return self.host[:, :, :n_positions].copy()
-
-    def restore(self, saved: NDArray[Any]) -> None:
-        """Write saved positions back."""
-        self.host[:, :, : saved.shape[2]] = saved
-
-
-class NoGraph:
+class NoGraph(KernelSession):
     """A `Session` for a decoder that a kernel runs: it has buffers of a type, and nothing to run."""
-
-    providers = (CPU,)
-    max_rows = None
-    cuts_rows = False
 
     def __init__(self, dtype: type[np.generic]) -> None:
         self._dtype = dtype
@@ -70,18 +46,6 @@ class NoGraph:
     def element_type(self, name: str) -> type[np.generic]:
         """Of keys and values."""
         return self._dtype
-
-    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> HostBuffer:
-        """Zeroed buffer."""
-        return HostBuffer(np.zeros(shape, dtype))
-
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "NoGraph":
-        """Nothing: the kernel has the buffers."""
-        return self
-
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """Never."""
-        raise AssertionError("there is no graph to run")
 
 
 def steps_pay() -> bool:

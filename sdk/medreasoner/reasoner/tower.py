@@ -13,31 +13,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner import ops
+from medreasoner._text import one_line
 from medreasoner.errors import BundleError, ProviderError
-from medreasoner.providers import CPU
-from medreasoner.reasoner.step import HostBuffer
+from medreasoner.kernel_session import KernelSession
 from medreasoner.reasoner.stored import StoredTensor, check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
-from medreasoner.session import Buffer
 from medreasoner.spec import TowerSpec, VisionSpec
 
-__all__ = ["TowerSession", "load_tower", "runs_without_graph"]
+__all__ = ["TowerSession", "load_tower"]
 
 _LAYER_MATRICES = ("qkv", "output", "gate", "up", "down")
 _LAYER_VECTORS = ("norm", "qkv_bias", "output_bias", "mlp_norm", "gate_bias", "up_bias", "down_bias")
 
 
-def runs_without_graph(tower: TowerSpec | None) -> bool:
-    """Whether a bundle wants it so, and this processor can."""
-    return tower is not None and tower.products == "bfloat16" and ops.has_tiles()
-
-
-class TowerSession:
+class TowerSession(KernelSession):
     """A `Session` of the vision tower, from any number of threads; with `alone`, each keeps to its own core."""
-
-    providers = (CPU,)
-    max_rows = None
-    cuts_rows = False
 
     def __init__(self, kernel: ops.VisionTower, *, alone: bool = False) -> None:
         self._kernel, self._alone = kernel, alone
@@ -45,18 +35,6 @@ class TowerSession:
     def alone(self) -> "TowerSession":
         """The same weights for callers that run side by side."""
         return TowerSession(self._kernel, alone=True)
-
-    def element_type(self, name: str) -> type[np.generic]:
-        """Of a graph input."""
-        return np.float32
-
-    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> HostBuffer:
-        """Zeroed buffer."""
-        return HostBuffer(np.zeros(shape, dtype))
-
-    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> "TowerSession":
-        """Itself: a run keeps nothing."""
-        return self
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """``image_embeds`` (batch, n_tokens, hidden_dim) float32 of the graph's inputs.
@@ -79,7 +57,7 @@ class TowerSession:
                 self._alone,
             )
         except (ValueError, TypeError) as err:
-            raise ProviderError(f"the vision tower's kernel failed: {str(err).splitlines()[0]}") from err
+            raise ProviderError(f"the vision tower's kernel failed: {one_line(err)}") from err
         return {"image_embeds": embeds}
 
 

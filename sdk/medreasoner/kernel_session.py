@@ -1,0 +1,62 @@
+"""Sessions in the place of a graph that a kernel of ours runs without ONNX Runtime."""
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medreasoner import ops
+from medreasoner.providers import CPU
+from medreasoner.session import Buffer
+from medreasoner.spec import DrawingSpec, TowerSpec
+
+__all__ = ["HostBuffer", "KernelSession", "runs_without_graph"]
+
+
+def runs_without_graph(weights: TowerSpec | DrawingSpec | None) -> bool:
+    """Whether a bundle wants a kernel on tiles of bfloat16 in a graph's place, and this processor has them."""
+    return weights is not None and weights.products == "bfloat16" and ops.has_tiles()
+
+
+class HostBuffer:
+    """Keys or values in ordinary memory: a `Buffer`."""
+
+    def __init__(self, host: NDArray[Any]) -> None:
+        self.host = host
+
+    def rows(self, start: int, stop: int) -> "HostBuffer":
+        """Some rows of the same memory."""
+        return HostBuffer(self.host[start:stop])
+
+    def save(self, n_positions: int) -> NDArray[Any]:
+        """Copy of the leading positions."""
+        return self.host[:, :, :n_positions].copy()
+
+    def restore(self, saved: NDArray[Any]) -> None:
+        """Write saved positions back."""
+        self.host[:, :, : saved.shape[2]] = saved
+
+
+class KernelSession:
+    """What `Session` asks for beside a run, on the CPU; a run keeps nothing, so that any thread may start one."""
+
+    providers = (CPU,)
+    max_rows = None
+    cuts_rows = False
+
+    def element_type(self, name: str) -> type[np.generic]:
+        """Of a graph input."""
+        return np.float32
+
+    def allocate(self, shape: tuple[int, ...], dtype: type[np.generic]) -> HostBuffer:
+        """Zeroed buffer."""
+        return HostBuffer(np.zeros(shape, dtype))
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Self:
+        """Itself."""
+        return self
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The graph's outputs."""
+        raise NotImplementedError
