@@ -3,6 +3,8 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "tiles.h"
+
 namespace medreasoner {
 namespace {
 
@@ -71,6 +73,7 @@ std::vector<std::string> cpu_features() {
     MR_ADD_IF_SUPPORTED("avx512vl");
     MR_ADD_IF_SUPPORTED("avx512vnni");
 #undef MR_ADD_IF_SUPPORTED
+    if (has_tiles()) found.emplace_back("amx-bf16");
     return found;
 #elif defined(__aarch64__)
     return {"neon"};

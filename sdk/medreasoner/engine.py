@@ -331,10 +331,11 @@ def _open_vision(
 
 
 def _open_masks(bundle: Bundle, opener: SessionOpener, options: RuntimeOptions) -> OpenedSession:
-    """The mask decoder's session, or on a CPU the kernel that does without its graph."""
+    """The mask decoder's session, or on a CPU the kernel that does without its graph and keeps to one core."""
     spec = bundle.spec.segmenter
     drawing, graph, options = spec.drawing, spec.graphs.decoder, _mask_options(spec, options)
-    if drawing is None or spec.cpu_graphs.decoder is not None or not runs_without_graph(drawing):
+    splits = spec.mask_size >= _SPLIT_FROM_MASK_SIZE and (options.n_threads or usable_cores()) > 1
+    if drawing is None or splits or spec.cpu_graphs.decoder is not None or not runs_without_graph(drawing):
         return opener.open(graph, options)
     return _kernel_on_cpu(graph, opener.open, options, lambda: load_drawing(bundle.path(drawing.file), spec, drawing))
 

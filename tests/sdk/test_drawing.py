@@ -136,7 +136,10 @@ def test_a_prompt_gets_the_same_from_many_threads_and_beside_others(export: tupl
         ({"labels": np.full((1, 4), -2)}, "labels must be from -1 to 3"),
         ({"labels": np.ones((1, 3), np.int64)}, "points must be"),
         ({"points": np.zeros((1, 4, 3), np.float32)}, "points must be"),
-        ({"points": np.zeros((1, 12, 2), np.float32), "labels": np.ones((1, 12), np.int64)}, "there are too many points"),
+        (
+            {"points": np.zeros((1, 12, 2), np.float32), "labels": np.ones((1, 12), np.int64)},
+            "there are too many points",
+        ),
         ({"image_embedding": np.zeros((2, 128, 8, 8), np.float32)}, "image_embedding must be"),
         ({"image_embedding": np.zeros((1, 128, 4, 4), np.float32)}, "image_embedding must be"),
         ({"image_embedding": np.zeros((128, 8, 8), np.float32)}, "image_embedding must be"),
