@@ -91,8 +91,8 @@ class VisionTower {
         layer.output_bias = vector(v[2], s.hidden);
         layer.mlp_norm = vector(v[3], s.hidden);
         uint16_t* const both = taken(2 * tiled_numbers(s.hidden, mlp));
-        tile_matrix(checked(m[2], dtype, s.hidden, s.mlp), 2, both);
-        tile_matrix(checked(m[3], dtype, s.hidden, s.mlp), 2, both + tiled_numbers(s.hidden, kTile));
+        tile(checked(m[2], dtype, s.hidden, s.mlp), 2, both);
+        tile(checked(m[3], dtype, s.hidden, s.mlp), 2, both + tiled_numbers(s.hidden, kTile));
         const int64_t rest = tiled_numbers(s.hidden, mlp) - tiled_numbers(s.hidden, s.mlp);  // of both, behind the last panels
         std::fill(both + 2 * tiled_numbers(s.hidden, s.mlp), both + 2 * (tiled_numbers(s.hidden, s.mlp) + rest), uint16_t{0});
         layer.gate_and_up = both;
@@ -111,8 +111,14 @@ class VisionTower {
 
     const uint16_t* matrix(const py::array& array, const std::string& dtype, int64_t rows, int64_t cols) {
         uint16_t* const to = taken(tiled_numbers(rows, cols));
-        tile_matrix(checked(array, dtype, rows, cols), 1, to);
+        tile(checked(array, dtype, rows, cols), 1, to);
         return to;
+    }
+
+    // Without the interpreter's lock: other parts of a bundle are loaded meanwhile.
+    static void tile(const Matrix& matrix, int64_t stride, uint16_t* to) {
+        py::gil_scoped_release release;
+        tile_matrix(matrix, stride, to);
     }
 
     uint16_t* taken(int64_t n) {
