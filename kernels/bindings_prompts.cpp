@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int64_t kPair = 2 * kTile, kMostHeads = 64;
+constexpr int64_t kPair = 2 * kTile, kMostHeads = 64, kMostLayers = 64, kMostGrid = 4096;
 
 // The weights, by their names in transformers' SamModel, as tiles and floats.
 class PromptDecoder {
@@ -30,11 +30,13 @@ class PromptDecoder {
         require(q.ndim() == 2 && up.ndim() == 2, "matrices must be (in, out)");
         s = {q.shape(0), q.shape(1), heads, up.shape(1), grid, image_size, first_mask, n_masks, epsilon, prompt_epsilon,
              weights.contains("prompt_encoder.mask_embed.conv1.weight")};
-        require(s.channels > 0 && s.channels % 128 == 0 && s.inner % kTileDepth == 0, "channels must be a multiple of 128, inner of 32");
-        require(heads > 0 && heads <= kMostHeads && s.inner % heads == 0 && s.size() % kTile == 0 && s.size() <= kTileDepth &&
-                    s.channels / heads % kTile == 0,
-                "a head must be 16 or 32 deep");
-        require(grid > 0 && s.places() % kPair == 0, "places must be a multiple of 32");
+        require(s.channels > 0 && s.channels % 128 == 0 && s.inner > 0 && s.inner % kTileDepth == 0,
+                "channels must be a multiple of 128, inner of 32");
+        require(heads > 0 && heads <= kMostHeads && heads % 2 == 0 && s.channels % heads == 0 && s.inner % heads == 0,
+                "heads must be an even divisor of channels and inner");
+        require((s.size() == kTile || s.size() == kTileDepth) && s.channels / heads % kTile == 0, "a head must be 16 or 32 deep");
+        require(grid > 0 && grid <= kMostGrid && s.places() % kPair == 0, "places must be a multiple of 32");
+        require(n_layers > 0 && n_layers <= kMostLayers && up.shape(0) == s.channels && s.mlp > 0, "lin1 does not fit the others");
         require(std::isfinite(image_size) && image_size > 0, "image_size must be positive");
         read_prompts();
         for (int64_t i = 0; i < n_layers; ++i) w_.layers.push_back(layer("mask_decoder.transformer.layers." + std::to_string(i) + "."));
@@ -48,7 +50,7 @@ class PromptDecoder {
             w_.hyper.push_back(small_network(name, 3));
             require(w_.hyper.back().back().out == s.channels / 8, "a mask's numbers must be as many as its places are deep");
         }
-        require(iou_depth >= 2, "iou_depth must be at least 2");
+        require(iou_depth >= 2 && iou_depth <= kMostLayers, "iou_depth must be from 2 to 64");
         w_.scores = small_network("mask_decoder.iou_prediction_head.", iou_depth);
         require(first_mask >= 0 && n_masks > 0 && first_mask + n_masks <= w_.scores.back().out && first_mask + n_masks < w_.n_learned,
                 "there are not so many masks");
@@ -66,13 +68,13 @@ class PromptDecoder {
         require(embedding.ndim() == 4 && (embedding.shape(0) == 1 || embedding.shape(0) == batch) &&
                     embedding.shape(1) == s.channels && embedding.shape(2) == s.grid && embedding.shape(3) == s.grid,
                 "image_embedding must be (1 or batch, channels, grid, grid)");
-        const int64_t* const kinds = labels.data();
-        for (int64_t i = 0; i < batch * n; ++i) require(kinds[i] >= -1 && kinds[i] <= 3, "labels must be from -1 to 3");
+        const std::vector<int64_t> kinds(labels.data(), labels.data() + batch * n);  // checked, and then no one else's
+        for (const int64_t kind : kinds) require(kind >= -1 && kind <= 3, "labels must be from -1 to 3");
         Array<float> logits({batch, s.n_masks, s.mask_size(), s.mask_size()}), scores({batch, s.n_masks});
         std::vector<MaskPrompt> prompts;
         const int64_t image = embedding.shape(0) == 1 ? 0 : s.channels * s.places();
         for (int64_t i = 0; i < batch; ++i) {
-            prompts.push_back({embedding.data() + i * image, points.data() + 2 * i * n, kinds + i * n, n,
+            prompts.push_back({embedding.data() + i * image, points.data() + 2 * i * n, kinds.data() + i * n, n,
                                logits.mutable_data() + i * s.n_masks * s.mask_size() * s.mask_size(),
                                scores.mutable_data() + i * s.n_masks});
         }
@@ -169,7 +171,8 @@ class PromptDecoder {
         int64_t in = w_.shape.channels;
         for (const std::string& each : names) {
             const py::array weight = array(each + ".weight");
-            require(weight.ndim() == 2 && (&each == &names.back() || weight.shape(1) % kPair == 0), (each + " does not fit the others").c_str());
+            const bool is_last = &each == &names.back();
+            require(weight.ndim() == 2 && weight.shape(1) > 0 && (is_last || weight.shape(1) % kPair == 0), (each + " does not fit the others").c_str());
             found.push_back(linear(each, in, weight.shape(1)));
             in = weight.shape(1);
         }

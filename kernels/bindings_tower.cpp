@@ -34,9 +34,10 @@ class VisionTower {
         const Matrix last = view_matrix(last_matrices[1], dtype);
         TowerShape& s = weights_.shape;
         s = {first.rows, first.cols, heads, gate.cols, last.cols, merged, epsilon};
-        require(heads > 0 && merged > 0 && s.hidden % kTileDepth == 0 && s.hidden % heads == 0 && s.head_dim() % kTile == 0 &&
+        require(heads > 0 && merged > 0 && merged <= 1024 && s.hidden > 0 && s.out > 0 && s.hidden % kTileDepth == 0 && s.hidden % heads == 0 && s.head_dim() % kTile == 0 &&
                     s.out % kTileDepth == 0,
                 "hidden and out must be multiples of 32, head_dim of 16");
+        require(s.patch_dim > 0 && s.mlp > 0 && gate.rows == s.hidden && last.rows == s.wide(), "a matrix does not fit the others");
         const int64_t mlp = up_to(s.mlp, kTileDepth);
         const int64_t layer = tiled_numbers(s.hidden, 3 * s.hidden) + tiled_numbers(s.hidden, s.hidden) +
                               2 * tiled_numbers(s.hidden, mlp) + tiled_numbers(s.mlp, s.hidden);

@@ -79,10 +79,16 @@ def drawing_section(
     """
     channels, heads = config.n_channels, config.decoder_heads
     inner = channels // config.decoder_downsample
-    divides = channels % 128 == 0 and inner % 32 == 0 and inner // heads in (16, 32) and channels // heads % 16 == 0
+    divides = channels % 128 == 0 and inner % 32 == 0 and heads % 2 == 0 and channels % (16 * heads) == 0
     if box_mask and config.mask_channels % 16:
         return None
-    if not divides or config.grid**2 % 32 or config.iou_dim % 32 or config.iou_depth < 2:
+    if (
+        not divides
+        or inner / heads not in (16, 32)
+        or config.grid**2 % 32
+        or config.iou_dim % 32
+        or config.iou_depth < 2
+    ):
         return None
     return {
         "file": "decoder.onnx.data",

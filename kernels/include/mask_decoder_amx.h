@@ -64,10 +64,13 @@ class Studio final : public MaskRoom {
           plain_(p_ * c_),
           placed_columns_(p_ * c_),
           plain_rows_(p_ * c_),
-          weights_half_(p_ * rows_),
+          weights_half_(std::max(p_ * rows_, kPlacesAtOnce * c_)),
           packed_(up_to(rows_, kPair) * c_) {}
 
     MR_TARGET void run(const MaskPrompt& prompt) override {
+        std::vector<float> hyper;
+        hyper.reserve(w_.hyper.size() * static_cast<size_t>(c_ / 8));
+        std::fill(h_.get() + kTile * s_.inner, h_.get() + kTile * s_.inner + kPair, Half{0});  // a head's tile reads beyond
         configure();
         n_tokens_ = w_.n_learned + prompt.n_points;
         make_tokens(prompt);
@@ -84,7 +87,6 @@ class Studio final : public MaskRoom {
         }
         look_at_places(w_.last);
         layer_norms(w_.last_norm, kFinalEpsilon);
-        std::vector<float> hyper;
         for (size_t i = 0; i < w_.hyper.size(); ++i) {
             const float* const own = perceive(w_.hyper[i], 1 + s_.first_mask + static_cast<int64_t>(i));
             hyper.insert(hyper.end(), own, own + c_ / 8);

@@ -8,11 +8,12 @@ using Half = uint16_t;  // the bits of a bfloat16
 constexpr int64_t kPair = 2 * kTile;  // rows, and columns, of a block of four tiles
 
 MR_TARGET inline void configure() {
-    struct alignas(64) {
+    struct alignas(64) Config {
         uint8_t palette = 1, start = 0, reserved[14] = {};
         uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // bytes
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const config;
+    };
+    static const Config config;  // GCC's load says that it reads but the first bytes
     _tile_loadconfig(&config);
 }
 

@@ -25,7 +25,7 @@ from medreasoner_export.toy import make_toy_reasoner, make_toy_segmenter
 
 needs_tiles = pytest.mark.skipif(not ops.has_tiles(), reason="this processor has no tiles for bfloat16 (Intel AMX)")
 IMAGE = np.random.default_rng(1).integers(0, 256, (60, 80), dtype=np.uint8)
-SIZES = {"nano's": (128, 4, 64), "SAM's": (256, 8, 128)}
+SIZES = {"nano's": (128, 4, 64), "SAM's": (256, 8, 128), "wide heads": (128, 2, 64)}
 """Channels, heads, and pixels of an image, 8 of which are a place."""
 FORMS = {"plain": {}, "box_mask": {"box_mask": True}, "multimask": {"multimask": True}, "box": {"prompts": "box"}}
 
@@ -173,6 +173,8 @@ def test_sizes_that_do_not_belong_together_are_refused(export: tuple[Path, Segme
     for changed in ({"n_heads": 1}, {"n_heads": spec.drawing.inner_dim}, {"n_layers": 1}, {"iou_depth": 2}):
         with pytest.raises(BundleError, match=r"decoder\.onnx\.data"):
             load_drawing(path, spec, replace(spec.drawing, **changed))
+    with pytest.raises(BundleError, match="places must be a multiple of 32"):
+        load_drawing(path, replace(spec, mask_size=2**32), spec.drawing)
     for key, value in (("n_heads", 0), ("n_heads", 7), ("box_channels", 3), ("first_mask", -1), ("norm_eps", 0.0)):
         with pytest.raises(BundleError, match=key):
             replace(spec.drawing, **{key: value})
