@@ -123,7 +123,8 @@ def _why_not_nano() -> str | None:
 def grounder(models: Models, report: Report) -> Iterator[Grounder]:
     with Grounder.load(models.bundle, device="cpu", cache_bytes=0) as grounder:  # images come round again
         spec = grounder.bundle.spec
-        second = ", ".join(sorted(spec.cpu_graphs().values()))
+        others = sorted(set(spec.cpu_graphs().values()) & set(grounder.providers))
+        second = ", ".join([*others, *(f"{graph} (bfloat16)" for graph in grounder.on_tiles)])
         precision = f"{spec.precision}{f', but for {second}' if second else ''}"
         report.note(f"ours: device cpu, {usable_cores()} threads, {precision}; defaults otherwise")
         yield grounder

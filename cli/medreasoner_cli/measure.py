@@ -101,6 +101,7 @@ def _model(grounder: "Grounder") -> dict[str, Any]:
     spec = grounder.bundle.spec
     return {
         "precision": spec.precision,
+        "on_tiles": list(grounder.on_tiles),  # in bfloat16
         "cpu_graphs": sorted(set(spec.cpu_graphs().values()) & set(grounder.providers)),  # of a precision of their own
         "providers": dict(grounder.providers),
     }
@@ -150,7 +151,7 @@ def table(report: Mapping[str, Any]) -> str:
     """Report as text."""
     model, first, further = report["bundle"], report["first"], report["further"]
     runs_on = ", ".join(dict.fromkeys(report["providers"].values()))
-    second = ", ".join(report["cpu_graphs"])
+    second = ", ".join([*report["cpu_graphs"], *(f"{graph} (bfloat16)" for graph in report["on_tiles"])])
     peak = report["peak_memory_mib"]
     lines = [
         f"{model['name']} {model['version']} on {runs_on}, {report['threads']} threads, {report['simd']}; "

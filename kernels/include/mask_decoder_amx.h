@@ -4,8 +4,6 @@ constexpr float kTwoPi = 6.28318531f;
 constexpr float kFinalEpsilon = 1e-5f, kDoublingEpsilon = 1e-6f;
 constexpr int64_t kPlacesAtOnce = 32;
 
-MR_TARGET inline VecF gelu(VecF x) { return 0.5f * x * (1.f + error_function(x * 0.70710678f)); }
-
 // n numbers, a multiple of 16.
 MR_TARGET inline void layer_norm(float* x, const Norm& norm, int64_t n, float epsilon) {
     VecF total = VecF{}, squares = VecF{};

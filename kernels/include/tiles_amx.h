@@ -154,6 +154,8 @@ class Numbers {
     std::unique_ptr<T, Free> numbers_;
 };
 
+MR_TARGET inline VecF gelu(VecF x) { return 0.5f * x * (1.f + error_function(x * 0.70710678f)); }
+
 // n rows (of dim numbers) as columns: a panel of 16 of them after the other, up to a pair.
 MR_TARGET inline void pack_columns(const Half* from, int64_t stride, int64_t n, int64_t dim, Half* to) {
     const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),

@@ -233,7 +233,7 @@ class Workshop final : public TowerRoom {
             for (int64_t i = 0; i < tiles * kTile; ++i) {
                 for (int64_t j = 0; j < wide; j += MR_LANES) {
                     const VecF x = load_float(y + i * wide + j) + load_float(w_.first_bias + j);
-                    narrow_to(0.5f * x * (1.f + error_function(x * 0.70710678f)), hidden + i * wide + j);
+                    narrow_to(gelu(x), hidden + i * wide + j);
                 }
             }
             product(hidden, wide, tiles, w_.second, wide, s_.out, y, s_.out, false);

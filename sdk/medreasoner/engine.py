@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from medreasoner.bundle import Bundle
-from medreasoner.drawing import load_drawing
+from medreasoner.drawing import DrawingSession, load_drawing
 from medreasoner.errors import MedReasonerError, ProviderError
 from medreasoner.kernel_session import runs_without_graph
 from medreasoner.ort_session import OrtSession
@@ -66,6 +66,7 @@ class Engine:
     model_version: str
     model_digest: str
     providers: Mapping[str, str]  # of each graph, the one that runs it
+    on_tiles: tuple[str, ...]  # graphs in whose place kernels multiply bfloat16
     warnings: tuple[str, ...]
     readings: ReadingCache
     confidence: ConfidenceSpec | None
@@ -213,6 +214,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
             model_version=spec.version,
             model_digest=bundle.digest,
             providers={each.graph: each.session.providers[0] for each in opened},
+            on_tiles=tuple(each.graph for each in opened if isinstance(each.session, TowerSession | DrawingSession)),
             warnings=tuple(warnings),
             readings=ReadingCache(sharing.cache_bytes),
             confidence=spec.confidence,

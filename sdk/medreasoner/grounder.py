@@ -118,6 +118,11 @@ class Grounder:
         """Of each graph in use, by its path in the bundle, what runs it: ONNX Runtime's provider, or TensorRT-RTX."""
         return self._engine.providers
 
+    @property
+    def on_tiles(self) -> tuple[str, ...]:
+        """Graphs in whose place kernels of this package run in bfloat16, on a CPU that has tiles for it (Intel AMX)."""
+        return self._engine.on_tiles
+
     def close(self) -> None:
         """Let go of the models and the GPU; queries are refused from now on, also those of open studies."""
         self._engine.close()

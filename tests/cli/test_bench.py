@@ -156,8 +156,8 @@ def _report(first, further):
 
     return {
         "medreasoner": "0", "bundle": {"name": "m", "version": "1"}, "providers": {"a": "CPU"}, "threads": 2,
-        "simd": "avx2", "precision": "fp32", "cpu_graphs": [], "image": [2, 3], "runs": 1, "load_ms": 1.0,
-        "peak_memory_mib": None, "notes": [], "warnings": [], "first": part(first), "further": part(further),
+        "simd": "avx2", "precision": "fp32", "cpu_graphs": [], "on_tiles": ["b"], "image": [2, 3], "runs": 1,
+        "load_ms": 1.0, "peak_memory_mib": None, "notes": [], "warnings": [], "first": part(first), "further": part(further),
     }  # fmt: skip
 
 
@@ -168,6 +168,7 @@ def test_stages_that_nobody_knew_are_shown_behind_the_others_and_the_whole_last(
     report = _report({"dreaming": 5.0, "read": 1.0, "wall": 6.5}, {"waking": 2.0, "wall": 2.0})
     rows = {line.split()[0]: line.split()[1:] for line in table(report).splitlines()[2:]}
     assert list(rows) == ["read", "dreaming", "waking", "wall"]
+    assert "; fp32, but for b (bfloat16)" in table(report)
     assert rows["waking"] == ["2.00", "2.00"]
 
 

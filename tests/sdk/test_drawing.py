@@ -198,10 +198,12 @@ def test_it_takes_the_graphs_place_on_a_cpu(bundle: Path, monkeypatch: pytest.Mo
     for device in ("cpu", "auto"):
         with Grounder.load(bundle, device=device) as grounder:
             assert isinstance(grounder._engine.segmenter._decoder, DrawingSession)
+            assert grounder.on_tiles == ("reasoner/vision.onnx", "segmenter/decoder.onnx")
             masks.append(grounder.open(IMAGE).segment(box=box, points=points)[0])
     monkeypatch.setattr("medreasoner.engine.runs_without_graph", lambda weights: False)
     with Grounder.load(bundle, device="cpu") as grounder:
         assert isinstance(grounder._engine.segmenter._decoder, OrtSession)
+        assert grounder.on_tiles == ()
         plain = grounder.open(IMAGE).segment(box=box, points=points)[0]
     assert masks[0] is not None
     assert plain is not None
