@@ -18,6 +18,7 @@ from medreasoner import BundleError, Grounder, MissingExtraError, read_image
 from medreasoner.bundle import load_bundle
 from medreasoner.ops import simd_level
 from medreasoner.providers import usable_cores
+from medreasoner_cli.measure import facts, precision_words
 
 if TYPE_CHECKING:
     from benchmarks.peers.transformers_pipeline import Pipeline
@@ -122,10 +123,7 @@ def _why_not_nano() -> str | None:
 @pytest.fixture(scope="session")
 def grounder(models: Models, report: Report) -> Iterator[Grounder]:
     with Grounder.load(models.bundle, device="cpu", cache_bytes=0) as grounder:  # images come round again
-        spec = grounder.bundle.spec
-        others = sorted(set(spec.cpu_graphs().values()) & set(grounder.providers))
-        second = ", ".join([*others, *(f"{graph} (bfloat16)" for graph in grounder.on_tiles)])
-        precision = f"{spec.precision}{f', but for {second}' if second else ''}"
+        precision = precision_words(facts(grounder))
         report.note(f"ours: device cpu, {usable_cores()} threads, {precision}; defaults otherwise")
         yield grounder
 

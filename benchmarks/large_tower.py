@@ -21,11 +21,12 @@ import numpy as np
 from large_reasoner import TEXT, VISION, shapes
 
 from medreasoner import ops
+from medreasoner.kernel_spec import TowerSpec
 from medreasoner.ort_session import OrtSession
 from medreasoner.providers import RuntimeOptions, usable_cores
 from medreasoner.reasoner.tower import load_tower
 from medreasoner.reasoner.vision import vision_grid
-from medreasoner.spec import StretchResize, TowerSpec, VisionSpec
+from medreasoner.spec import StretchResize, VisionSpec
 from medreasoner_export.checkpoint import Entry, Weights
 from medreasoner_export.graph import Precision, save_graph, weights_file
 from medreasoner_export.qwen_config import QwenConfig
@@ -60,8 +61,7 @@ def write(work: Path, config: QwenConfig, json: dict[str, Any]) -> TowerSpec:
     for road, precision in precisions.items():
         path = work / road / "vision.onnx"
         path.parent.mkdir(parents=True, exist_ok=True)
-        least = 0 if road == "float32" else 1024
-        with weights_file(path, wanted=True, least_bytes=least) as outside:
+        with weights_file(path, wanted=True, every=road == "float32") as outside:
             graph = vision_graph(
                 random_weights(json), config, storage="bfloat16", metadata={}, precision=precision, outside=outside
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medreasoner import Grounder, Grounding
 
-__all__ = ["as_json", "in_order", "measure", "save", "table"]
+__all__ = ["as_json", "facts", "in_order", "measure", "precision_words", "save", "table"]
 
 _WARM_UP = 2
 # In which stages are shown, as far as they occur; others come behind them, and the whole last.
@@ -47,7 +47,7 @@ def measure(
     chosen: Any = device
     with Grounder.load(bundle_path(bundle), device=chosen, n_threads=threads, cache_bytes=0) as grounder:
         load = (time.perf_counter() - start) * 1000
-        model = _model(grounder)
+        model = facts(grounder)
         watch = CoreWatch()
         first, sample = _repeat(lambda: grounder.ground(image, query, think=think), runs)
         with grounder.open(image) as study:
@@ -97,7 +97,8 @@ def _machine(threads: int | None) -> dict[str, Any]:
     }
 
 
-def _model(grounder: "Grounder") -> dict[str, Any]:
+def facts(grounder: "Grounder") -> dict[str, Any]:
+    """What a report says of the bundle in use."""
     spec = grounder.bundle.spec
     return {
         "precision": spec.precision,
@@ -105,6 +106,16 @@ def _model(grounder: "Grounder") -> dict[str, Any]:
         "cpu_graphs": sorted(set(spec.cpu_graphs().values()) & set(grounder.providers)),  # of a precision of their own
         "providers": dict(grounder.providers),
     }
+
+
+def precision_words(report: Mapping[str, Any]) -> str:
+    """The precision that `facts` state, and which graphs have one of their own.
+
+    >>> precision_words({"precision": "fp16", "cpu_graphs": ["a.onnx"], "on_tiles": ["b.onnx"]})
+    'fp16, but for a.onnx, b.onnx (bfloat16)'
+    """
+    others = ", ".join([*report["cpu_graphs"], *(f"{graph} (bfloat16)" for graph in report["on_tiles"])])
+    return f"{report['precision']}, but for {others}" if others else str(report["precision"])
 
 
 def _peak_memory_mib() -> float | None:
@@ -151,13 +162,11 @@ def table(report: Mapping[str, Any]) -> str:
     """Report as text."""
     model, first, further = report["bundle"], report["first"], report["further"]
     runs_on = ", ".join(dict.fromkeys(report["providers"].values()))
-    second = ", ".join([*report["cpu_graphs"], *(f"{graph} (bfloat16)" for graph in report["on_tiles"])])
     peak = report["peak_memory_mib"]
     lines = [
         f"{model['name']} {model['version']} on {runs_on}, {report['threads']} threads, {report['simd']}; "
         f"image {report['image'][1]} x {report['image'][0]}; {report['runs']} runs; load {report['load_ms']:.0f} ms; "
-        f"{report['precision']}{f', but for {second}' if second else ''}"
-        f"{'' if peak is None else f'; peak memory {peak:.0f} MiB'}",
+        f"{precision_words(report)}{'' if peak is None else f'; peak memory {peak:.0f} MiB'}",
         *(f"note: {note}" for note in (*report["notes"], *report["warnings"])),
         f"{'ms':<16}{'first p50':>12}{'p95':>10}{'further p50':>14}{'p95':>10}",
     ]

@@ -87,16 +87,17 @@ class WeightsFile:
 
 
 @contextmanager
-def weights_file(
-    graph: Path, *, wanted: bool, least_bytes: int = WeightsFile.LEAST_BYTES
-) -> Iterator[WeightsFile | None]:
-    """The file ``GRAPH.data`` for the weights of a graph from a size on, or None: not `wanted`, they stay inside."""
+def weights_file(graph: Path, *, wanted: bool = False, every: bool = False) -> Iterator[WeightsFile | None]:
+    """The file ``GRAPH.data`` for the weights of a graph from a size on, or None: not `wanted`, they stay inside.
+
+    It takes `every` one, the small ones too, where a kernel shall find them there without the graph.
+    """
     path = graph.with_name(graph.name + ".data")
-    if not wanted:
+    if not (wanted or every):
         yield None
         return
     with path.open("wb") as file:
-        yield WeightsFile(path.name, file, least_bytes=least_bytes)
+        yield WeightsFile(path.name, file, least_bytes=0 if every else WeightsFile.LEAST_BYTES)
 
 
 def are_large(shapes: Iterable[Sequence[int]], storage: Storage) -> bool:

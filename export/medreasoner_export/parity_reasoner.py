@@ -27,7 +27,7 @@ from medreasoner.spec import ReasonerSpec, StretchResize
 from medreasoner_export.graph import BITS
 from medreasoner_export.needs import give_back_memory
 from medreasoner_export.quantise import BLOCK, Rounded, dequantise, dequantise_rows, quantise, quantise_rows
-from medreasoner_export.report import ParityStage, compare, stated
+from medreasoner_export.report import BFLOAT16_TOLERANCE, ParityStage, compare, stated
 from medreasoner_export.stored import StoredWeights
 from medreasoner_export.streamed import TEXT, VISION, prompt_inputs, streamed_qwen, two_frames
 
@@ -40,8 +40,6 @@ TOLERANCES = {"fp16": 0.02, "int8": 0.05, "int4": 0.05}
 matrices the activations are rounded to eight bits in every product."""
 DYNAMIC_TOLERANCE = 0.1
 """Of a vision tower whose activations are rounded a tensor at a time, the few largest with the many small ones."""
-BFLOAT16_TOLERANCE = 0.03
-"""Of a vision tower whose factors are rounded to eight bits of mantissa."""
 CALIBRATED_TOLERANCE = 0.3
 """Accepted distance of a calibrated matrix from the checkpoint's: others than its own are further than one."""
 

@@ -15,7 +15,7 @@ from medreasoner.geometry import Placement
 from medreasoner.kernel_session import runs_without_graph
 from medreasoner.spec import SegmenterSpec
 from medreasoner_export.parity_road import Segment
-from medreasoner_export.report import ParityStage, compare, stated
+from medreasoner_export.report import BFLOAT16_TOLERANCE, ParityStage, compare, stated
 
 __all__ = ["mask_of", "segmenter_stages"]
 
@@ -25,8 +25,6 @@ TOLERANCES = {"fp16": 0.03, "int8": 0.1, "int4": 0.5}
 
 The reference is not rounded. In four bits a Hiera of random weights loses a third of a mask's IoU; a faulty graph all.
 """
-BFLOAT16_TOLERANCE = 0.03
-"""Of a decoder whose factors are rounded to eight bits of mantissa."""
 
 Array = npt.NDArray[Any]
 

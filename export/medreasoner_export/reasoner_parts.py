@@ -14,7 +14,7 @@ from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.spec import ReasonerSpec
 from medreasoner_export.checkpoint import Weights, read_json
 from medreasoner_export.checkpoint_spec import spec_sizes
-from medreasoner_export.graph import Precision, Rounding, Storage, WeightsFile, save_graph, store, weights_file
+from medreasoner_export.graph import Precision, Rounding, Storage, save_graph, store, weights_file
 from medreasoner_export.layerwise import LayerwiseRounding
 from medreasoner_export.prompts import CalibrationPrompt, PromptReader
 from medreasoner_export.quantise import quantise
@@ -121,9 +121,8 @@ class ReasonerGraphFiles:
 
     def vision(self, out: Path, external: bool) -> None:
         """Write the vision tower into a folder, its weights beside it if `external`."""
-        on_its_own = self.section["tower"] is not None  # then all weights are in one file, the small ones too
-        least = 0 if on_its_own else WeightsFile.LEAST_BYTES
-        with weights_file(out / "vision.onnx", wanted=external or on_its_own, least_bytes=least) as outside:
+        every = self.section["tower"] is not None
+        with weights_file(out / "vision.onnx", wanted=external, every=every) as outside:
             graph = vision_graph(
                 self.checkpoint, self.config, precision=vision_precision(self.options), outside=outside,
                 tower=TOWERS[self.config.family], storage=self.storage, metadata=self.metadata,
@@ -138,9 +137,8 @@ class ReasonerGraphFiles:
                 self.checkpoint, self.config, self.storage, spec=reader.spec,
                 states=reader.states(self.options.calibration), scratch=out,
             )  # fmt: skip
-        steps = self.section["step"] is not None  # then all weights are in one file, the small ones too
-        least = 0 if steps else WeightsFile.LEAST_BYTES
-        with weights_file(out / "decoder.onnx", wanted=external or steps, least_bytes=least) as outside:
+        every = self.section["step"] is not None
+        with weights_file(out / "decoder.onnx", wanted=external, every=every) as outside:
             graph = decoder_graph(
                 self.checkpoint, self.config, precision=self.options.precision, outside=outside, rounding=rounding,
                 storage=self.storage, metadata=self.metadata,

@@ -12,7 +12,10 @@ import onnx
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
 
-__all__ = ["ParityReport", "ParityStage", "compare", "load_reference", "stated"]
+__all__ = ["BFLOAT16_TOLERANCE", "ParityReport", "ParityStage", "compare", "load_reference", "stated"]
+
+BFLOAT16_TOLERANCE = 0.03
+"""Accepted error of kernels whose factors are rounded to eight bits of mantissa."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

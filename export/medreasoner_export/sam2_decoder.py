@@ -8,7 +8,7 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, Storage
+from medreasoner_export.graph import FLOAT, Storage, WeightsFile
 from medreasoner_export.sam2_config import Sam2Config
 from medreasoner_export.sam_decoder import SamDecoder
 
@@ -23,6 +23,7 @@ def sam2_decoder_graph(
     box_mask: bool = False,
     storage: Storage,
     metadata: Mapping[str, str],
+    outside: WeightsFile | None = None,
 ) -> onnx.ModelProto:
     """The graph from what :func:`sam2_encoder_graph` made of an image and prompts to masks.
 
@@ -40,7 +41,7 @@ def sam2_decoder_graph(
         ``multimask_output=False``: the mask of the single-mask token where it is stable, which means that the pixels
         above a margin are at least a share of those above minus the margin, else the best of the three
         (``dynamic_multimask_via_stability``, which ``build_sam2`` switches on; a ``config.json`` may switch it off).
-    box_mask, storage, metadata
+    box_mask, storage, metadata, outside
         As in :func:`sam_decoder_graph`.
 
     Raises
@@ -52,7 +53,7 @@ def sam2_decoder_graph(
     ----------
     facebookresearch/sam2: ``sam2_image_predictor.py``, ``build_sam.py``, ``modeling/sam/mask_decoder.py``.
     """
-    return _Decoder(checkpoint, config, storage, box_mask=box_mask).build(multimask, metadata)
+    return _Decoder(checkpoint, config, storage, box_mask=box_mask, outside=outside).build(multimask, metadata)
 
 
 class _Decoder(SamDecoder):
@@ -61,8 +62,10 @@ class _Decoder(SamDecoder):
     OUT_PROJ = "o_proj"
     MLP = ("proj_in", "proj_out")
 
-    def __init__(self, checkpoint: Weights, config: Sam2Config, storage: Storage, *, box_mask: bool) -> None:
-        super().__init__(checkpoint, config, storage, box_mask=box_mask)
+    def __init__(
+        self, checkpoint: Weights, config: Sam2Config, storage: Storage, *, box_mask: bool, outside: WeightsFile | None
+    ) -> None:
+        super().__init__(checkpoint, config, storage, box_mask=box_mask, outside=outside)
         self.stability = config.stability
 
     def learned_tokens(self) -> list[npt.NDArray[Any]]:

@@ -124,12 +124,8 @@ def export_segmenter(
         save_graph(graph, out / "encoder.onnx")
 
     def decoder(out: Path) -> None:
-        given = {"multimask": multimask, "box_mask": box_mask, "metadata": metadata, **common}
-        if section.get("drawing"):  # then all weights are in one file, for what draws without the graph
-            with weights_file(out / "decoder.onnx", wanted=True, least_bytes=0) as outside:
-                graph = family.decoder(outside=outside, **given)
-        else:
-            graph = family.decoder(**given)
+        with weights_file(out / "decoder.onnx", every=section.get("drawing") is not None) as outside:
+            graph = family.decoder(multimask=multimask, box_mask=box_mask, outside=outside, metadata=metadata, **common)
         save_graph(graph, out / "decoder.onnx")
 
     options_key = repr(("segmenter", replace(options, fresh=False)))

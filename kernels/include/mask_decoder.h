@@ -110,7 +110,6 @@ class MaskDecoder {
     // Needs has_tiles(). The weights stay the caller's.
     explicit MaskDecoder(const MaskWeights& weights) : weights_(weights) {}
 
-    const MaskWeights& weights() const { return weights_; }
     void run(const MaskPrompt* prompts, int64_t n);
 
    private:

@@ -138,8 +138,7 @@ class Studio final : public MaskRoom {
 
     // The image's embedding, place by place, with the mask prompt or what stands for none.
     MR_TARGET void make_places(const MaskPrompt& prompt) {
-        const __m512i planes = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                                  _mm512_set1_epi32(static_cast<int>(p_)));
+        const __m512i planes = steps_of(p_);
         for (int64_t j = 0; j < c_; j += MR_LANES) {
             for (int64_t p = 0; p < p_; ++p) {
                 save((VecF)_mm512_i32gather_ps(planes, prompt.embedding + j * p_ + p, 4), keys_.get() + p * c_ + j);

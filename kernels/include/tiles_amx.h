@@ -25,6 +25,17 @@ MR_TARGET inline void narrow_to(VecF v, Half* to) {
     std::memcpy(to, &narrow, sizeof narrow);
 }
 
+// 16 numbers and 16 others, in turns.
+MR_TARGET inline __m512i in_turns(__m256i one, __m256i other) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(one), _mm512_slli_epi32(_mm512_cvtepu16_epi32(other), 16));
+}
+
+// 0 to 15 times a step.
+MR_TARGET inline __m512i steps_of(int64_t step) {
+    return _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                              _mm512_set1_epi32(static_cast<int>(step)));
+}
+
 // 16 columns of two rows of a matrix, next to each other; those that are not there are 0.
 template <class T>
 MR_TARGET inline __m512i side_by_side(const T* from, int64_t cols, bool has_other, __mmask16 there) {
@@ -37,8 +48,7 @@ MR_TARGET inline __m512i side_by_side(const T* from, int64_t cols, bool has_othe
     Half both[2 * kTile] = {};
     narrow_to(read(from), both);
     if (has_other) narrow_to(read(from + cols), both + kTile);
-    const __m512i one = _mm512_cvtepu16_epi32(load<__m256i>(both)), other = _mm512_cvtepu16_epi32(load<__m256i>(both + kTile));
-    return _mm512_or_si512(one, _mm512_slli_epi32(other, 16));
+    return in_turns(load<__m256i>(both), load<__m256i>(both + kTile));
 }
 
 template <class T>
@@ -158,8 +168,7 @@ MR_TARGET inline VecF gelu(VecF x) { return 0.5f * x * (1.f + error_function(x *
 
 // n rows (of dim numbers) as columns: a panel of 16 of them after the other, up to a pair.
 MR_TARGET inline void pack_columns(const Half* from, int64_t stride, int64_t n, int64_t dim, Half* to) {
-    const __m512i places = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                              _mm512_set1_epi32(static_cast<int>(2 * stride)));
+    const __m512i places = steps_of(2 * stride);
     for (int64_t row = 0; row < up_to(n, kPair); row += kTile) {
         const int64_t there = std::clamp<int64_t>(n - row, 0, kTile);
         const auto valid = static_cast<__mmask16>((1u << there) - 1);
@@ -179,7 +188,7 @@ MR_TARGET inline void pack_rows(const Half* from, int64_t stride, int64_t n, int
             const __mmask16 one = row < n ? there : 0, other = row + 1 < n ? there : 0;
             const __m256i a = _mm256_maskz_loadu_epi16(one, from + row * stride + column);
             const __m256i b = _mm256_maskz_loadu_epi16(other, from + (row + 1) * stride + column);
-            _mm512_storeu_si512(to, _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)));
+            _mm512_storeu_si512(to, in_turns(a, b));
         }
     }
 }

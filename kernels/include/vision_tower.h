@@ -72,7 +72,6 @@ class Tower {
     // Needs has_tiles(). The weights stay the caller's.
     Tower(const TowerWeights& weights, int n_threads) : weights_(weights), crew_(n_threads) {}
 
-    const TowerWeights& weights() const { return weights_; }
     // By all threads, or by this one `alone`, as where the others work for another caller.
     void run(const TowerImage& image, bool alone, float* out);
 

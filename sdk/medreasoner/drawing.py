@@ -15,9 +15,10 @@ from medreasoner import ops
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError, ProviderError
 from medreasoner.kernel_session import KernelSession
+from medreasoner.kernel_spec import DrawingSpec
 from medreasoner.reasoner.stored import check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
-from medreasoner.spec import DrawingSpec, SegmenterSpec
+from medreasoner.spec import SegmenterSpec
 
 __all__ = ["DrawingSession", "load_drawing"]
 

@@ -310,7 +310,12 @@ def load_segmenter(bundle: Bundle, options: RuntimeOptions) -> Segmenter:
 
 
 def _mask_options(segmenter: SegmenterSpec, options: RuntimeOptions) -> RuntimeOptions:
-    return step_options(options, splits=segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE)
+    return step_options(options, splits=_splits_masks(segmenter))
+
+
+def _splits_masks(segmenter: SegmenterSpec) -> bool:
+    """Whether the mask decoder's operators are worth splitting."""
+    return segmenter.mask_size >= _SPLIT_FROM_MASK_SIZE
 
 
 def _open_vision(
@@ -336,7 +341,7 @@ def _open_masks(bundle: Bundle, opener: SessionOpener, options: RuntimeOptions) 
     """The mask decoder's session, or on a CPU the kernel that does without its graph and keeps to one core."""
     spec = bundle.spec.segmenter
     drawing, graph, options = spec.drawing, spec.graphs.decoder, _mask_options(spec, options)
-    splits = spec.mask_size >= _SPLIT_FROM_MASK_SIZE and (options.n_threads or usable_cores()) > 1
+    splits = _splits_masks(spec) and (options.n_threads or usable_cores()) > 1
     if drawing is None or splits or spec.cpu_graphs.decoder is not None or not runs_without_graph(drawing):
         return opener.open(graph, options)
     return _kernel_on_cpu(graph, opener.open, options, lambda: load_drawing(bundle.path(drawing.file), spec, drawing))
@@ -354,7 +359,8 @@ def _kernel_on_cpu(
         opened = open_session(graph, options)
         if opened.session.providers[0] != CPU:
             return opened
-        warnings = opened.warnings  # known now: the graph's memory is let go
+        warnings = opened.warnings
+        del opened  # known now: the graph's memory is let go before the kernel takes its own
     return OpenedSession(session=load(), graph=graph, warnings=warnings)
 
 
@@ -367,12 +373,11 @@ def _open_decoder(
 ) -> tuple[OpenedSession, StepKernel | None]:
     """The decoder's session, and what runs steps in its place; a kernel that runs all needs no session."""
     step = reasoner.step if reasoner.cpu_graphs.decoder is None and steps_pay() else None
-    if step is not None and needs_no_graph(step) and is_cpu_only(options):
-        opened = OpenedSession(session=no_graph(step), graph=reasoner.graphs.decoder, warnings=())
+    graph = reasoner.graphs.decoder
+    if step is not None and needs_no_graph(step):
+        opened = _kernel_on_cpu(graph, open_session, options, lambda: no_graph(step))
     else:
-        opened = open_session(reasoner.graphs.decoder, options)
+        opened = open_session(graph, options)
     if step is None or opened.session.providers[0] != CPU:
         return opened, None
-    if needs_no_graph(step):  # known now: the graph's memory is let go
-        opened = OpenedSession(session=no_graph(step), graph=opened.graph, warnings=opened.warnings)
     return opened, load_step(find(step.file), reasoner, step, n_threads=n_threads)

@@ -7,9 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner import ops
+from medreasoner.kernel_spec import DrawingSpec, TowerSpec
 from medreasoner.providers import CPU
 from medreasoner.session import Buffer
-from medreasoner.spec import DrawingSpec, TowerSpec
 
 __all__ = ["HostBuffer", "KernelSession", "runs_without_graph"]
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias
 
+from medreasoner._ranges import need, need_positive
 from medreasoner.errors import BundleError
+from medreasoner.kernel_spec import DrawingSpec, StepSpec, TowerSpec, WeightDtype
 
 __all__ = [
     "ANSWER_FIELDS",
@@ -18,7 +20,6 @@ __all__ = [
     "AnswerSpec",
     "BundleSpec",
     "Coordinates",
-    "DrawingSpec",
     "FileSpec",
     "LicenceSpec",
     "PadResize",
@@ -33,7 +34,6 @@ __all__ = [
     "SegmenterSpec",
     "SmartResize",
     "StretchResize",
-    "TowerSpec",
     "Triple",
     "VisionSpec",
     "WeightDtype",
@@ -53,7 +53,6 @@ it (``"relative_1000"`` in Qwen3-VL and InternVL)."""
 PromptMode = Literal["joint", "box", "points"]
 """What the segmenter is given of a reasoner's answer."""
 
-WeightDtype = Literal["float32", "float16", "bfloat16"]
 Triple: TypeAlias = tuple[float, float, float]
 
 
@@ -80,16 +79,6 @@ def coordinate_scale(coordinates: Coordinates) -> int | None:
     raise BundleError(f"coordinates: expected absolute or relative_N, got {coordinates!r:.80}")
 
 
-def _need(condition: bool, key: str, expected: str, found: object) -> None:
-    if not condition:
-        raise BundleError(f"{key}: expected {expected}, got {found!r:.120}")
-
-
-def _need_positive(record: object, *keys: str) -> None:
-    for key in keys:
-        _need(getattr(record, key) >= 1, key, "a positive number", getattr(record, key))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StretchResize:
     """Resize to one size, whatever the aspect ratio. Pixels."""
@@ -98,7 +87,7 @@ class StretchResize:
     height: int
 
     def __post_init__(self) -> None:
-        _need_positive(self, "width", "height")
+        need_positive(self, "width", "height")
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -115,9 +104,9 @@ class SmartResize:
     factor: int
 
     def __post_init__(self) -> None:
-        _need_positive(self, "min_pixels", "max_pixels", "factor")
+        need_positive(self, "min_pixels", "max_pixels", "factor")
         least = max(self.min_pixels, self.factor**2)
-        _need(self.max_pixels >= least, "max_pixels", f"at least {least}", self.max_pixels)
+        need(self.max_pixels >= least, "max_pixels", f"at least {least}", self.max_pixels)
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -132,7 +121,7 @@ class PadResize:
     size: int
 
     def __post_init__(self) -> None:
-        _need_positive(self, "size")
+        need_positive(self, "size")
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -152,7 +141,7 @@ class FileSpec:
 
     def __post_init__(self) -> None:
         good = re.fullmatch(r"[0-9a-f]{64}", self.sha256) is not None
-        _need(good, "sha256", "64 lower-case hexadecimal digits", self.sha256)
+        need(good, "sha256", "64 lower-case hexadecimal digits", self.sha256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,13 +167,13 @@ class VisionSpec:
     resize: Resize
 
     def __post_init__(self) -> None:
-        _need_positive(self, "patch_size", "merge_size", "head_dim")
+        need_positive(self, "patch_size", "merge_size", "head_dim")
         block = self.patch_size * self.merge_size
-        _need(self.window_size >= block, "window_size", f"at least {block}", self.window_size)
-        _need(self.head_dim % 4 == 0, "head_dim", "a multiple of 4", self.head_dim)
-        _need(min(self.image_std) > 0, "image_std", "positive numbers", self.image_std)
+        need(self.window_size >= block, "window_size", f"at least {block}", self.window_size)
+        need(self.head_dim % 4 == 0, "head_dim", "a multiple of 4", self.head_dim)
+        need(min(self.image_std) > 0, "image_std", "positive numbers", self.image_std)
         good = all(side % block == 0 for side in self.resize.sides)
-        _need(good, "resize", f"multiples of {block} pixels", self.resize.sides)
+        need(good, "resize", f"multiples of {block} pixels", self.resize.sides)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,7 +185,7 @@ class PromptSpec:
 
     def __post_init__(self) -> None:
         places = re.findall(r"\{(?:image|query)\}", self.template)
-        _need(places == ["{image}", "{query}"], "template", "{image} once and then {query} once", places)
+        need(places == ["{image}", "{query}"], "template", "{image} once and then {query} once", places)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,9 +200,9 @@ class AnswerSpec:
 
     def __post_init__(self) -> None:
         places = re.findall(r"\{([a-z]\w*)\}", self.present)
-        _need(tuple(places) == ANSWER_FIELDS, "present", "the fields " + " ".join(ANSWER_FIELDS), places)
+        need(tuple(places) == ANSWER_FIELDS, "present", "the fields " + " ".join(ANSWER_FIELDS), places)
         for key in ("think_open", "think_close", "end"):
-            _need(bool(getattr(self, key)), key, "text", "")
+            need(bool(getattr(self, key)), key, "text", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,51 +211,6 @@ class ReasonerGraphs:
 
     vision: str
     decoder: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepSpec:
-    """A decoder's weights in the file beside its graph, for steps without the graph: element types and sizes.
-
-    `products` says how matrices are multiplied: as they are, or rounded to eight bits when they are loaded, and the
-    activations with them. Matrices in four bits are multiplied in integers anyhow.
-    """
-
-    file: str
-    matrices: Literal[WeightDtype, "int4"]
-    vectors: Literal["float32", "float16"]
-    mlp_dim: int
-    rms_norm_eps: float
-    products: Literal["float", "int8"] = "float"
-
-    def __post_init__(self) -> None:
-        _need_positive(self, "mlp_dim")
-        _need(self.rms_norm_eps > 0, "rms_norm_eps", "a positive number", self.rms_norm_eps)
-        fits = self.matrices != "int4" or (self.products == "float" and self.vectors == "float32")
-        _need(fits, "matrices", "products float and vectors float32 beside int4", self.matrices)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TowerSpec:
-    """The vision tower's weights in the file beside its graph, to run it without that: element types and sizes.
-
-    `patches` is the type of the first matrix alone. With `products` in bfloat16, a processor that has tiles for it does
-    without the graph.
-    """
-
-    file: str
-    patches: WeightDtype
-    matrices: WeightDtype
-    vectors: Literal["float32", "float16"]
-    n_layers: int
-    n_heads: int
-    mlp_dim: int
-    rms_norm_eps: float
-    products: Literal["float", "bfloat16"] = "float"
-
-    def __post_init__(self) -> None:
-        _need_positive(self, "n_layers", "n_heads", "mlp_dim")
-        _need(self.rms_norm_eps > 0, "rms_norm_eps", "a positive number", self.rms_norm_eps)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,16 +251,16 @@ class ReasonerSpec:
     cpu_graphs: ReasonerCpuGraphs = ReasonerCpuGraphs()
 
     def __post_init__(self) -> None:
-        _need_positive(self, "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
-        _need_positive(self, "rope_theta", "max_length", "max_query_tokens")
-        _need(sum(self.mrope_section) * 2 == self.head_dim, "mrope_section", "half of head_dim", self.mrope_section)
-        _need(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", f"a divisor of {self.n_heads}", self.n_kv_heads)
+        need_positive(self, "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "vocab_size")
+        need_positive(self, "rope_theta", "max_length", "max_query_tokens")
+        need(sum(self.mrope_section) * 2 == self.head_dim, "mrope_section", "half of head_dim", self.mrope_section)
+        need(self.n_heads % self.n_kv_heads == 0, "n_kv_heads", f"a divisor of {self.n_heads}", self.n_kv_heads)
         for key in ("embedding", "lm_head"):
             shape, expected = getattr(self, key).shape, (self.vocab_size, self.hidden_dim)
-            _need(shape == expected, f"{key}.shape", str(expected), shape)
+            need(shape == expected, f"{key}.shape", str(expected), shape)
         coordinate_scale(self.coordinates)
         threshold = self.absent_threshold
-        _need(threshold is None or 0 <= threshold <= 1, "absent_threshold", "a probability or null", threshold)
+        need(threshold is None or 0 <= threshold <= 1, "absent_threshold", "a probability or null", threshold)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,43 +277,6 @@ class SegmenterCpuGraphs:
 
     encoder: str | None = None
     decoder: str | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DrawingSpec:
-    """The mask decoder's weights in the file beside its graph, to run it without that: element types and sizes.
-
-    `n_learned` tokens stand before a prompt's, of whose masks the first that is asked for is `first_mask`; a box is
-    drawn into the mask prompt where that has `box_channels`. With `products` in bfloat16, a processor that has tiles
-    for it does without the graph.
-    """
-
-    file: str
-    matrices: WeightDtype
-    image_size: int
-    n_channels: int
-    inner_dim: int
-    n_heads: int
-    mlp_dim: int
-    n_layers: int
-    n_learned: int
-    first_mask: int
-    iou_dim: int
-    iou_depth: int
-    box_channels: int
-    norm_eps: float
-    prompt_norm_eps: float
-    products: Literal["float", "bfloat16"] = "float"
-
-    def __post_init__(self) -> None:
-        _need_positive(self, "image_size", "n_channels", "inner_dim", "n_heads", "mlp_dim", "n_layers", "n_learned")
-        _need_positive(self, "iou_dim", "iou_depth")
-        for key in ("first_mask", "box_channels"):
-            _need(getattr(self, key) >= 0, key, "no negative number", getattr(self, key))
-        for key in ("norm_eps", "prompt_norm_eps"):
-            _need(getattr(self, key) > 0, key, "a positive number", getattr(self, key))
-        _need(self.inner_dim % self.n_heads == 0, "n_heads", f"a divisor of {self.inner_dim}", self.n_heads)
-        _need(self.box_channels % 4 == 0, "box_channels", "a multiple of 4", self.box_channels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -394,9 +301,9 @@ class SegmenterSpec:
     cpu_graphs: SegmenterCpuGraphs = SegmenterCpuGraphs()
 
     def __post_init__(self) -> None:
-        _need_positive(self, "mask_size", "n_masks")
-        _need(min(self.image_std) > 0, "image_std", "positive numbers", self.image_std)
-        _need(not isinstance(self.resize, SmartResize), "resize.rule", "stretch or longest_pad", "smart")
+        need_positive(self, "mask_size", "n_masks")
+        need(min(self.image_std) > 0, "image_std", "positive numbers", self.image_std)
+        need(not isinstance(self.resize, SmartResize), "resize.rule", "stretch or longest_pad", "smart")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -419,10 +326,10 @@ class ConfidenceSpec:
     knots: tuple[tuple[float, float], ...]
 
     def __post_init__(self) -> None:
-        _need(self.temperature > 0, "temperature", "a positive number", self.temperature)
+        need(self.temperature > 0, "temperature", "a positive number", self.temperature)
         xs, ys = [x for x, _ in self.knots], [y for _, y in self.knots]
         is_fine = len(xs) > 0 and xs == sorted(set(xs)) and ys == sorted(ys) and all(0 <= v <= 1 for v in (*xs, *ys))
-        _need(is_fine, "knots", "ascending pairs within [0, 1]", self.knots)
+        need(is_fine, "knots", "ascending pairs within [0, 1]", self.knots)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -450,7 +357,7 @@ class BundleSpec:
 
     def __post_init__(self) -> None:
         unlisted = [name for name in self.used_files() if name not in self.files]
-        _need(not unlisted, "files", "every file that is used", unlisted)
+        need(not unlisted, "files", "every file that is used", unlisted)
 
     def cpu_graphs(self) -> dict[str, str]:
         """Of each graph that has a second one for the CPU, by its name the name of that."""

@@ -1,5 +1,7 @@
 """The mask decoder without its graph: what it draws beside the graph, and where it takes the graph's place."""
 
+import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -232,6 +234,12 @@ def test_other_sizes_have_no_drawing(tmp_path: Path) -> None:
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_bundle_of_before_still_loads(bundle: Path) -> None:
-    spec = load_bundle(bundle).spec
-    assert replace(spec.segmenter, drawing=None).drawing is None
+def test_a_manifest_without_what_kernels_need_still_loads(bundle: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["segmenter"]["drawing"], manifest["reasoner"]["tower"], manifest["sha256"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    spec = load_bundle(copy).spec
+    assert (spec.segmenter.drawing, spec.reasoner.tower) == (None, None)
+    with Grounder.load(copy, device="cpu") as grounder:
+        assert grounder.on_tiles == ()

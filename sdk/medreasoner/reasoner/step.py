@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from medreasoner import ops
 from medreasoner.errors import BundleError
 from medreasoner.kernel_session import KernelSession
+from medreasoner.kernel_spec import StepSpec
 from medreasoner.reasoner.stored import StoredTensor, check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
-from medreasoner.spec import ReasonerSpec, StepSpec
+from medreasoner.spec import ReasonerSpec
 
 __all__ = ["NoGraph", "StepKernel", "load_step", "needs_no_graph", "no_graph", "steps_pay"]
 

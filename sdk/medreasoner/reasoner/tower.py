@@ -16,9 +16,10 @@ from medreasoner import ops
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError, ProviderError
 from medreasoner.kernel_session import KernelSession
+from medreasoner.kernel_spec import TowerSpec
 from medreasoner.reasoner.stored import StoredTensor, check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
-from medreasoner.spec import TowerSpec, VisionSpec
+from medreasoner.spec import VisionSpec
 
 __all__ = ["TowerSession", "load_tower"]
 
