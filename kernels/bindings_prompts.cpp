@@ -23,7 +23,7 @@ class PromptDecoder {
                   int64_t n_layers, int64_t iou_depth, int64_t first_mask, int64_t n_masks, float epsilon,
                   float prompt_epsilon)
         : dtype_(dtype), given_(weights) {
-        require(has_tiles(), "this processor has no tiles for bfloat16");
+        require(has_tiles(), "this processor has no fast products of bfloat16");
         MaskShape& s = w_.shape;
         const py::array q = array("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight");
         const py::array up = array("mask_decoder.transformer.layers.0.mlp.lin1.weight");

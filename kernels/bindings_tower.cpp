@@ -24,7 +24,7 @@ class VisionTower {
                 const std::vector<std::vector<py::array>>& matrices, const std::vector<std::vector<Array<float>>>& vectors,
                 const std::vector<bool>& is_full, const std::vector<py::array>& last_matrices,
                 const std::vector<Array<float>>& last_vectors, int n_threads) {
-        require(has_tiles(), "this processor has no tiles for bfloat16");
+        require(has_tiles(), "this processor has no fast products of bfloat16");
         require(n_threads > 0 && n_threads <= 1024, "n_threads must be from 1 to 1024");
         require(!matrices.empty() && matrices.size() == vectors.size() && matrices.size() == is_full.size(),
                 "matrices, vectors and is_full must be of one number of layers");
@@ -169,7 +169,10 @@ class VisionTower {
 }  // namespace
 
 void bind_tower(py::module_& m) {
-    m.def("has_tiles", &has_tiles, "Whether this processor multiplies tiles of bfloat16, and the system lets it.");
+    m.def("has_tiles", &has_tiles, "Whether kernels multiply tiles of bfloat16 here.");
+    m.def("tile_road", &tile_road_name, "How they do.");
+    m.def("tile_roads", &tile_road_names, "All ways in which this processor can, slowest first; \"none\" is one.");
+    m.def("set_tile_road", &set_tile_road, py::arg("name"), "Choose one of them for what is opened from now on; for tests.");
     py::class_<VisionTower>(m, "VisionTower", "The weights of a vision tower as tiles, and the threads that run it.")
         .def(py::init<const std::string&, const std::string&, int64_t, int64_t, float, const py::array&, const std::vector<std::vector<py::array>>&,
                       const std::vector<std::vector<Array<float>>>&, const std::vector<bool>&, const std::vector<py::array>&,

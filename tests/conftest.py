@@ -2,7 +2,7 @@
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # Before torch is imported, here and in the processes that tests start: on models as small as the tests' its threads
 # wait for each other longer than they compute. Who wants more says so in this variable.
@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 
+from medreasoner import _kernels
 from medreasoner.image import Image
 from medreasoner.result import Grounding
 
@@ -24,6 +25,17 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(scope="module", params=_kernels.tile_roads()[1:] or ["none"])
+def tile_road(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each way in which this machine multiplies bfloat16: through floats, by vectors, by tiles."""
+    if request.param == "none":
+        pytest.skip("this processor has no AVX-512 with VNNI")
+    before = _kernels.tile_road()
+    _kernels.set_tile_road(request.param)
+    yield request.param
+    _kernels.set_tile_road(before)
 
 
 @pytest.fixture

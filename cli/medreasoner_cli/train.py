@@ -128,6 +128,9 @@ def sft(
     frozen: Annotated[
         bool, typer.Option("--frozen-vision", help="Leave the vision tower as it is: new questions, in half the time.")
     ] = False,
+    heads_first: Annotated[
+        int, typer.Option(min=0, help="Steps in which the read-outs that help training learn alone; with a --start.")
+    ] = 0,
     rate: RateOption = 1.0,
     without: Annotated[
         list[str] | None, typer.Option(metavar="SOURCE", help="Leave a source out, to measure on it; may be repeated.")
@@ -179,6 +182,7 @@ def sft(
             cache=cache,
             compiled=compiled,
             precision=precision,
+            heads_first=heads_first,
         )
     )
 

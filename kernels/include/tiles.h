@@ -1,7 +1,10 @@
-// Products of bfloat16 on the processor's tiles (Intel AMX), and matrices laid out for them.
+// Products of bfloat16 on processors with AVX-512, best with its instructions for them or with tiles (Intel AMX), and
+// matrices laid out for them.
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "rows.h"
 
@@ -18,8 +21,17 @@ constexpr int64_t kTileNumbers = kTile * kTileDepth;
 
 constexpr int64_t up_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Whether this processor and this system have tiles for bfloat16; asks the system once to let the process use them.
-bool has_tiles();
+// How products of bfloat16 go: nowhere fast, through floats, by vectors of bfloat16, by tiles.
+enum class TileRoad { none, avx512, avx512_bf16, amx };
+
+// The best that this processor and this system have, found at the first call (which asks the system to let the process use
+// tiles), or what was chosen.
+TileRoad tile_road();
+std::string tile_road_name();
+std::vector<std::string> tile_road_names();  // those that this machine can take, slowest first
+void set_tile_road(const std::string& name);  // for tests; throws std::invalid_argument
+
+inline bool has_tiles() { return tile_road() != TileRoad::none; }
 
 // Numbers of a matrix (rows, cols) as tiles; rows are filled up to 32, columns to 16, with zeros.
 constexpr int64_t tiled_numbers(int64_t rows, int64_t cols) {

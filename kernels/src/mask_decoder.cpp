@@ -14,36 +14,8 @@
 #include "tiles.h"
 
 #ifdef MR_HAS_TILES
-#include "tiles_target.h"
-
-namespace medreasoner {
-namespace on_tiles {
-
-#include "tiles_amx.h"
-
-#include "mask_decoder_amx.h"
-
-}  // namespace on_tiles
-
-namespace {
-
-std::unique_ptr<MaskRoom> make_room(const MaskWeights& weights) { return std::make_unique<on_tiles::Studio>(weights); }
-
-}  // namespace
-}  // namespace medreasoner
-
-#else
-
-namespace medreasoner {
-namespace {
-
-std::unique_ptr<MaskRoom> make_room(const MaskWeights&) {
-    throw std::invalid_argument("this build has no kernel for tiles");
-}
-
-}  // namespace
-}  // namespace medreasoner
-
+#define MR_BODY "mask_decoder_simd.h"
+#include "for_each_road.h"
 #endif
 
 namespace medreasoner {
@@ -57,7 +29,11 @@ void MaskDecoder::run(const MaskPrompt* prompts, int64_t n) {
             idle_.pop_back();
         }
     }
-    if (!room) room = make_room(weights_);
+#ifdef MR_HAS_TILES
+    if (!room) room = MR_ON_ROAD(make_room(weights_));
+#else
+    if (!room) throw std::invalid_argument("this build has no kernel for tiles");
+#endif
     for (int64_t i = 0; i < n; ++i) room->run(prompts[i]);
     const std::lock_guard<std::mutex> lock(door_);
     idle_.push_back(std::move(room));

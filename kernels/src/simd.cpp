@@ -73,7 +73,9 @@ std::vector<std::string> cpu_features() {
     MR_ADD_IF_SUPPORTED("avx512vl");
     MR_ADD_IF_SUPPORTED("avx512vnni");
 #undef MR_ADD_IF_SUPPORTED
-    if (has_tiles()) found.emplace_back("amx-bf16");
+    for (const std::string& road : tile_road_names()) {
+        if (road != "none" && road != "avx512") found.emplace_back(road);
+    }
     return found;
 #elif defined(__aarch64__)
     return {"neon"};

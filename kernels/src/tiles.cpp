@@ -1,11 +1,13 @@
 #include "tiles.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <type_traits>
 
 #include "floats.h"
@@ -15,62 +17,84 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "tiles_target.h"
-#endif
-
 namespace medreasoner {
 namespace {
 
-#ifdef MR_HAS_TILES
-
 constexpr unsigned kTileBf16 = 1u << 22, kTileSave = 1u << 24;  // cpuid 7.0, edx
-constexpr unsigned kBf16 = 1u << 5;                            // cpuid 7.1, eax: conversions
+constexpr unsigned kBf16 = 1u << 5;                            // cpuid 7.1, eax
 constexpr unsigned kTileState = 3u << 17;                      // of the extended state that the system keeps
 constexpr long kAskForState = 0x1023, kTileData = 18;          // arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 
-bool ask_for_tiles() {
-    unsigned a, b, c, d;
-    if (!__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) return false;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTileBf16 | kTileSave)) != (kTileBf16 | kTileSave)) return false;
-    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kBf16)) return false;
+bool may_use_tiles() {
     unsigned low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
 
+TileRoad best_road() {
+    unsigned a, b, c, d;
+    for (const bool has : {__builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx512bw"), __builtin_cpu_supports("avx512dq"),
+                           __builtin_cpu_supports("avx512vl"), __builtin_cpu_supports("avx512vnni"), __builtin_cpu_supports("fma"),
+                           __builtin_cpu_supports("f16c")}) {
+        if (!has) return TileRoad::none;
+    }
+    if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kBf16)) return TileRoad::avx512;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTileBf16 | kTileSave)) != (kTileBf16 | kTileSave)) return TileRoad::avx512_bf16;
+    return may_use_tiles() ? TileRoad::amx : TileRoad::avx512_bf16;
+}
+
+}  // namespace
+}  // namespace medreasoner
+
+#define MR_BODY "tile_matrix_simd.h"
+#include "for_each_road.h"
+
 #else
 
-bool ask_for_tiles() { return false; }
+namespace medreasoner {
+namespace {
+
+TileRoad best_road() { return TileRoad::none; }
+
+}  // namespace
+}  // namespace medreasoner
 
 #endif
+
+namespace medreasoner {
+namespace {
+
+constexpr const char* kNames[] = {"none", "avx512", "avx512-bf16", "amx-bf16"};
+
+TileRoad best() {
+    static const TileRoad road = best_road();
+    return road;
+}
+
+std::atomic<TileRoad>& current() {
+    static std::atomic<TileRoad> road{best()};
+    return road;
+}
 
 }  // namespace
 
-bool has_tiles() {
-    static const bool has = ask_for_tiles();
-    return has;
-}
+TileRoad tile_road() { return current().load(std::memory_order_relaxed); }
 
-#ifdef MR_HAS_TILES
+std::string tile_road_name() { return kNames[static_cast<int>(tile_road())]; }
 
-namespace on_tiles {
+std::vector<std::string> tile_road_names() { return {kNames, kNames + static_cast<int>(best()) + 1}; }
 
-#include "tiles_amx.h"
-
-}  // namespace on_tiles
-
-void tile_matrix(const Matrix& m, int64_t stride, uint16_t* out) {
-    switch (m.dtype) {
-        case Dtype::float32: return on_tiles::tile(static_cast<const float*>(m.data), m.rows, m.cols, stride, out);
-        case Dtype::float16: return on_tiles::tile(static_cast<const Float16*>(m.data), m.rows, m.cols, stride, out);
-        case Dtype::bfloat16: return on_tiles::tile(static_cast<const Bfloat16*>(m.data), m.rows, m.cols, stride, out);
+void set_tile_road(const std::string& name) {
+    for (int i = 0; i <= static_cast<int>(best()); ++i) {
+        if (name == kNames[i]) return current().store(static_cast<TileRoad>(i), std::memory_order_relaxed);
     }
+    throw std::invalid_argument("this machine does not multiply bfloat16 by '" + name + "'");
 }
 
-#else
-
-void tile_matrix(const Matrix&, int64_t, uint16_t*) {}
-
+void tile_matrix([[maybe_unused]] const Matrix& m, [[maybe_unused]] int64_t stride, [[maybe_unused]] uint16_t* out) {
+#ifdef MR_HAS_TILES
+    MR_ON_ROAD(tile_any(m, stride, out));
 #endif
+}
 
 }  // namespace medreasoner

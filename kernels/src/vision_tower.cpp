@@ -14,39 +14,8 @@
 #include "tiles.h"
 
 #ifdef MR_HAS_TILES
-#include "tiles_target.h"
-
-namespace medreasoner {
-namespace on_tiles {
-
-#include "tiles_amx.h"
-
-#include "vision_tower_amx.h"
-
-}  // namespace on_tiles
-
-namespace {
-
-std::unique_ptr<TowerRoom> make_room(const TowerWeights& weights, int64_t n_patches, int n_threads) {
-    return std::make_unique<on_tiles::Workshop>(weights, n_patches, n_threads);
-}
-
-}  // namespace
-}  // namespace medreasoner
-
-#else
-
-namespace medreasoner {
-
-namespace {
-
-std::unique_ptr<TowerRoom> make_room(const TowerWeights&, int64_t, int) {
-    throw std::invalid_argument("this build has no kernel for tiles");
-}
-
-}  // namespace
-}  // namespace medreasoner
-
+#define MR_BODY "vision_tower_simd.h"
+#include "for_each_road.h"
 #endif
 
 namespace medreasoner {
@@ -75,7 +44,11 @@ std::unique_ptr<TowerRoom> Tower::room(int64_t n_patches, int n_threads) {
             return found;
         }
     }
-    return make_room(weights_, n_patches, n_threads);
+#ifdef MR_HAS_TILES
+    return MR_ON_ROAD(make_room(weights_, n_patches, n_threads));
+#else
+    throw std::invalid_argument("this build has no kernel for tiles");
+#endif
 }
 
 void Tower::keep(std::unique_ptr<TowerRoom> room) {

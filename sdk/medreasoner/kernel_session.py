@@ -15,8 +15,8 @@ __all__ = ["HostBuffer", "KernelSession", "runs_without_graph"]
 
 
 def runs_without_graph(weights: TowerSpec | DrawingSpec | None) -> bool:
-    """Whether a bundle wants a kernel on tiles of bfloat16 in a graph's place, and this processor has them."""
-    return weights is not None and weights.products == "bfloat16" and ops.has_tiles()
+    """Whether a bundle wants a kernel in bfloat16 in a graph's place, and this processor has instructions for that."""
+    return weights is not None and weights.products == "bfloat16" and ops.tile_road() in ("avx512-bf16", "amx-bf16")
 
 
 class HostBuffer:

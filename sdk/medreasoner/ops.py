@@ -37,6 +37,7 @@ from medreasoner._kernels import (
     cpu_features,
     has_tiles,
     simd_level,
+    tile_road,
 )
 from medreasoner.errors import ArrayError
 
@@ -71,6 +72,7 @@ __all__ = [
     "rle_encode",
     "select_token",
     "simd_level",
+    "tile_road",
     "window_u8",
     "write_answers",
 ]

@@ -74,6 +74,20 @@ def test_the_processor_offers_the_level_in_use():
         _kernels.set_simd_level("mmx")
 
 
+def test_the_processor_multiplies_bfloat16_by_one_of_its_roads():
+    assert _kernels.tile_roads()[0] == "none"
+    assert _kernels.tile_road() in _kernels.tile_roads()
+    before = _kernels.tile_road()
+    try:
+        for road in _kernels.tile_roads():
+            _kernels.set_tile_road(road)
+            assert ops.has_tiles() == (road != "none")
+    finally:
+        _kernels.set_tile_road(before)
+    with pytest.raises(ValueError, match="does not multiply"):
+        _kernels.set_tile_road("sse")
+
+
 def heavy_calls() -> dict[str, object]:
     """Calls that work for 30 to 150 ms each, many times the interval at which threads take turns."""
     rng = np.random.default_rng(0)

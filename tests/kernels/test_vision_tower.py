@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from medreasoner import ops
 
-pytestmark = pytest.mark.skipif(not ops.has_tiles(), reason="this processor has no tiles for bfloat16 (Intel AMX)")
+pytestmark = pytest.mark.usefixtures("tile_road")
 EPSILON = 1e-6
 MERGED = 4
 

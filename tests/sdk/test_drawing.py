@@ -25,7 +25,7 @@ from medreasoner_export import ReasonerOptions, SegmenterOptions, export_reasone
 from medreasoner_export.package import build_bundle
 from medreasoner_export.toy import make_toy_reasoner, make_toy_segmenter
 
-needs_tiles = pytest.mark.skipif(not ops.has_tiles(), reason="this processor has no tiles for bfloat16 (Intel AMX)")
+needs_tiles = pytest.mark.skipif(not ops.has_tiles(), reason="this processor has no AVX-512 with VNNI")
 IMAGE = np.random.default_rng(1).integers(0, 256, (60, 80), dtype=np.uint8)
 SIZES = {"nano's": (128, 4, 64), "SAM's": (256, 8, 128), "wide heads": (128, 2, 64)}
 """Channels, heads, and pixels of an image, 8 of which are a place."""
@@ -95,7 +95,7 @@ def prompts(spec: SegmenterSpec, labels: list[int], batch: int, *, images: int =
     }
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tile_road")
 @pytest.mark.parametrize("labels", [[1, 1, 2, 3], [2, 3], [1, 1, -1], [1, 0, 1, 1, 0, -1], [1, 1, 0, 0, 1, 1, 0, 2, 3]])
 def test_masks_are_those_of_the_graph(export: tuple[Path, SegmenterSpec], labels: list[int]) -> None:
     folder, spec = export
@@ -116,7 +116,7 @@ def test_masks_are_those_of_the_graph(export: tuple[Path, SegmenterSpec], labels
     assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(theirs)
 
 
-@needs_tiles
+@pytest.mark.usefixtures("tile_road")
 def test_a_prompt_gets_the_same_from_many_threads_and_beside_others(export: tuple[Path, SegmenterSpec]) -> None:
     kernel, given = kernel_of(export), prompts(export[1], [1, 1, 2, 3], 5)
     whole = kernel.run(given)["mask_logits"]

@@ -6,7 +6,7 @@ early what is asked and where it lies; if a sentence encoder is given, its embed
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,6 +42,9 @@ __all__ = [
     "sft_loss",
     "start_embeddings",
 ]
+
+
+READ_OUT_RATE = 1e-3  # of read-outs that learn alone, whatever the run's own
 
 
 class Passes(NamedTuple):
@@ -186,7 +189,8 @@ class SftRun:
     `start` is the dense stage's checkpoint, or the folder of a finished reasoner, whose tokenizer is then used too;
     `tokenizer` a file to use instead of one made from the questions, so that a checkpoint outlives a change of theirs;
     `teacher` the folder of a sentence encoder; `without` the sources that it does not see. With a `precision` of
-    ``"bf16"`` the passes are in mixed precision, twice as fast on a CPU with AMX.
+    ``"bf16"`` the passes are in mixed precision, twice as fast on a CPU with AMX or AVX512_BF16. Read-outs are not kept
+    in a finished reasoner: for `heads_first` steps they alone learn, so that what starts at random disturbs nothing.
     """
 
     data: Path
@@ -201,6 +205,7 @@ class SftRun:
     precision: Literal["fp32", "bf16"] = "fp32"
     vocab_size: int = 6144
     eval_every: int = 300
+    heads_first: int = 0
 
 
 def run(settings: SftRun) -> None:
@@ -224,15 +229,41 @@ def run(settings: SftRun) -> None:
         passes = Passes(*map(in_bfloat16, passes))
     model.model.visual.requires_grad_(not settings.options.frozen)
     near = vocabulary.to(torch.device(settings.loop.device))
+    read_outs: dict[str, nn.Module] = {"heads": heads, "dense": dense_heads}
+
+    def loss_of(batch: SftBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        return sft_loss(model, heads, dense_heads, batch, settings.options, near, passes)
+
+    if settings.heads_first and not (settings.loop.out / "last.pt").exists():
+        _teach_read_outs(model, read_outs, data, loss_of, settings)
     train(
-        modules={"model": model, "heads": heads, "dense": dense_heads},
+        modules={"model": model, **read_outs},
         make_batch=lambda step: data.make(step, settings.loop.seed),
-        loss_of=lambda batch: sft_loss(model, heads, dense_heads, batch, settings.options, near, passes),
+        loss_of=loss_of,
         options=settings.loop,
         evaluate=lambda _: validate(model, vocabulary, val, size=settings.options.size),
         eval_every=settings.eval_every,
     )
     save_reasoner(model, tokenizer, settings.loop.out / "checkpoint", size=settings.options.size)
+
+
+def _teach_read_outs(
+    model: nn.Module,
+    read_outs: Mapping[str, nn.Module],
+    data: SftData,
+    loss_of: Callable[[SftBatch], tuple[Tensor, dict[str, Tensor]]],
+    settings: SftRun,
+) -> None:
+    """Let the read-outs learn from a model that stays as it is, at the full rate of a first stage."""
+    steps, loop = settings.heads_first, settings.loop
+    learns = {name: each.requires_grad for name, each in model.named_parameters()}
+    model.requires_grad_(False).to(loop.device)
+    options = dataclasses.replace(
+        loop, out=loop.out / "heads", steps=steps, minutes=float("inf"), lr=READ_OUT_RATE, warmup=steps // 10, show=None
+    )
+    train(modules=read_outs, make_batch=lambda step: data.make(step, loop.seed + 1), loss_of=loss_of, options=options)
+    for name, each in model.named_parameters():
+        each.requires_grad_(learns[name])
 
 
 def _tokenizer(settings: SftRun) -> Tokenizer:

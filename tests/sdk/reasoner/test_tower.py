@@ -20,7 +20,7 @@ from medreasoner_export.package import build_bundle
 from medreasoner_export.segmenter import export_segmenter
 from medreasoner_export.toy import make_toy_reasoner, make_toy_segmenter
 
-needs_tiles = pytest.mark.skipif(not ops.has_tiles(), reason="this processor has no tiles for bfloat16 (Intel AMX)")
+needs_tiles = pytest.mark.skipif(not ops.has_tiles(), reason="this processor has no AVX-512 with VNNI")
 IMAGE = np.random.default_rng(1).integers(0, 256, (60, 80), dtype=np.uint8)
 
 

@@ -1,4 +1,4 @@
-// The body of mask_decoder.cpp, behind tiles_amx.h. Tokens are 16 rows, of which the last may be empty; of a head, too.
+// The body of mask_decoder.cpp, behind tiles_simd.h. Tokens are 16 rows, of which the last may be empty; of a head, too.
 
 constexpr float kTwoPi = 6.28318531f;
 constexpr float kFinalEpsilon = 1e-5f, kDoublingEpsilon = 1e-6f;
@@ -92,7 +92,7 @@ class Studio final : public MaskRoom {
         draw(hyper, prompt.logits);
         const float* const scores = perceive(w_.scores, 0);
         std::copy(scores + s_.first_mask, scores + s_.first_mask + s_.n_masks, prompt.scores);
-        _tile_release();
+        release();
     }
 
    private:
@@ -423,3 +423,5 @@ class Studio final : public MaskRoom {
     Numbers<float> x_, codes_, y_, deep_, keys_, scores_, shares_, pixels_;
     Numbers<Half> h_, deep_half_, placed_, plain_, placed_columns_, plain_rows_, weights_half_, packed_;
 };
+
+inline std::unique_ptr<MaskRoom> make_room(const MaskWeights& weights) { return std::make_unique<Studio>(weights); }

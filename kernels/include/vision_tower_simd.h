@@ -1,4 +1,4 @@
-// The body of vision_tower.cpp, behind tiles_amx.h.
+// The body of vision_tower.cpp, behind tiles_simd.h.
 
 constexpr int64_t kMostTilesAtOnce = 6;   // of rows: with what is worked out between they must fit the second cache
 constexpr int64_t kQueries = 12 * kTile;  // that share one packing of keys and values
@@ -80,7 +80,7 @@ class Workshop final : public TowerRoom {
             const int64_t first = part * n_tiles_ / n_parts_, end = (part + 1) * n_tiles_ / n_parts_;
             configure();
             work(first, end - first, *scratch_[static_cast<size_t>(who)]);
-            _tile_release();
+            release();
         });
     }
 
@@ -199,7 +199,7 @@ class Workshop final : public TowerRoom {
             pack_columns(rows + s_.hidden, 3 * s_.hidden, n, s_.head_dim(), own.keys.get());
             pack_rows(rows + 2 * s_.hidden, 3 * s_.hidden, n, s_.head_dim(), own.values.get());
             for (int64_t q = item.first; q < item.last; q += kTile) attend_tile(head, q, std::min(kTile, item.last - q), n, own);
-            _tile_release();
+            release();
         });
     }
 
@@ -237,7 +237,7 @@ class Workshop final : public TowerRoom {
                 }
             }
             product(hidden, wide, tiles, w_.second, wide, s_.out, y, s_.out, false);
-            _tile_release();
+            release();
             for (int64_t i = row; i < std::min(n, end * kTile); ++i) {
                 float* const to = out + image_->order[static_cast<size_t>(i * s_.merged)] / s_.merged * s_.out;
                 const float* const from = y + (i - row) * s_.out;
@@ -258,3 +258,7 @@ class Workshop final : public TowerRoom {
     Numbers<float> sums_;
     std::vector<std::unique_ptr<Scratch>> scratch_;
 };
+
+inline std::unique_ptr<TowerRoom> make_room(const TowerWeights& weights, int64_t n_patches, int n_threads) {
+    return std::make_unique<Workshop>(weights, n_patches, n_threads);
+}

@@ -1,5 +1,4 @@
-// What kernels on tiles share. The body of a file that has included tiles_target.h, in a namespace of its own: MR_LANES is
-// 16, and every function carries MR_TARGET.
+// What kernels on tiles share. Included by for_each_road.h, once for each road.
 
 #include "vectors_simd.h"
 
@@ -7,21 +6,14 @@ using Half = uint16_t;  // the bits of a bfloat16
 
 constexpr int64_t kPair = 2 * kTile;  // rows, and columns, of a block of four tiles
 
-MR_TARGET inline void configure() {
-    struct alignas(64) Config {
-        uint8_t palette = 1, start = 0, reserved[14] = {};
-        uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};  // bytes
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    };
-    static const Config config;  // GCC's load says that it reads but the first bytes
-    _tile_loadconfig(&config);
-}
-
-// GCC's tile loads do not say that they read memory.
-MR_TARGET inline void all_is_written() { __asm__ volatile("" ::: "memory"); }
-
 MR_TARGET inline void narrow_to(VecF v, Half* to) {
+#if defined(MR_ON_AMX) || defined(MR_ON_BF16)
     const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
+#else
+    // To the nearest, of two to the even one; NaN is none of our numbers.
+    const VecU bits = (VecU)v;
+    const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+#endif
     std::memcpy(to, &narrow, sizeof narrow);
 }
 
@@ -71,46 +63,11 @@ struct Sums {
     bool goes_on;    // from what stands there, instead of 0
 };
 
-// (32 or 16 rows) a @ w for two panels of 16 columns.
-template <bool is_pair>
-MR_TARGET inline void multiply(const Half* a, int64_t lda, const Half* w, int64_t steps, const Sums& sums) {
-    const int64_t bytes = sums.stride * 4, row_bytes = lda * 2;
-    float* const below = sums.at + kTile * sums.stride;
-    if (sums.goes_on) {
-        _tile_loadd(0, sums.at, bytes);
-        _tile_loadd(1, sums.at + kTile, bytes);
-        if constexpr (is_pair) {
-            _tile_loadd(2, below, bytes);
-            _tile_loadd(3, below + kTile, bytes);
-        }
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (is_pair) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-    }
-    const Half* const other = w + steps * kTileNumbers;
-    for (int64_t k = 0; k < steps; ++k) {
-        _tile_loadd(4, a + k * kTileDepth, row_bytes);
-        _tile_loadd(6, w + k * kTileNumbers, 64);
-        _tile_loadd(7, other + k * kTileNumbers, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (is_pair) {
-            _tile_loadd(5, a + kTile * lda + k * kTileDepth, row_bytes);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
-        }
-    }
-    _tile_stored(0, sums.at, bytes);
-    _tile_stored(1, sums.at + kTile, bytes);
-    if constexpr (is_pair) {
-        _tile_stored(2, below, bytes);
-        _tile_stored(3, below + kTile, bytes);
-    }
-}
+#ifdef MR_ON_AMX
+#include "multiply_amx.h"
+#else
+#include "multiply_vectors.h"
+#endif
 
 // Calls work(row, panel, is_pair) for blocks of 32 rows (the last may have 16) and two panels; a pair of panels stays in
 // the first cache for all rows.
