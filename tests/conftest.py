@@ -27,7 +27,7 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.fixture(scope="module", params=_kernels.tile_roads()[1:] or ["none"])
+@pytest.fixture(params=_kernels.tile_roads()[1:] or ["none"])
 def tile_road(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each way in which this machine multiplies bfloat16: through floats, by vectors, by tiles."""
     if request.param == "none":
