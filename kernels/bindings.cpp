@@ -341,6 +341,7 @@ PYBIND11_MODULE(_kernels, m) {
     bind_decoder(m);
     bind_tower(m);
     bind_prompts(m);
+    bind_encoder(m);
     m.def("cpu_features", &cpu_features, "Instruction sets that this processor offers, of those that matter here.");
     m.def("simd_level", &simd_level_name, "Name of the instruction set in use.");
     m.def("simd_levels", &simd_level_names, "Names that set_simd_level accepts on this machine, slowest first.");

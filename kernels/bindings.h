@@ -29,3 +29,4 @@ Matrix view_matrix(const py::array& weight, const std::string& dtype);
 void bind_decoder(py::module_& m);
 void bind_tower(py::module_& m);
 void bind_prompts(py::module_& m);
+void bind_encoder(py::module_& m);

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "pages.h"
+#include "tile_store.h"
 #include "tiles.h"
 #include "vision_tower.h"
 
@@ -23,7 +23,7 @@ class VisionTower {
     VisionTower(const std::string& dtype, const std::string& patches_dtype, int64_t heads, int64_t merged, float epsilon, const py::array& patches,
                 const std::vector<std::vector<py::array>>& matrices, const std::vector<std::vector<Array<float>>>& vectors,
                 const std::vector<bool>& is_full, const std::vector<py::array>& last_matrices,
-                const std::vector<Array<float>>& last_vectors, int n_threads) {
+                const std::vector<Array<float>>& last_vectors, bool pack, int n_threads) {
         require(has_tiles(), "this processor has no fast products of bfloat16");
         require(n_threads > 0 && n_threads <= 1024, "n_threads must be from 1 to 1024");
         require(!matrices.empty() && matrices.size() == vectors.size() && matrices.size() == is_full.size(),
@@ -38,14 +38,14 @@ class VisionTower {
                     s.out % kTileDepth == 0,
                 "hidden and out must be multiples of 32, head_dim of 16");
         require(s.patch_dim > 0 && s.mlp > 0 && gate.rows == s.hidden && last.rows == s.wide(), "a matrix does not fit the others");
-        const int64_t mlp = up_to(s.mlp, kTileDepth);
-        const int64_t layer = tiled_numbers(s.hidden, 3 * s.hidden) + tiled_numbers(s.hidden, s.hidden) +
-                              2 * tiled_numbers(s.hidden, mlp) + tiled_numbers(s.mlp, s.hidden);
-        const int64_t all = tiled_numbers(s.patch_dim, s.hidden) + static_cast<int64_t>(matrices.size()) * layer +
-                            tiled_numbers(s.wide(), s.wide()) + tiled_numbers(s.wide(), s.out);
-        tiles_ = allocate_pages(all * static_cast<int64_t>(sizeof(uint16_t)));
-        free_ = reinterpret_cast<uint16_t*>(tiles_.get());
-        weights_.patches = matrix(patches, patches_dtype, s.patch_dim, s.hidden);
+        require(!pack || (s.hidden % kPanel == 0 && s.out % kPanel == 0), "hidden and out must be multiples of 64 to be packed");
+        weights_.is_packed = pack;
+        const auto bytes = pack ? filled_bytes : tiled_bytes;
+        const int64_t layer = bytes(s.hidden, 3 * s.hidden) + bytes(s.hidden, s.hidden) + 2 * bytes(s.hidden, up_to(s.mlp, kTileDepth)) +
+                              bytes(s.mlp, s.hidden);
+        store_ = TileStore(tiled_bytes(s.patch_dim, s.hidden) + static_cast<int64_t>(matrices.size()) * layer + bytes(s.wide(), s.wide()) +
+                           bytes(s.wide(), s.out));
+        weights_.patches = store_.tiles(checked(patches, patches_dtype, s.patch_dim, s.hidden), 1);
         for (size_t i = 0; i < matrices.size(); ++i) add_layer(dtype, matrices[i], vectors[i], is_full[i]);
         weights_.last_norm = vector(last_vectors[0], s.hidden);
         weights_.first = matrix(last_matrices[0], dtype, s.wide(), s.wide());
@@ -82,7 +82,7 @@ class VisionTower {
     void add_layer(const std::string& dtype, const std::vector<py::array>& m, const std::vector<Array<float>>& v, bool is_full) {
         const TowerShape& s = weights_.shape;
         require(m.size() == kLayerMatrices && v.size() == kLayerVectors, "a layer has five matrices and seven vectors");
-        const int64_t mlp = up_to(s.mlp, kTileDepth);
+        const int64_t mlp = up_to(s.mlp, kPanel);
         TowerLayer layer{};
         layer.is_full = is_full;
         layer.attention_norm = vector(v[0], s.hidden);
@@ -91,17 +91,27 @@ class VisionTower {
         layer.output = matrix(m[1], dtype, s.hidden, s.hidden);
         layer.output_bias = vector(v[2], s.hidden);
         layer.mlp_norm = vector(v[3], s.hidden);
-        uint16_t* const both = taken(2 * tiled_numbers(s.hidden, mlp));
-        tile(checked(m[2], dtype, s.hidden, s.mlp), 2, both);
-        tile(checked(m[3], dtype, s.hidden, s.mlp), 2, both + tiled_numbers(s.hidden, kTile));
-        const int64_t rest = tiled_numbers(s.hidden, mlp) - tiled_numbers(s.hidden, s.mlp);  // of both, behind the last panels
-        std::fill(both + 2 * tiled_numbers(s.hidden, s.mlp), both + 2 * (tiled_numbers(s.hidden, s.mlp) + rest), uint16_t{0});
-        layer.gate_and_up = both;
+        layer.gate_and_up = gate_and_up(checked(m[2], dtype, s.hidden, s.mlp), checked(m[3], dtype, s.hidden, s.mlp));
         layer.gate_bias = vector(v[4], s.mlp, mlp);
         layer.up_bias = vector(v[5], s.mlp, mlp);
         layer.down = matrix(m[4], dtype, s.mlp, s.hidden);
         layer.down_bias = vector(v[6], s.hidden);
         weights_.layers.push_back(layer);
+    }
+
+    TiledMatrix gate_and_up(const Matrix& gate, const Matrix& up) {
+        if (weights_.is_packed) {
+            const uint8_t* const both = store_.packed(gate);
+            store_.packed(up);  // right behind it
+            return {nullptr, both};
+        }
+        const int64_t whole = tiled_numbers(gate.rows, up_to(gate.cols, kTileDepth)), own = tiled_numbers(gate.rows, gate.cols);
+        auto* const both = reinterpret_cast<uint16_t*>(store_.taken(2 * whole * static_cast<int64_t>(sizeof(uint16_t))));
+        const py::gil_scoped_release release;
+        tile_matrix(gate, 2, both);
+        tile_matrix(up, 2, both + tiled_numbers(gate.rows, kTile));
+        std::fill(both + 2 * own, both + 2 * whole, uint16_t{0});  // behind the last panels
+        return {both, nullptr};
     }
 
     static Matrix checked(const py::array& array, const std::string& dtype, int64_t rows, int64_t cols) {
@@ -110,22 +120,8 @@ class VisionTower {
         return view;
     }
 
-    const uint16_t* matrix(const py::array& array, const std::string& dtype, int64_t rows, int64_t cols) {
-        uint16_t* const to = taken(tiled_numbers(rows, cols));
-        tile(checked(array, dtype, rows, cols), 1, to);
-        return to;
-    }
-
-    // Without the interpreter's lock: other parts of a bundle are loaded meanwhile.
-    static void tile(const Matrix& matrix, int64_t stride, uint16_t* to) {
-        py::gil_scoped_release release;
-        tile_matrix(matrix, stride, to);
-    }
-
-    uint16_t* taken(int64_t n) {
-        uint16_t* const first = free_;
-        free_ += n;
-        return first;
+    TiledMatrix matrix(const py::array& array, const std::string& dtype, int64_t rows, int64_t cols) {
+        return store_.either(checked(array, dtype, rows, cols), weights_.is_packed);
     }
 
     // A copy, filled up with zeros.
@@ -161,8 +157,7 @@ class VisionTower {
 
     TowerWeights weights_;
     std::vector<std::vector<float>> vectors_;  // whose numbers stay where they are when more are added
-    Pages tiles_;
-    uint16_t* free_ = nullptr;
+    TileStore store_;
     std::unique_ptr<Tower> tower_;
 };
 
@@ -176,9 +171,9 @@ void bind_tower(py::module_& m) {
     py::class_<VisionTower>(m, "VisionTower", "The weights of a vision tower as tiles, and the threads that run it.")
         .def(py::init<const std::string&, const std::string&, int64_t, int64_t, float, const py::array&, const std::vector<std::vector<py::array>>&,
                       const std::vector<std::vector<Array<float>>>&, const std::vector<bool>&, const std::vector<py::array>&,
-                      const std::vector<Array<float>>&, int>(),
+                      const std::vector<Array<float>>&, bool, int>(),
              py::arg("dtype"), py::arg("patches_dtype"), py::arg("heads"), py::arg("merged"), py::arg("epsilon"), py::arg("patches"), py::arg("matrices"),
-             py::arg("vectors"), py::arg("is_full"), py::arg("last_matrices"), py::arg("last_vectors"), py::arg("n_threads") = 1)
+             py::arg("vectors"), py::arg("is_full"), py::arg("last_matrices"), py::arg("last_vectors"), py::arg("pack") = false, py::arg("n_threads") = 1)
         .def("run", &VisionTower::run, py::arg("patches").noconvert(), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
              py::arg("order").noconvert(), py::arg("window_starts").noconvert(), py::arg("alone") = false,
              "Tokens (batch, n_patches / merged, out) of images of one size.");

@@ -145,7 +145,13 @@ def bundle(
     ] = False,
     bfloat16: Annotated[
         bool,
-        typer.Option("--bfloat16", help="Vision and masks multiply bfloat16 on CPUs with AMX: faster, and rounded."),
+        typer.Option("--bfloat16", help="Images and masks in bfloat16 on CPUs with AVX512_BF16 or AMX: faster."),
+    ] = False,
+    integer_images: Annotated[
+        bool,
+        typer.Option(
+            "--integer-images", help="Images in eight bits on CPUs with VNNI and no AMX: faster, but rounded."
+        ),
     ] = False,
     force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
 ) -> None:
@@ -164,6 +170,7 @@ def bundle(
         "cpu_graphs": tuple(each.strip() for each in cpu_graphs.split(",")),
         "integer_steps": integer_steps,
         "bfloat16": bfloat16,
+        "integer_images": integer_images,
     }
     print(package.build_bundle(reasoner, segmenter, output, licence=terms, force=force, **seconds, **text))
 

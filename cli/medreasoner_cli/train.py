@@ -141,7 +141,7 @@ def sft(
     ] = None,
     compiled: CompileOption = False,
     precision: Annotated[
-        Literal["fp32", "bf16"], typer.Option(help="bf16: mixed, twice as fast on a GPU or a CPU with AMX.")
+        Literal["fp32", "bf16"], typer.Option(help="bf16: mixed, twice as fast on a GPU, AMX or AVX512_BF16.")
     ] = "fp32",
     minutes: MinutesOption = float("inf"),
     cooldown: CooldownOption = 0.35,

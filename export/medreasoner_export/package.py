@@ -64,6 +64,7 @@ def build_bundle(
     cpu_graphs: Collection[GraphName] = tuple(CPU_GRAPHS),
     integer_steps: bool = False,
     bfloat16: bool = False,
+    integer_images: bool = False,
     force: bool = False,
 ) -> Path:
     """Join two exports into the folder `out_dir` with a manifest; return the folder.
@@ -91,8 +92,11 @@ def build_bundle(
     integer_steps
         Round a small decoder's matrices to eight bits when they are loaded on a CPU, and multiply integers.
     bfloat16
-        Round the matrices of vision tower and mask decoder to bfloat16 when they are loaded on a CPU that has tiles for
-        it (AMX), where their kernels take them.
+        Round the matrices of vision tower, image encoder and mask decoder to bfloat16 when they are loaded on a CPU
+        that multiplies such numbers (AVX512_BF16, AMX), where their kernels take them.
+    integer_images
+        Let the kernels of vision tower and image encoder multiply eight bits on CPUs that have AVX-512 with VNNI and no
+        AMX, which does bfloat16 as fast.
     force
         Replace `out_dir` if it exists.
 
@@ -121,6 +125,8 @@ def build_bundle(
             _multiply_integers(Path(reasoner_dir), parts["reasoner"]["section"])
         if bfloat16:
             _multiply_tiles(parts)
+        if integer_images:
+            _multiply_bytes(parts)
         manifest = {
             "schema_version": SCHEMA_VERSION,
             "name": name,
@@ -213,15 +219,33 @@ def _multiply_integers(source: Path, section: dict[str, Any]) -> None:
 
 def _multiply_tiles(parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Say so in both sections."""
-    found = [parts["reasoner"]["section"].get("tower"), parts["segmenter"]["section"].get("drawing")]
+    found = [parts[part]["section"].get(key) for part in ("reasoner", "segmenter") for key in ("tower", "drawing")]
     if not any(found):
         raise BundleError(
-            "bfloat16 is for vision towers of Qwen2.5-VL in fp32 or fp16 and mask decoders of SAM, "
-            "whose sizes are multiples of 32 and 128: neither of the two exports has one"
+            "bfloat16 is for vision towers of Qwen2.5-VL and image encoders of SAM in fp32 or fp16, and mask decoders "
+            "of SAM, whose sizes are multiples of 32 and 128: neither of the two exports has one"
         )
     for section in found:
         if section is not None:
             section["products"] = "bfloat16"
+
+
+def _multiply_bytes(parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say so of both towers, where their rows divide into blocks."""
+    reasoner, segmenter = (parts[part]["section"] for part in ("reasoner", "segmenter"))
+    found = []
+    if tower := reasoner.get("tower"):
+        width = tower["n_heads"] * reasoner["vision"]["head_dim"]
+        found += [tower] * (not any(size % STEP_BLOCK for size in (width, reasoner["hidden_dim"])))
+    if tower := segmenter.get("tower"):
+        found += [tower] * (not any(tower[key] % STEP_BLOCK for key in ("hidden_dim", "mlp_dim")))
+    if not found:
+        raise BundleError(
+            "images in eight bits are for vision towers of Qwen2.5-VL and image encoders of SAM in fp32 or fp16, whose "
+            f"sizes are multiples of {STEP_BLOCK}: neither of the two exports has one"
+        )
+    for section in found:
+        section["products"] = "int8"
 
 
 def _keys(part: str, names: Collection[GraphName]) -> list[str]:

@@ -179,7 +179,8 @@ def _loosest(bundle: Bundle) -> str:
     found = {bundle.spec.precision}
     if bundle.spec.reasoner.step is not None and bundle.spec.reasoner.step.products == "int8":
         found.add("int8")
-    if runs_without_graph(bundle.spec.reasoner.tower) or runs_without_graph(bundle.spec.segmenter.drawing):
+    spec = bundle.spec
+    if any(map(runs_without_graph, (spec.reasoner.tower, spec.segmenter.tower, spec.segmenter.drawing))):
         found.add("fp16")
     for name in (reasoner.vision, reasoner.decoder, segmenter.encoder, segmenter.decoder):
         found.add(stated(bundle.path(name), "precision") or bundle.spec.precision)

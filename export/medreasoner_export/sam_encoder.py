@@ -17,11 +17,11 @@ import numpy.typing as npt
 import onnx
 
 from medreasoner_export.checkpoint import Weights
-from medreasoner_export.graph import FLOAT, GraphBuilder, Precision, Storage, WeightsFile
+from medreasoner_export.graph import BITS, FLOAT, GraphBuilder, Precision, Storage, WeightsFile
 from medreasoner_export.sam_config import SamConfig
 from medreasoner_export.sam_image import neck, to_planes, to_tokens, within_windows
 
-__all__ = ["encoder_graph"]
+__all__ = ["encoder_graph", "image_tower_section"]
 
 # SAM-Med2D's code holds this number.
 ADAPTER_EPSILON = 1e-5
@@ -45,6 +45,34 @@ def encoder_graph(
     """
     builder = GraphBuilder("encoder", storage=storage, precision=precision, dynamic=True, outside=outside)
     return _Encoder(checkpoint, config, builder).build(metadata)
+
+
+def image_tower_section(config: SamConfig, storage: Storage, precision: Precision) -> dict[str, Any] | None:
+    """A manifest's ``segmenter.tower`` for an encoder whose weights all are in the file beside its graph, in its order.
+
+    None for encoders with something else than SAM's, for matrices in few bits, and for sizes that do not divide into
+    tiles.
+    """
+    is_plain = config.qkv_bias and config.absolute_positions and config.relative_positions and not config.adapter_dim
+    widths = (config.hidden_dim, config.mlp_dim, config.n_channels)
+    divides = config.grid % 16 == 0 and config.hidden_dim % (16 * config.n_heads) == 0
+    if not is_plain or precision in BITS or not divides or any(width % 32 for width in widths):
+        return None
+    is_half = precision == "fp16"
+    return {
+        "file": "encoder.onnx.data",
+        "matrices": "float16" if is_half else storage,
+        "vectors": "float16" if is_half else "float32",
+        "patch_size": config.patch_size,
+        "window_size": config.window_size,
+        "global_layers": list(config.global_layers),
+        "n_layers": config.n_layers,
+        "n_heads": config.n_heads,
+        "hidden_dim": config.hidden_dim,
+        "mlp_dim": config.mlp_dim,
+        "n_channels": config.n_channels,
+        "norm_eps": config.layer_norm_eps,
+    }
 
 
 class _Encoder:

@@ -11,6 +11,7 @@ import onnx
 from medreasoner.errors import BundleError
 from medreasoner_export.checkpoint import Checkpoint, Weights
 from medreasoner_export.config_section import naming
+from medreasoner_export.graph import Precision, Storage
 from medreasoner_export.optimum_sam import is_optimum
 from medreasoner_export.sam2_config import SAM2_TYPES, Sam2Config, image_sizes
 from medreasoner_export.sam2_decoder import sam2_decoder_graph
@@ -18,7 +19,7 @@ from medreasoner_export.sam2_encoder import sam2_encoder_graph
 from medreasoner_export.sam2_original import is_sam2_file, sam2_name, sam2_weights
 from medreasoner_export.sam_config import DecoderConfig, SamConfig
 from medreasoner_export.sam_decoder import sam_decoder_graph
-from medreasoner_export.sam_encoder import encoder_graph
+from medreasoner_export.sam_encoder import encoder_graph, image_tower_section
 from medreasoner_export.sam_original import sam_weights
 from medreasoner_export.settings import SamArch, image_side, stated_image_side, stated_resize
 from medreasoner_export.tiny_vit import is_tiny_vit, tiny_vit_graph
@@ -42,6 +43,10 @@ SAM2_VIDEO = (
 SAM2_IMAGE, MEDSAM2_IMAGE = 1024, 512
 
 
+def _keeps_its_graph(_storage: Storage, _precision: Precision) -> None:
+    """Of encoders that no kernel of ours runs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """What a checkpoint was found to be.
@@ -60,6 +65,8 @@ class Family:
         Make the graphs; the rest of the arguments of :func:`encoder_graph` and :func:`sam_decoder_graph` is missing.
     unused
         Parts of the names of tensors that no graph needs.
+    tower
+        What a manifest says of an encoder that can do without its graph, for a storage and a precision.
     """
 
     name: str
@@ -71,6 +78,7 @@ class Family:
     encoder: Callable[..., onnx.ModelProto]
     decoder: Callable[..., onnx.ModelProto]
     unused: tuple[str, ...]
+    tower: Callable[[Storage, Precision], dict[str, Any] | None] = _keeps_its_graph
 
     @property
     def recognised(self) -> str:
@@ -147,6 +155,7 @@ def _sam(weights: Weights, asked: SamArch) -> Family:
         encoder=partial(tiny_vit_graph if is_tiny_vit(weights) else encoder_graph, weights, config),
         decoder=partial(sam_decoder_graph, weights, config),
         unused=(*UNUSED, TWICE),
+        tower=_keeps_its_graph if is_tiny_vit(weights) else partial(image_tower_section, config),
     )
 
 

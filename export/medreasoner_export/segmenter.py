@@ -113,13 +113,15 @@ def export_segmenter(
     n_masks = config.n_masks if multimask else 1
     section = _section(family.architecture, settings, mask_size=config.mask_size, n_masks=n_masks)
     if family.architecture == "sam":
+        section["tower"] = family.tower(storage, options.precision)
         section["drawing"] = drawing_section(config, storage, multimask=multimask, box_mask=box_mask)
     check_section(SegmenterSpec, section, checkpoint.path)
     common: dict[str, Any] = {"storage": storage}
 
     def encoder(out: Path) -> None:
         large = are_large(checkpoint.shapes.values(), storage)
-        with weights_file(out / "encoder.onnx", wanted=large) as outside:
+        every = section.get("tower") is not None
+        with weights_file(out / "encoder.onnx", wanted=large, every=every) as outside:
             graph = family.encoder(precision=options.precision, outside=outside, metadata=metadata, **common)
         save_graph(graph, out / "encoder.onnx")
 

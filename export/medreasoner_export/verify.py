@@ -120,11 +120,18 @@ def _graph_sets(bundle: Bundle) -> Iterator[tuple[str, Bundle]]:
         segmenter = SegmenterGraphs(encoder=names.get(s.encoder, s.encoder), decoder=names.get(s.decoder, s.decoder))
         step = None if r.decoder in names else spec.reasoner.step
         tower = None if r.vision in names else spec.reasoner.tower
+        image_tower = None if s.encoder in names else spec.segmenter.tower
         drawing = None if s.decoder in names else spec.segmenter.drawing
         changed = replace(
             spec,
             reasoner=replace(spec.reasoner, graphs=reasoner, cpu_graphs=ReasonerCpuGraphs(), step=step, tower=tower),
-            segmenter=replace(spec.segmenter, graphs=segmenter, cpu_graphs=SegmenterCpuGraphs(), drawing=drawing),
+            segmenter=replace(
+                spec.segmenter,
+                graphs=segmenter,
+                cpu_graphs=SegmenterCpuGraphs(),
+                tower=image_tower,
+                drawing=drawing,
+            ),
         )
         return replace(bundle, spec=changed)
 

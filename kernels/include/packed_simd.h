@@ -100,12 +100,10 @@ MR_TARGET inline void add_tokens(const uint8_t* panel, int64_t in, int64_t out, 
     }
 }
 
-// y (n, 64) of the rows' `out` numbers += x (n, in) @ a panel of w (in, out), with x as levels; of `in` only some blocks.
-MR_TARGET inline void add_blocks(const void* w, int64_t j, int64_t in, int64_t out, int64_t n, const RoundedRows& x,
-                                 const Range& some, float* y) {
+// y (n, 64), rows `out` numbers apart, += x (n, in) @ a panel (in, 64), with x as levels; of `in` only some blocks.
+MR_TARGET inline void add_one_panel(const uint8_t* panel, int64_t in, int64_t out, int64_t n, const RoundedRows& x, const Range& some,
+                                    float* y) {
     constexpr int64_t most = MR_LANES == 16 ? 6 : 2;  // as many sums as there are registers for
-    const uint8_t* panel = static_cast<const uint8_t*>(w) + j * packed_bytes(in, kPanel);
-    y += j * kPanel;
     int64_t t = 0;
     for (; t + most <= n; t += most) add_tokens<most>(panel, in, out, x.from<Packed>(t, in), some, y + t * out);
     const RoundedRows rest = x.from<Packed>(t, in);
@@ -117,6 +115,12 @@ MR_TARGET inline void add_blocks(const void* w, int64_t j, int64_t in, int64_t o
         case 1: add_tokens<1>(panel, in, out, rest, some, y + t * out); break;
         default: break;
     }
+}
+
+// The same with panel j of w (in, out).
+MR_TARGET inline void add_blocks(const void* w, int64_t j, int64_t in, int64_t out, int64_t n, const RoundedRows& x,
+                                 const Range& some, float* y) {
+    add_one_panel(static_cast<const uint8_t*>(w) + j * packed_bytes(in, kPanel), in, out, n, x, some, y + j * kPanel);
 }
 
 // The same with all of them.

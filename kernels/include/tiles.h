@@ -38,6 +38,12 @@ constexpr int64_t tiled_numbers(int64_t rows, int64_t cols) {
     return up_to(rows, kTileDepth) / kTileDepth * (up_to(cols, kTile) / kTile) * kTileNumbers;
 }
 
+// A matrix (in, out) as tiles, or packed in eight bits (packed_matrix.h) with `in` and `out` filled up to multiples of 64.
+struct TiledMatrix {
+    const uint16_t* tiles;
+    const uint8_t* packed;
+};
+
 // Rounds to bfloat16; needs has_tiles(). 16 columns are a panel, whose tiles follow each other: in a tile the rows 2 i and 2 i + 1 of each
 // column are neighbours. `stride` panels lie between two of them, so that matrices can take turns.
 void tile_matrix(const Matrix& matrix, int64_t stride, uint16_t* out);

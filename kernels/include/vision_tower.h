@@ -1,4 +1,4 @@
-// The vision tower of Qwen2.5-VL on tiles of bfloat16 (tiles.h): from patches to the tokens of an image.
+// The vision tower of Qwen2.5-VL in products of bfloat16 (tiles.h) or eight bits: from patches to the tokens of an image.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "crew.h"
+#include "tiles.h"
 
 namespace medreasoner {
 
@@ -19,31 +20,32 @@ struct TowerShape {
     int64_t wide() const { return merged * hidden; }
 };
 
-// Matrices are (in, out) as tiles; gate and up take turns, panel by panel. Biases and norms are floats, those of gate and
-// up filled up to whole panels of 32 with zeros.
+// Matrices are (in, out); gate and up as tiles take turns, panel by panel, and packed follow each other. Biases and norms are
+// floats, those of gate and up filled up to multiples of 64 with zeros.
 struct TowerLayer {
     const float* attention_norm;
-    const uint16_t* qkv;
+    TiledMatrix qkv;
     const float* qkv_bias;
-    const uint16_t* output;
+    TiledMatrix output;
     const float* output_bias;
     const float* mlp_norm;
-    const uint16_t* gate_and_up;
+    TiledMatrix gate_and_up;
     const float* gate_bias;
     const float* up_bias;
-    const uint16_t* down;
+    TiledMatrix down;
     const float* down_bias;
     bool is_full;  // each patch looks at all of them, not at those of its window alone
 };
 
 struct TowerWeights {
     TowerShape shape;
+    bool is_packed;  // all matrices but that of the patches
     const uint16_t* patches;
     std::vector<TowerLayer> layers;
     const float* last_norm;
-    const uint16_t* first;  // of the two products that make a token of its patches
+    TiledMatrix first;  // of the two products that make a token of its patches
     const float* first_bias;
-    const uint16_t* second;
+    TiledMatrix second;
     const float* second_bias;
 };
 

@@ -1,5 +1,7 @@
 // The body of vision_tower.cpp, behind tiles_simd.h.
 
+#include "inputs_simd.h"
+
 constexpr int64_t kMostTilesAtOnce = 6;   // of rows: with what is worked out between they must fit the second cache
 constexpr int64_t kQueries = 12 * kTile;  // that share one packing of keys and values
 
@@ -20,15 +22,16 @@ struct Attention {
 
 // What a thread needs for some rows.
 struct Scratch {
-    Scratch(const TowerShape& s, int64_t rows, int64_t most_keys)
-        : normed(rows * std::max(up_to(s.patch_dim, kTileDepth), s.hidden)),
-          turned(rows * 3 * s.hidden),
-          gated(rows * up_to(s.mlp, kPair)),
-          attention(most_keys, s.head_dim()) {}
+    Scratch(const TowerWeights& w, int64_t rows, int64_t most_keys)
+        : patches(rows * up_to(w.shape.patch_dim, kTileDepth)),
+          turned(rows * 3 * w.shape.hidden),
+          normed(w.is_packed, rows, w.shape.hidden),
+          gated(w.is_packed, rows, w.shape.mlp),
+          attention(most_keys, w.shape.head_dim()) {}
 
-    Numbers<Half> normed;
+    Numbers<Half> patches;
     Numbers<float> turned;
-    Numbers<Half> gated;
+    Inputs normed, gated;
     Attention attention;
 };
 
@@ -45,11 +48,14 @@ class Workshop final : public TowerRoom {
           residual_(n_tiles_ * kTile * s_.hidden),
           qkv_((n_tiles_ + 1) * kTile * 3 * s_.hidden),  // a tile that starts at the last row reads beyond it
           attended_(std::max(n_tiles_, n_token_tiles_ * s_.merged) * kTile * s_.hidden),
-          tokens_(n_token_tiles_ * kTile * s_.wide()),
           sums_(n_token_tiles_ * kTile * std::max(s_.wide(), s_.out)) {
         n_parts_ = std::min<int64_t>(n_tiles_, std::max<int64_t>(2 * n_threads, up_to(n_tiles_, kMostTilesAtOnce) / kMostTilesAtOnce));
         const int64_t rows = (n_tiles_ + n_parts_ - 1) / n_parts_ * kTile;
-        for (int i = 0; i < n_threads; ++i) scratch_.push_back(std::make_unique<Scratch>(s_, rows, n_patches));
+        const int64_t most_tokens = (n_token_tiles_ + n_threads - 1) / n_threads * kTile;
+        for (int i = 0; i < n_threads; ++i) {
+            scratch_.push_back(std::make_unique<Scratch>(w_, rows, n_patches));
+            tokens_.push_back(std::make_unique<Inputs>(w_.is_packed, most_tokens, s_.wide()));
+        }
     }
 
     bool fits(int64_t n_patches, int n_threads) const override { return n_patches == n_patches_ && n_threads == n_threads_; }
@@ -67,7 +73,9 @@ class Workshop final : public TowerRoom {
         }
         each_part([&](int64_t first, int64_t n, Scratch& own) MR_TARGET {
             finish_layer(w_.layers.back(), first, n, own);
-            normalise_rows(first, n, w_.layers.back().down_bias, w_.last_norm, attended_.get() + first * kTile * s_.hidden);
+            normalise_rows(first, n, w_.layers.back().down_bias, w_.last_norm, [&](int64_t i, int64_t j, VecF v) MR_TARGET {
+                narrow_to(v, attended_.get() + (first * kTile + i) * s_.hidden + j);
+            });
         });
         merge(out);
     }
@@ -89,7 +97,7 @@ class Workshop final : public TowerRoom {
     MR_TARGET void read_patches(int64_t first, int64_t n, Scratch& own) {
         const int64_t width = up_to(s_.patch_dim, kTileDepth);
         for (int64_t i = 0; i < n * kTile; ++i) {
-            Half* const to = own.normed.get() + i * width;
+            Half* const to = own.patches.get() + i * width;
             const int64_t place = first * kTile + i;
             std::memset(to, 0, static_cast<size_t>(width) * sizeof(Half));
             if (place >= n_patches_) continue;
@@ -98,12 +106,13 @@ class Workshop final : public TowerRoom {
             for (; j + MR_LANES <= s_.patch_dim; j += MR_LANES) narrow_to(load_float(from + j), to + j);
             for (; j < s_.patch_dim; ++j) to[j] = to_bfloat16(from[j]);
         }
-        product(own.normed.get(), width, n, w_.patches, s_.patch_dim, s_.hidden, row(first), s_.hidden, false);
+        product(own.patches.get(), width, n, w_.patches, s_.patch_dim, s_.hidden, row(first), s_.hidden, false);
     }
 
-    // Adds a bias to the residual, and gives its norm.
-    MR_TARGET void normalise_rows(int64_t first, int64_t n, const float* bias, const float* scale, Half* to) {
-        for (int64_t i = 0; i < n * kTile; ++i, to += s_.hidden) {
+    // Adds a bias to the residual, and puts its norm: put(row, column, 16 numbers).
+    template <class Put>
+    MR_TARGET void normalise_rows(int64_t first, int64_t n, const float* bias, const float* scale, const Put& put) {
+        for (int64_t i = 0; i < n * kTile; ++i) {
             float* const x = row(first) + i * s_.hidden;
             VecF squares = VecF{};
             for (int64_t j = 0; j < s_.hidden; j += MR_LANES) {
@@ -116,16 +125,23 @@ class Workshop final : public TowerRoom {
             }
             const float factor = 1.f / std::sqrt(sum(squares) / static_cast<float>(s_.hidden) + s_.epsilon);
             for (int64_t j = 0; j < s_.hidden; j += MR_LANES) {
-                narrow_to(load_float(x + j) * factor * load_float(scale + j), to + j);
+                put(i, j, load_float(x + j) * factor * load_float(scale + j));
             }
         }
     }
 
+    MR_TARGET void normalise_into(const Inputs& to, int64_t first, int64_t n, const float* bias, const float* scale) {
+        normalise_rows(first, n, bias, scale, [&](int64_t i, int64_t j, VecF v) MR_TARGET {
+            save(v, to.line() + j);
+            if (j + MR_LANES == s_.hidden) to.put(i, s_.hidden);
+        });
+    }
+
     MR_TARGET void begin_layer(const TowerLayer& layer, const float* bias, int64_t first, int64_t n, Scratch& own) {
-        normalise_rows(first, n, bias, layer.attention_norm, own.normed.get());
+        normalise_into(own.normed, first, n, bias, layer.attention_norm);
         const int64_t width = 3 * s_.hidden;
         float* const turned = own.turned.get();
-        product(own.normed.get(), s_.hidden, n, layer.qkv, s_.hidden, width, turned, width, false);
+        own.normed.times(layer.qkv, n, s_.hidden, width, turned, false);
         for (int64_t i = 0; i < n * kTile; ++i) {
             const int64_t place = first * kTile + i;
             if (place < n_patches_) turn(turned + i * width, layer.qkv_bias, place);
@@ -156,25 +172,57 @@ class Workshop final : public TowerRoom {
     }
 
     MR_TARGET void finish_layer(const TowerLayer& layer, int64_t first, int64_t n, Scratch& own) {
+        const int64_t mlp = up_to(s_.mlp, kPair);
+        const Half* const attended = attended_.get() + first * kTile * s_.hidden;
+        if (w_.is_packed) {
+            own.normed.take(attended, n * kTile, s_.hidden);
+            own.normed.times(layer.output, n, s_.hidden, s_.hidden, row(first), true);
+        } else {
+            product(attended, s_.hidden, n, layer.output.tiles, s_.hidden, s_.hidden, row(first), s_.hidden, true);
+        }
+        normalise_into(own.normed, first, n, layer.output_bias, layer.mlp_norm);
+        if (w_.is_packed) {
+            gate_packed(layer, n, own);
+        } else {
+            gate_tiles(layer, n, own);
+        }
+        own.gated.times(layer.down, n, mlp, s_.hidden, row(first), true);
+    }
+
+    MR_TARGET static VecF gate_with(VecF gate, VecF up) { return gate * sigmoid(gate) * up; }
+
+    // A panel of gates, and the same one of what they let through.
+    MR_TARGET void gate_tiles(const TowerLayer& layer, int64_t n, Scratch& own) {
         const int64_t mlp = up_to(s_.mlp, kPair), steps = s_.hidden / kTileDepth;
-        Half *const h = own.normed.get(), *const gated = own.gated.get();
-        product(attended_.get() + first * kTile * s_.hidden, s_.hidden, n, layer.output, s_.hidden, s_.hidden, row(first),
-                s_.hidden, true);
-        normalise_rows(first, n, layer.output_bias, layer.mlp_norm, h);
+        Half *const h = own.normed.halves(), *const gated = own.gated.halves();
         all_is_written();
-        // A panel of gates, and the same one of what they let through.
         each_block(n, 2 * mlp, [&](int64_t at, int64_t panel, auto is_pair) MR_TARGET {
             alignas(64) float sums[kPair * kPair];
-            multiply<is_pair()>(h + at * s_.hidden, s_.hidden, layer.gate_and_up + panel * steps * kTileNumbers, steps,
+            multiply<is_pair()>(h + at * s_.hidden, s_.hidden, layer.gate_and_up.tiles + panel * steps * kTileNumbers, steps,
                                 {sums, kPair, false});
             const int64_t column = panel / 2 * kTile;
             const VecF gate_bias = load_float(layer.gate_bias + column), up_bias = load_float(layer.up_bias + column);
             for (int64_t i = 0; i < (is_pair() ? kPair : kTile); ++i) {
                 const VecF gate = load_float(sums + i * kPair) + gate_bias, up = load_float(sums + i * kPair + kTile) + up_bias;
-                narrow_to(gate * sigmoid(gate) * up, gated + (at + i) * mlp + column);
+                narrow_to(gate_with(gate, up), gated + (at + i) * mlp + column);
             }
         });
-        product(gated, mlp, n, layer.down, s_.mlp, s_.hidden, row(first), s_.hidden, true);
+    }
+
+    MR_TARGET void gate_packed(const TowerLayer& layer, int64_t n, Scratch& own) {
+        const int64_t mlp = blocks(s_.mlp);
+        const uint8_t *const gates = layer.gate_and_up.packed, *const ups = gates + packed_bytes(s_.hidden, mlp);
+        for (int64_t b = 0; b * kPanel < mlp; ++b) {
+            float* const gate = own.gated.sums_from(own.normed, gates, b, n, s_.hidden, 0);
+            const float* const up = own.gated.sums_from(own.normed, ups, b, n, s_.hidden, 1);
+            for (int64_t i = 0; i < n * kTile; ++i) {
+                for (int64_t j = i * kPanel, column = b * kPanel; j < (i + 1) * kPanel; j += MR_LANES, column += MR_LANES) {
+                    save(gate_with(load_float(gate + j) + load_float(layer.gate_bias + column), load_float(up + j) + load_float(layer.up_bias + column)),
+                         gate + j);
+                }
+                own.gated.put_block(i, b, s_.mlp, gate + i * kPanel);
+            }
+        }
     }
 
     void attend(const TowerLayer& layer) {
@@ -226,17 +274,20 @@ class Workshop final : public TowerRoom {
         crew_->each(parts, [&](int64_t part, int) MR_TARGET {
             const int64_t first = part * n_token_tiles_ / parts, end = (part + 1) * n_token_tiles_ / parts;
             const int64_t row = first * kTile, tiles = end - first;
-            Half* const hidden = tokens_.get() + row * wide;
+            const Inputs& tokens = *tokens_[static_cast<size_t>(part)];
             float* const y = sums_.get() + row * widest;
             configure();
-            product(attended_.get() + row * wide, wide, tiles, w_.first, wide, wide, y, wide, false);
-            for (int64_t i = 0; i < tiles * kTile; ++i) {
-                for (int64_t j = 0; j < wide; j += MR_LANES) {
-                    const VecF x = load_float(y + i * wide + j) + load_float(w_.first_bias + j);
-                    narrow_to(gelu(x), hidden + i * wide + j);
-                }
+            if (w_.is_packed) {
+                tokens.take(attended_.get() + row * wide, tiles * kTile, wide);
+                tokens.times(w_.first, tiles, wide, wide, y, false);
+            } else {
+                product(attended_.get() + row * wide, wide, tiles, w_.first.tiles, wide, wide, y, wide, false);
             }
-            product(hidden, wide, tiles, w_.second, wide, s_.out, y, s_.out, false);
+            for (int64_t i = 0; i < tiles * kTile; ++i) {
+                for (int64_t j = 0; j < wide; j += MR_LANES) save(gelu(load_float(y + i * wide + j) + load_float(w_.first_bias + j)), tokens.line() + j);
+                tokens.put(i, wide);
+            }
+            tokens.times(w_.second, tiles, wide, s_.out, y, false);
             release();
             for (int64_t i = row; i < std::min(n, end * kTile); ++i) {
                 float* const to = out + image_->order[static_cast<size_t>(i * s_.merged)] / s_.merged * s_.out;
@@ -254,7 +305,8 @@ class Workshop final : public TowerRoom {
     int n_threads_;
     int64_t n_tiles_, n_token_tiles_, n_parts_ = 1;
     Numbers<float> residual_;
-    Numbers<Half> qkv_, attended_, tokens_;  // the patches' last norms, too, are where they attended
+    Numbers<Half> qkv_, attended_;  // the patches' last norms, too, are where they attended
+    std::vector<std::unique_ptr<Inputs>> tokens_;
     Numbers<float> sums_;
     std::vector<std::unique_ptr<Scratch>> scratch_;
 };

@@ -15,6 +15,7 @@
 
 #include "floats.h"
 #include "packed_matrix.h"
+#include "rounded_rows.h"
 #include "simd.h"
 
 namespace medreasoner {
@@ -23,33 +24,6 @@ namespace medreasoner {
 constexpr int kTokens = 5, kColumns = 4;  // sums that stay in registers: tokens times vectors of columns
 constexpr int64_t kShare = 1 << 18;       // products that a thread takes at once, at least
 constexpr int64_t kRowsAhead = 12;        // asked for in advance: a row's part of the columns is but a line or two
-
-// In the place of an element type: how many rows share a scale, and what a weight of zero is in the levels.
-struct Packed {
-    static constexpr int64_t kRows = kBlockRows;
-    static constexpr int32_t kZero = 128;
-};
-struct Nibbles {
-    static constexpr int64_t kRows = kNibbleRows;
-    static constexpr int32_t kZero = 1;  // times the zero point of each block and column
-};
-
-// Activations as levels, and of each block a scale and an offset.
-struct RoundedRows {
-    int8_t* levels;
-    float* scales;
-    int32_t* offsets;
-
-    template <class T>
-    RoundedRows from(int64_t row, int64_t width) const {
-        return {levels + row * width, scales + row * width / T::kRows, offsets + row * width / T::kRows};
-    }
-};
-
-// Some of a row's columns, heads or blocks.
-struct Range {
-    int64_t first, end;
-};
 
 // Where a token goes, and whether its hidden state is asked for.
 struct NewToken {

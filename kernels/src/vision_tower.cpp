@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "floats.h"
+#include "rounded_rows.h"
 #include "tiles.h"
 
 #ifdef MR_HAS_TILES

@@ -115,6 +115,23 @@ class DecoderStep:
     ) -> None: ...
     def open(self, keys: Sequence[NDArray[Any]], values: Sequence[NDArray[Any]]) -> DecoderSequence: ...
 
+class ImageEncoder:
+    """The weights of SAM's image encoder as tiles, and the threads that run it."""
+
+    def __init__(
+        self,
+        dtype: str,
+        weights: Mapping[str, NDArray[Any]],
+        heads: int,
+        patch: int,
+        grid: int,
+        windows: Sequence[int],
+        epsilon: float,
+        pack: bool = ...,
+        n_threads: int = ...,
+    ) -> None: ...
+    def run(self, pixels: NDArray[np.float32], alone: bool = ...) -> NDArray[np.float32]: ...
+
 class PromptDecoder:
     """The weights of a mask decoder as tiles."""
 
@@ -152,6 +169,7 @@ class VisionTower:
         is_full: Sequence[bool],
         last_matrices: Sequence[NDArray[Any]],
         last_vectors: Sequence[NDArray[np.float32]],
+        pack: bool = ...,
         n_threads: int = ...,
     ) -> None: ...
     def run(
@@ -255,6 +273,7 @@ def write_answers(
     seconds: float | None,
     n_threads: int,
 ) -> None: ...
+def distances(window: int) -> int: ...
 def has_tiles() -> bool: ...
 def tile_road() -> str: ...
 def tile_roads() -> list[str]: ...

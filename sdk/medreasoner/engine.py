@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 from medreasoner.bundle import Bundle
 from medreasoner.drawing import DrawingSession, load_drawing
 from medreasoner.errors import MedReasonerError, ProviderError
+from medreasoner.image_tower import ImageTowerSession, load_image_tower
 from medreasoner.kernel_session import runs_without_graph
 from medreasoner.ort_session import OrtSession
 from medreasoner.providers import CPU, RuntimeOptions, is_cpu_only, require_runtime, usable_cores
@@ -35,6 +36,7 @@ _SPLIT_FROM_MASK_SIZE = 128
 # Our own step wakes nobody between its products: of a small decoder's weights two cores keep half each in their caches.
 _SMALL_STEP_THREADS = 2
 _SECOND_SESSION_BYTES = 64 * 2**20
+_KERNELS = (TowerSession, ImageTowerSession, DrawingSession)
 _CLOSED = "this Grounder is closed"
 
 P = ParamSpec("P")
@@ -66,7 +68,7 @@ class Engine:
     model_version: str
     model_digest: str
     providers: Mapping[str, str]  # of each graph, the one that runs it
-    on_tiles: tuple[str, ...]  # graphs in whose place kernels multiply bfloat16
+    on_tiles: tuple[str, ...]  # graphs in whose place kernels multiply bfloat16, or bytes
     warnings: tuple[str, ...]
     readings: ReadingCache
     confidence: ConfidenceSpec | None
@@ -184,7 +186,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
     opener = SessionOpener(bundle, options)
     with ThreadPoolExecutor(5) as pool:
         vision = pool.submit(_open_vision, reasoner, bundle.path, opener.open, options, n_cores)
-        encoder = pool.submit(opener.open, segmenter.graphs.encoder, options)
+        encoder = pool.submit(_open_encoder, bundle, opener, options)
         decoder = pool.submit(_open_decoder, reasoner, bundle.path, opener.open, decoding, step_threads)
         mask_decoder = pool.submit(_open_masks, bundle, opener, options)
         tokenizer = pool.submit(load_tokenizer, str(bundle.path(reasoner.tokenizer)))
@@ -214,7 +216,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
             model_version=spec.version,
             model_digest=bundle.digest,
             providers={each.graph: each.session.providers[0] for each in opened},
-            on_tiles=tuple(each.graph for each in opened if isinstance(each.session, TowerSession | DrawingSession)),
+            on_tiles=tuple(each.graph for each in opened if isinstance(each.session, _KERNELS)),
             warnings=tuple(warnings),
             readings=ReadingCache(sharing.cache_bytes),
             confidence=spec.confidence,
@@ -244,9 +246,12 @@ def _tower_opener(
                 for name in names:
                     bundle.check(name)
                 one, spec = replace(options, n_threads=1), bundle.spec
-                own = graphs[0].session
-                vision = own.alone() if isinstance(own, TowerSession) else opener.open(names[0], one).session
-                encoder = opener.open(spec.segmenter.graphs.encoder, one).session
+                vision, encoder = (
+                    each.session.alone()
+                    if isinstance(each.session, TowerSession | ImageTowerSession)
+                    else opener.open(name, one).session
+                    for each, name in zip(graphs, (names[0], spec.segmenter.graphs.encoder), strict=True)
+                )
                 opened.append(Towers(vision=vision, encoder=encoder, n_cores=n_cores))
             return opened[0] if opened else None
 
@@ -303,7 +308,7 @@ def load_segmenter(bundle: Bundle, options: RuntimeOptions) -> Segmenter:
     spec, opener = bundle.spec.segmenter, SessionOpener(bundle, options)
     return Segmenter(
         spec,
-        encoder=opener.open(spec.graphs.encoder, options).session,
+        encoder=_open_encoder(bundle, opener, options).session,
         decoder=_open_masks(bundle, opener, options).session,
         n_threads=options.n_threads or usable_cores(),
     )
@@ -335,6 +340,20 @@ def _open_vision(
         return load_tower(path, tower, reasoner.vision, out_dim=out_dim, n_threads=n_threads)
 
     return _kernel_on_cpu(graph, open_session, options, load)
+
+
+def _open_encoder(bundle: Bundle, opener: SessionOpener, options: RuntimeOptions) -> OpenedSession:
+    """The image encoder's session, or on a CPU the kernel that does without its graph."""
+    spec = bundle.spec.segmenter
+    tower, graph = spec.tower, spec.graphs.encoder
+    if tower is None or not runs_without_graph(tower):
+        return opener.open(graph, options)
+
+    def load() -> Session:
+        n_threads = options.n_threads or usable_cores()
+        return load_image_tower(bundle.path(tower.file), spec, tower, n_threads=n_threads)
+
+    return _kernel_on_cpu(graph, opener.open, options, load)
 
 
 def _open_masks(bundle: Bundle, opener: SessionOpener, options: RuntimeOptions) -> OpenedSession:

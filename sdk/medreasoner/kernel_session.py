@@ -7,16 +7,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner import ops
-from medreasoner.kernel_spec import DrawingSpec, TowerSpec
+from medreasoner.kernel_spec import DrawingSpec, ImageTowerSpec, TowerSpec
 from medreasoner.providers import CPU
 from medreasoner.session import Buffer
 
-__all__ = ["HostBuffer", "KernelSession", "runs_without_graph"]
+__all__ = ["HostBuffer", "KernelSession", "multiplies_integers", "runs_without_graph"]
 
 
-def runs_without_graph(weights: TowerSpec | DrawingSpec | None) -> bool:
-    """Whether a bundle wants a kernel in bfloat16 in a graph's place, and this processor has instructions for that."""
-    return weights is not None and weights.products == "bfloat16" and ops.tile_road() in ("avx512-bf16", "amx-bf16")
+def runs_without_graph(weights: TowerSpec | ImageTowerSpec | DrawingSpec | None) -> bool:
+    """Whether a bundle wants a kernel in a graph's place, and this processor has instructions for its products."""
+    if weights is None or weights.products == "float":
+        return False
+    return multiplies_integers(weights) or ops.tile_road() in ("avx512-bf16", "amx-bf16")
+
+
+def multiplies_integers(weights: TowerSpec | ImageTowerSpec | DrawingSpec) -> bool:
+    """Whether a kernel's products are in eight bits here: where that was allowed, and no tiles do bfloat16 as fast."""
+    return weights.products == "int8" and ops.has_tiles() and ops.tile_road() != "amx-bf16"
 
 
 class HostBuffer:

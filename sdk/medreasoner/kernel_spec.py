@@ -5,7 +5,7 @@ from typing import Literal
 
 from medreasoner._ranges import need, need_positive
 
-__all__ = ["DrawingSpec", "StepSpec", "TowerSpec", "WeightDtype"]
+__all__ = ["DrawingSpec", "ImageTowerSpec", "StepSpec", "TowerSpec", "WeightDtype"]
 
 WeightDtype = Literal["float32", "float16", "bfloat16"]
 
@@ -36,8 +36,9 @@ class StepSpec:
 class TowerSpec:
     """The vision tower's weights in the file beside its graph, to run it without that: element types and sizes.
 
-    `patches` is the type of the first matrix alone. With `products` in bfloat16, a processor that has tiles for it does
-    without the graph.
+    `patches` is the type of the first matrix alone. With `products` in bfloat16, a processor that multiplies such
+    numbers does without the graph; in int8, also one that multiplies bytes (AVX-512 VNNI), and where there are no tiles
+    for bfloat16 (AMX) matrices and activations are rounded to eight bits, 64 numbers at a time.
     """
 
     file: str
@@ -48,7 +49,7 @@ class TowerSpec:
     n_heads: int
     mlp_dim: int
     rms_norm_eps: float
-    products: Literal["float", "bfloat16"] = "float"
+    products: Literal["float", "bfloat16", "int8"] = "float"
 
     def __post_init__(self) -> None:
         need_positive(self, "n_layers", "n_heads", "mlp_dim")
@@ -56,12 +57,40 @@ class TowerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ImageTowerSpec:
+    """Weights of SAM's image encoder in the file beside its graph, to run it without that: element types and sizes.
+
+    `patch_size` in pixels, `window_size` in patches; layers that are not among the `global_layers` look within windows.
+    `products` as those of a `TowerSpec`.
+    """
+
+    file: str
+    matrices: WeightDtype
+    vectors: Literal["float32", "float16"]
+    patch_size: int
+    window_size: int
+    global_layers: tuple[int, ...]
+    n_layers: int
+    n_heads: int
+    hidden_dim: int
+    mlp_dim: int
+    n_channels: int
+    norm_eps: float
+    products: Literal["float", "bfloat16", "int8"] = "float"
+
+    def __post_init__(self) -> None:
+        need_positive(self, "patch_size", "window_size", "n_layers", "n_heads", "hidden_dim", "mlp_dim", "n_channels")
+        need(self.norm_eps > 0, "norm_eps", "a positive number", self.norm_eps)
+        need(self.hidden_dim % self.n_heads == 0, "n_heads", f"a divisor of {self.hidden_dim}", self.n_heads)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrawingSpec:
     """The mask decoder's weights in the file beside its graph, to run it without that: element types and sizes.
 
     `n_learned` tokens stand before a prompt's, of whose masks the first that is asked for is `first_mask`; a box is
-    drawn into the mask prompt where that has `box_channels`. With `products` in bfloat16, a processor that has tiles
-    for it does without the graph.
+    drawn into the mask prompt where that has `box_channels`. With `products` in bfloat16, a processor that
+    multiplies such numbers does without the graph.
     """
 
     file: str

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 from medreasoner._ranges import need, need_positive
 from medreasoner.errors import BundleError
-from medreasoner.kernel_spec import DrawingSpec, StepSpec, TowerSpec, WeightDtype
+from medreasoner.kernel_spec import DrawingSpec, ImageTowerSpec, StepSpec, TowerSpec, WeightDtype
 
 __all__ = [
     "ANSWER_FIELDS",
@@ -297,6 +297,7 @@ class SegmenterSpec:
     mask_size: int
     n_masks: int
     prompts: PromptMode
+    tower: ImageTowerSpec | None = None
     drawing: DrawingSpec | None = None
     cpu_graphs: SegmenterCpuGraphs = SegmenterCpuGraphs()
 
@@ -375,5 +376,5 @@ class BundleSpec:
         reasoner, segmenter, licence = self.reasoner, self.segmenter, self.licence.file
         names = [reasoner.graphs.vision, reasoner.graphs.decoder, reasoner.embedding.file, reasoner.lm_head.file]
         names += [reasoner.tokenizer, segmenter.graphs.encoder, segmenter.graphs.decoder, *self.cpu_graphs().values()]
-        names += [each.file for each in (reasoner.step, reasoner.tower, segmenter.drawing) if each]
+        names += [each.file for each in (reasoner.step, reasoner.tower, segmenter.tower, segmenter.drawing) if each]
         return tuple(dict.fromkeys([*names, licence] if licence else names))

@@ -1,4 +1,4 @@
-"""The vision tower on tiles against a plain twin in double precision, written from the architecture's description."""
+"""The vision tower against a plain twin in double precision, written from the architecture's description."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +33,7 @@ class Toy:
     def hidden(self):
         return self.patches.shape[1]
 
-    def kernel(self, dtype="float32", n_threads=1):
+    def kernel(self, dtype="float32", n_threads=1, *, pack=False):
         return ops.VisionTower(
             dtype,
             "float32",
@@ -46,6 +46,7 @@ class Toy:
             self.is_full,
             [stored(each, dtype) for each in self.last_matrices],
             self.last_vectors,
+            pack,
             n_threads,
         )
 
@@ -140,18 +141,43 @@ def test_tokens_are_those_of_the_plain_twin(head, mlp, patch_dim, n_tokens, wind
     assert apart(found[0], plain(model, given[0][0], *given[1:])) < 0.02
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    st.sampled_from([(4, 16), (2, 32), (4, 48), (4, 80), (1, 64)]),
+    st.sampled_from([16, 48, 64, 100, 192]),
+    st.integers(1, 40),
+    st.integers(1, 12),
+    st.lists(st.booleans(), min_size=1, max_size=3),
+    st.sampled_from(["float32", "float16", "bfloat16"]),
+    st.integers(1, 3),
+)
+def test_packed_it_is_nearly_the_plain_twin(head, mlp, n_tokens, window, is_full, dtype, n_threads):
+    model = toy(*head, mlp=mlp, out=64, is_full=tuple(is_full), seed=n_tokens)
+    given = image(model, n_tokens, window, seed=window)
+    found = model.kernel(dtype, n_threads, pack=True).run(*given)
+    assert found.shape == (1, n_tokens, 64)
+    assert apart(found[0], plain(model, given[0][0], *given[1:])) < 0.04
+
+
+def test_packed_sizes_are_whole_blocks():
+    for model in (toy(heads=2, dim=16, out=64), toy(heads=4, dim=16, out=32)):
+        with pytest.raises(ValueError, match="multiples of 64 to be packed"):
+            model.kernel(pack=True)
+
+
 def test_rounding_is_that_of_bfloat16():
     model = toy()
     given = image(model, 30, 9)
     assert 1e-4 < apart(model.kernel().run(*given)[0], plain(model, given[0][0], *given[1:])) < 0.01
 
 
-def test_threads_and_callers_change_no_bit():
-    model = toy(heads=4, dim=32, mlp=100, is_full=(False, True, False))
+@pytest.mark.parametrize("pack", [False, True])
+def test_threads_and_callers_change_no_bit(pack):
+    model = toy(heads=4, dim=32, mlp=100, out=64, is_full=(False, True, False))
     given = image(model, 50, 9)
-    expected = model.kernel().run(*given)
+    expected = model.kernel(pack=pack).run(*given)
     for n_threads in (2, 3, 8):
-        kernel = model.kernel(n_threads=n_threads)
+        kernel = model.kernel(n_threads=n_threads, pack=pack)
         np.testing.assert_array_equal(kernel.run(*given), expected)
         np.testing.assert_array_equal(kernel.run(*given, True), expected)
         with ThreadPoolExecutor(6) as pool:

@@ -1,8 +1,8 @@
-"""The vision tower without its graph, on processors that multiply tiles of bfloat16 (Intel AMX).
+"""The vision tower without its graph, on processors that multiply bfloat16 (AVX512_BF16, Intel AMX) or bytes (VNNI).
 
 A session spends half of a small tower's time between its products, and rounds one scale for a whole image where it
 multiplies integers. Here an image goes from layer to layer in the cache, window by window, and rounding is that of
-bfloat16. The weights are those of the graph, in the file beside it.
+bfloat16, or of eight bits with a scale for every 64 numbers. The weights are those of the graph, in the file beside it.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from medreasoner import ops
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError, ProviderError
-from medreasoner.kernel_session import KernelSession
+from medreasoner.kernel_session import KernelSession, multiplies_integers
 from medreasoner.kernel_spec import TowerSpec
 from medreasoner.reasoner.stored import StoredTensor, check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
@@ -106,6 +106,7 @@ def load_tower(path: Path, tower: TowerSpec, vision: VisionSpec, *, out_dim: int
             [layer in vision.full_attention_layers for layer in range(tower.n_layers)],
             [first.view(content), last.view(content)],
             [each.vector(content) for each in (norm, first_bias, last_bias)],
+            multiplies_integers(tower),
             n_threads,
         )
     except ValueError as err:
