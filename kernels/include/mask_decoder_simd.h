@@ -272,7 +272,7 @@ class Studio final : public MaskRoom {
     MR_TARGET static void soften(float* scores, int64_t n) {
         const auto there = static_cast<__mmask16>((1u << n) - 1);
         const __m512 v = _mm512_load_ps(scores);
-        const VecF weight = exponential((VecF)v - _mm512_mask_reduce_max_ps(there, v));
+        const VecF weight = power_of_e((VecF)v - _mm512_mask_reduce_max_ps(there, v));
         const __m512 kept = _mm512_maskz_mov_ps(there, (__m512)weight);
         save((VecF)kept * (1.f / _mm512_reduce_add_ps(kept)), scores);
     }

@@ -94,13 +94,23 @@ MR_TARGET inline void product(const Half* a, int64_t lda, int64_t n_tiles, const
 // 1 / x to 2^-14 of it: more than bfloat16 keeps.
 MR_TARGET inline VecF inverse(VecF x) { return (VecF)_mm512_rcp14_ps((__m512)x); }
 
-MR_TARGET inline VecF sigmoid(VecF x) { return inverse(1.f + exponential(-x)); }
+// e^x to 3e-6 of it; 0 below -104.
+MR_TARGET inline VecF power_of_e(VecF x) {
+    const __m512 bounded = _mm512_max_ps((__m512)x, _mm512_set1_ps(-150.f));
+    const __m512 power = _mm512_mul_ps(bounded, _mm512_set1_ps(1.44269504f));
+    const __m512 whole = _mm512_roundscale_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const VecF r = (VecF)power - (VecF)whole;
+    const VecF poly = ((((1.33335581e-3f * r + 9.61812911e-3f) * r + 5.55041087e-2f) * r + 0.240226507f) * r + 0.693147181f) * r + 1.f;
+    return (VecF)_mm512_scalef_ps((__m512)poly, whole);
+}
+
+MR_TARGET inline VecF sigmoid(VecF x) { return inverse(1.f + power_of_e(-x)); }
 
 // The error function to 1e-4 (Abramowitz and Stegun, 7.1.26).
 MR_TARGET inline VecF error_function(VecF x) {
     const VecF size = x < 0.f ? -x : x, t = inverse(1.f + 0.3275911f * size);
     const VecF poly = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    const VecF y = 1.f - poly * exponential(-size * size);
+    const VecF y = 1.f - poly * power_of_e(-size * size);
     return x < 0.f ? -y : y;
 }
 
@@ -156,14 +166,11 @@ constexpr float kNowhere = -std::numeric_limits<float>::infinity();
 MR_TARGET inline float weigh(float* scores, int64_t n, int64_t whole, float scale, Half* to) {
     std::fill(scores + n, scores + whole, kNowhere);
     VecF most = load_float(scores), total = VecF{};
-    for (int64_t j = MR_LANES; j < whole; j += MR_LANES) {
-        const VecF v = load_float(scores + j);
-        most = v > most ? v : most;
-    }
+    for (int64_t j = MR_LANES; j < whole; j += MR_LANES) most = (VecF)_mm512_max_ps((__m512)load_float(scores + j), (__m512)most);
     const float largest = largest_of(most);
     for (int64_t j = 0; j < whole; j += MR_LANES) {
         const VecF v = load_float(scores + j);
-        const VecF weight = v == kNowhere ? VecF{} : exponential((v - largest) * scale);
+        const VecF weight = power_of_e((v - largest) * scale);  // of nowhere 0
         total += weight;
         narrow_to(weight, to + j);
     }
