@@ -102,7 +102,7 @@ def facts(grounder: "Grounder") -> dict[str, Any]:
     spec = grounder.bundle.spec
     return {
         "precision": spec.precision,
-        "on_tiles": list(grounder.on_tiles),  # in bfloat16
+        "kernels": dict(grounder.kernels),  # in the place of graphs, and what they multiply
         "cpu_graphs": sorted(set(spec.cpu_graphs().values()) & set(grounder.providers)),  # of a precision of their own
         "providers": dict(grounder.providers),
     }
@@ -111,10 +111,12 @@ def facts(grounder: "Grounder") -> dict[str, Any]:
 def precision_words(report: Mapping[str, Any]) -> str:
     """The precision that `facts` state, and which graphs have one of their own.
 
-    >>> precision_words({"precision": "fp16", "cpu_graphs": ["a.onnx"], "on_tiles": ["b.onnx"]})
-    'fp16, but for a.onnx, b.onnx (bfloat16)'
+    >>> precision_words({"precision": "fp16", "cpu_graphs": ["a.onnx"], "kernels": {"b.onnx": "int8"}})
+    'fp16, but for a.onnx, b.onnx (int8)'
     """
-    others = ", ".join([*report["cpu_graphs"], *(f"{graph} (bfloat16)" for graph in report["on_tiles"])])
+    others = ", ".join(
+        [*report["cpu_graphs"], *(f"{graph} ({numbers})" for graph, numbers in report["kernels"].items())]
+    )
     return f"{report['precision']}, but for {others}" if others else str(report["precision"])
 
 

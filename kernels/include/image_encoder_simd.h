@@ -96,7 +96,9 @@ class Reader final : public EncoderRoom {
             std::fill(to + s_.patch_dim(), to + width, Half{0});
             for (int64_t line = 0; line < kColours * s_.patch; ++line, to += s_.patch) {
                 const float* const pixel = from + (line / s_.patch * side + line % s_.patch) * side;
-                for (int64_t j = 0; j < s_.patch; ++j) to[j] = to_bfloat16(pixel[j]);
+                int64_t j = 0;
+                for (; j + MR_LANES <= s_.patch; j += MR_LANES) narrow_to(load_float(pixel + j), to + j);
+                for (; j < s_.patch; ++j) to[j] = to_bfloat16(pixel[j]);
             }
         }
         float* const x = row(first);

@@ -68,7 +68,7 @@ class Engine:
     model_version: str
     model_digest: str
     providers: Mapping[str, str]  # of each graph, the one that runs it
-    on_tiles: tuple[str, ...]  # graphs in whose place kernels multiply bfloat16, or bytes
+    kernels: Mapping[str, str]  # in the place of graphs, and what they multiply
     warnings: tuple[str, ...]
     readings: ReadingCache
     confidence: ConfidenceSpec | None
@@ -216,7 +216,7 @@ def load_engine(bundle: Bundle, options: RuntimeOptions, sharing: Sharing | None
             model_version=spec.version,
             model_digest=bundle.digest,
             providers={each.graph: each.session.providers[0] for each in opened},
-            on_tiles=tuple(each.graph for each in opened if isinstance(each.session, _KERNELS)),
+            kernels={each.graph: each.session.products for each in opened if isinstance(each.session, _KERNELS)},
             warnings=tuple(warnings),
             readings=ReadingCache(sharing.cache_bytes),
             confidence=spec.confidence,

@@ -119,9 +119,11 @@ class Grounder:
         return self._engine.providers
 
     @property
-    def on_tiles(self) -> tuple[str, ...]:
-        """Graphs in whose place kernels of this package run in bfloat16, on a CPU that has tiles for it (Intel AMX)."""
-        return self._engine.on_tiles
+    def kernels(self) -> Mapping[str, str]:
+        """Of each graph that reads images or draws masks, and in whose place a kernel of this package runs on this CPU:
+        the numbers that it multiplies, ``"bfloat16"`` or ``"int8"``.
+        """
+        return self._engine.kernels
 
     def close(self) -> None:
         """Let go of the models and the GPU; queries are refused from now on, also those of open studies."""

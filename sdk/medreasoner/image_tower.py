@@ -29,12 +29,12 @@ _COLOURS = 3
 class ImageTowerSession(KernelSession):
     """A `Session` of the image encoder, from any number of threads; with `alone`, each keeps to its own core."""
 
-    def __init__(self, kernel: ops.ImageEncoder, *, alone: bool = False) -> None:
-        self._kernel, self._alone = kernel, alone
+    def __init__(self, kernel: ops.ImageEncoder, *, products: str, alone: bool = False) -> None:
+        self._kernel, self._alone, self.products = kernel, alone, products
 
     def alone(self) -> "ImageTowerSession":
         """The same weights for callers that run side by side."""
-        return ImageTowerSession(self._kernel, alone=True)
+        return ImageTowerSession(self._kernel, products=self.products, alone=True)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """``image_embedding`` (batch, channels, grid, grid) float32 of ``pixel_values``.
@@ -73,6 +73,7 @@ def load_image_tower(path: Path, spec: SegmenterSpec, tower: ImageTowerSpec, *, 
     types = {True: STORED[tower.matrices], False: STORED[tower.vectors]}
     tensors = stored_tensors((name, types[len(shape) > 1], shape) for name, shape in _weights(tower, windows, grid))
     check_size(path, tower.file, tensors)
+    packs = multiplies_integers(tower)
     content = np.memmap(path, np.uint8, mode="r")
     weights = {each.name: each.vector(content) if each.is_vector else each.view(content) for each in tensors}
     try:
@@ -84,12 +85,12 @@ def load_image_tower(path: Path, spec: SegmenterSpec, tower: ImageTowerSpec, *, 
             grid,
             windows,
             tower.norm_eps,
-            multiplies_integers(tower),
+            packs,
             n_threads,
         )
     except ValueError as err:
         raise BundleError(f"{tower.file}: {one_line(err)}") from err
-    return ImageTowerSession(kernel)
+    return ImageTowerSession(kernel, products="int8" if packs else "bfloat16")
 
 
 def _weights(t: ImageTowerSpec, windows: list[int], grid: int) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -46,9 +46,13 @@ class HostBuffer:
 
 
 class KernelSession:
-    """What `Session` asks for beside a run, on the CPU; a run keeps nothing, so that any thread may start one."""
+    """What `Session` asks for beside a run, on the CPU; a run keeps nothing, so that any thread may start one.
+
+    `products`: the numbers that it multiplies, ``"bfloat16"`` or ``"int8"``.
+    """
 
     providers = (CPU,)
+    products = "bfloat16"
     max_rows = None
     cuts_rows = False
 

@@ -156,7 +156,7 @@ def _report(first, further):
 
     return {
         "medreasoner": "0", "bundle": {"name": "m", "version": "1"}, "providers": {"a": "CPU"}, "threads": 2,
-        "simd": "avx2", "precision": "fp32", "cpu_graphs": [], "on_tiles": ["b"], "image": [2, 3], "runs": 1,
+        "simd": "avx2", "precision": "fp32", "cpu_graphs": [], "kernels": {"b": "bfloat16"}, "image": [2, 3], "runs": 1,
         "load_ms": 1.0, "peak_memory_mib": None, "notes": [], "warnings": [],
         "first": part(first), "further": part(further),
     }  # fmt: skip

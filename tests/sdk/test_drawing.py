@@ -200,12 +200,12 @@ def test_it_takes_the_graphs_place_on_a_cpu(bundle: Path, monkeypatch: pytest.Mo
     for device in ("cpu", "auto"):
         with Grounder.load(bundle, device=device) as grounder:
             assert isinstance(grounder._engine.segmenter._decoder, DrawingSession)
-            assert grounder.on_tiles == ("reasoner/vision.onnx", "segmenter/decoder.onnx")
+            assert grounder.kernels == dict.fromkeys(("reasoner/vision.onnx", "segmenter/decoder.onnx"), "bfloat16")
             masks.append(grounder.open(IMAGE).segment(box=box, points=points)[0])
     monkeypatch.setattr("medreasoner.engine.runs_without_graph", lambda weights: False)
     with Grounder.load(bundle, device="cpu") as grounder:
         assert isinstance(grounder._engine.segmenter._decoder, OrtSession)
-        assert grounder.on_tiles == ()
+        assert grounder.kernels == {}
         plain = grounder.open(IMAGE).segment(box=box, points=points)[0]
     assert masks[0] is not None
     assert plain is not None
@@ -242,4 +242,4 @@ def test_a_manifest_without_what_kernels_need_still_loads(bundle: Path, tmp_path
     spec = load_bundle(copy).spec
     assert (spec.segmenter.drawing, spec.reasoner.tower) == (None, None)
     with Grounder.load(copy, device="cpu") as grounder:
-        assert grounder.on_tiles == ()
+        assert grounder.kernels == {}

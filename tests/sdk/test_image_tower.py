@@ -194,7 +194,8 @@ def test_it_takes_the_graphs_place_on_a_cpu(bundle: Path, monkeypatch: pytest.Mo
     for device in ("cpu", "auto"):
         with Grounder.load(bundle, device=device) as grounder:
             assert isinstance(grounder._engine.segmenter._encoder, ImageTowerSession)
-            assert grounder.on_tiles == ("segmenter/encoder.onnx",)
+            products = "bfloat16" if ops.tile_road() == "amx-bf16" else "int8"
+            assert grounder.kernels == {"segmenter/encoder.onnx": products}
             towers = grounder._engine.open_towers()
             assert towers is None or isinstance(towers.encoder, ImageTowerSession)
             study = grounder.open(IMAGE)
@@ -203,7 +204,7 @@ def test_it_takes_the_graphs_place_on_a_cpu(bundle: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("medreasoner.engine.runs_without_graph", lambda weights: False)
     with Grounder.load(bundle, device="cpu") as grounder:
         assert isinstance(grounder._engine.segmenter._encoder, OrtSession)
-        assert grounder.on_tiles == ()
+        assert grounder.kernels == {}
         plain = grounder.open(IMAGE)._reading.embedded.result()[0].features["image_embedding"]
     np.testing.assert_array_equal(features[0], features[1])
     np.testing.assert_array_equal(masks[0], masks[1])

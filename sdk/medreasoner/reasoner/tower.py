@@ -30,12 +30,12 @@ _LAYER_VECTORS = ("norm", "qkv_bias", "output_bias", "mlp_norm", "gate_bias", "u
 class TowerSession(KernelSession):
     """A `Session` of the vision tower, from any number of threads; with `alone`, each keeps to its own core."""
 
-    def __init__(self, kernel: ops.VisionTower, *, alone: bool = False) -> None:
-        self._kernel, self._alone = kernel, alone
+    def __init__(self, kernel: ops.VisionTower, *, products: str, alone: bool = False) -> None:
+        self._kernel, self._alone, self.products = kernel, alone, products
 
     def alone(self) -> "TowerSession":
         """The same weights for callers that run side by side."""
-        return TowerSession(self._kernel, alone=True)
+        return TowerSession(self._kernel, products=self.products, alone=True)
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """``image_embeds`` (batch, n_tokens, hidden_dim) float32 of the graph's inputs.
@@ -82,6 +82,7 @@ def load_tower(path: Path, tower: TowerSpec, vision: VisionSpec, *, out_dim: int
     """
     tensors = _tensors(tower, vision, out_dim)
     check_size(path, tower.file, tensors)
+    packs = multiplies_integers(tower)
     content = np.memmap(path, np.uint8, mode="r")
     per_layer = (len(tensors) - 6) // tower.n_layers
     (patches, norm), rest = tensors[:2], tensors[2:]
@@ -106,12 +107,12 @@ def load_tower(path: Path, tower: TowerSpec, vision: VisionSpec, *, out_dim: int
             [layer in vision.full_attention_layers for layer in range(tower.n_layers)],
             [first.view(content), last.view(content)],
             [each.vector(content) for each in (norm, first_bias, last_bias)],
-            multiplies_integers(tower),
+            packs,
             n_threads,
         )
     except ValueError as err:
         raise BundleError(f"{tower.file}: {err}") from err
-    return TowerSession(kernel)
+    return TowerSession(kernel, products="int8" if packs else "bfloat16")
 
 
 def _tensors(tower: TowerSpec, vision: VisionSpec, out_dim: int) -> list[StoredTensor]:
