@@ -118,6 +118,26 @@ def test_every_stage_trains_on_training_groups_and_looks_at_the_others(
             assert not [query for query in words if f"<|im_end|>{query}<|im_end|>" in text.replace("?", "")]
 
 
+def test_read_outs_that_learn_first_leave_the_model_as_it_was(grounding_set: Path, tmp_path: Path) -> None:
+    arguments = ("--data", grounding_set, "--batch", 2, "--branches", 3, "--size", 84, "--rate", 0, "--steps", 1)
+    begun, out = tmp_path / "begun", tmp_path / "out"
+    command("train", "sft", *arguments, "-o", begun)
+    goes_on = (*arguments, "--start", begun / "checkpoint", "-o", out)
+    command("train", "sft", *goes_on, "--heads-first", 4, "--frozen-vision")
+    plain, first, after = (
+        torch.load(each / "last.pt", weights_only=True)["modules"] for each in (begun, out / "heads", out)
+    )
+    assert first.keys() == {"heads", "dense"}
+    assert not torch.equal(first["heads"]["category.weight"], plain["heads"]["category.weight"])
+    for part in first:  # at a rate of 0 the run itself keeps them
+        assert all(torch.equal(first[part][name], value) for name, value in after[part].items())
+    for name, value in plain["model"].items():
+        assert torch.equal(after["model"][name], value.to(torch.bfloat16).float())
+    (out / "heads" / "last.pt").unlink()
+    command("train", "sft", *goes_on, "--heads-first", 4, "--frozen-vision")  # it has begun already
+    assert not (out / "heads" / "last.pt").exists()
+
+
 def test_sft_goes_on_from_its_last_checkpoint(grounding_set: Path, tmp_path: Path) -> None:
     arguments = ("--data", grounding_set, "-o", tmp_path, "--batch", 2, "--branches", 3, "--size", 84)
     command("train", "sft", *arguments, "--steps", 1)
