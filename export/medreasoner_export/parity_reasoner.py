@@ -27,7 +27,7 @@ from medreasoner.spec import ReasonerSpec, StretchResize
 from medreasoner_export.graph import BITS
 from medreasoner_export.needs import give_back_memory
 from medreasoner_export.quantise import BLOCK, Rounded, dequantise, dequantise_rows, quantise, quantise_rows
-from medreasoner_export.report import BFLOAT16_TOLERANCE, ParityStage, compare, stated
+from medreasoner_export.report import KERNEL_TOLERANCES, ParityStage, compare, stated
 from medreasoner_export.stored import StoredWeights
 from medreasoner_export.streamed import TEXT, VISION, prompt_inputs, streamed_qwen, two_frames
 
@@ -281,7 +281,7 @@ class _Check:
                 path, out_dim = self.bundle.path(tower.file), self.spec.hidden_dim
                 self._tower = load_tower(path, tower, self.spec.vision, out_dim=out_dim, n_threads=usable_cores())
             found = self._tower.run({"patches": patches, **self.grid(rows, columns).inputs()})["image_embeds"]
-            limit = max(tolerance, BFLOAT16_TOLERANCE)
+            limit = max(tolerance, KERNEL_TOLERANCES[self._tower.products])
             yield compare(f"{name}, without the graph", found, expected, limit)
 
     def decoder(self, tolerance: float) -> Iterator[ParityStage]:

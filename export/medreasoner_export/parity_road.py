@@ -18,7 +18,7 @@ from medreasoner.bundle import Bundle
 from medreasoner.engine import Engine, load_engine
 from medreasoner.geometry import Placement
 from medreasoner.image import Image
-from medreasoner.kernel_session import runs_without_graph
+from medreasoner.kernel_session import multiplies_integers, runs_without_graph
 from medreasoner.providers import RuntimeOptions
 from medreasoner.reasoner.model import Decoded
 from medreasoner.reasoner.prompt import load_tokenizer
@@ -180,8 +180,9 @@ def _loosest(bundle: Bundle) -> str:
     if bundle.spec.reasoner.step is not None and bundle.spec.reasoner.step.products == "int8":
         found.add("int8")
     spec = bundle.spec
-    if any(map(runs_without_graph, (spec.reasoner.tower, spec.segmenter.tower, spec.segmenter.drawing))):
-        found.add("fp16")
+    for weights in (spec.reasoner.tower, spec.segmenter.tower, spec.segmenter.drawing):
+        if weights is not None and runs_without_graph(weights):
+            found.add("int8" if multiplies_integers(weights) else "fp16")
     for name in (reasoner.vision, reasoner.decoder, segmenter.encoder, segmenter.decoder):
         found.add(stated(bundle.path(name), "precision") or bundle.spec.precision)
     return max(found & LIMITS.keys(), key=list(LIMITS).index, default="fp32")

@@ -17,7 +17,7 @@ from medreasoner.kernel_session import runs_without_graph
 from medreasoner.providers import usable_cores
 from medreasoner.spec import SegmenterSpec
 from medreasoner_export.parity_road import Segment
-from medreasoner_export.report import BFLOAT16_TOLERANCE, ParityStage, compare, stated
+from medreasoner_export.report import KERNEL_TOLERANCES, ParityStage, compare, stated
 
 __all__ = ["mask_of", "segmenter_stages"]
 
@@ -79,14 +79,15 @@ def segmenter_stages(bundle: Bundle, checkpoint_path: Path, *, tolerance: float,
     yield compare("mask logits", masks, result.pred_masks[:, 0].numpy(), tolerance)
     yield compare("predicted IoU", iou, result.iou_scores[:, 0].numpy(), tolerance)
     yield _mask_stage(masks, result.pred_masks[:, 0].numpy(), size, tolerance)
-    limit = max(tolerance, BFLOAT16_TOLERANCE)
     tower, drawing = spec.tower, spec.drawing
     if tower is not None and runs_without_graph(tower):
         seen = load_image_tower(bundle.path(tower.file), spec, tower, n_threads=usable_cores())
         found = seen.run({"pixel_values": pixels})["image_embedding"]
+        limit = max(tolerance, KERNEL_TOLERANCES[seen.products])
         yield compare("image embedding without the graph", found, expected["image_embedding"].numpy(), limit)
     if drawing is not None and runs_without_graph(drawing):
         drawn = load_drawing(bundle.path(drawing.file), spec, drawing).run(inputs)
+        limit = max(tolerance, KERNEL_TOLERANCES["bfloat16"])
         for words, key, theirs in (
             ("mask logits", "mask_logits", result.pred_masks), ("predicted IoU", "predicted_iou", result.iou_scores),
         ):  # fmt: skip
