@@ -35,7 +35,7 @@ class EncoderOfImages {
                 "hidden, mlp and out must be multiples of 32, head_dim of 16");
         require(!pack || (s.hidden % kPanel == 0 && s.mlp % kPanel == 0), "hidden and mlp must be multiples of 64 to be packed");
         w_.is_packed = pack;
-        store_ = TileStore(all_bytes(windows));
+        store_.reserve(all_bytes(windows));
         w_.patches = matrix("patches", s.patch_dim(), s.hidden);
         w_.patches_bias = vector("patches.bias", s.hidden);
         const py::array_t<float> places = floats("places", s.places() * s.hidden);

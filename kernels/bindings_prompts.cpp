@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "mask_decoder.h"
+#include "tile_store.h"
 #include "tiles.h"
 
 namespace {
@@ -98,12 +99,14 @@ class PromptDecoder {
                 (name + " does not fit the others").c_str());
         const Matrix view = view_matrix(py::array(found).reshape({n * rows, cols}), dtype_);
         const int64_t each = tiled_numbers(rows, up_to(cols, kPair));
-        std::vector<uint16_t>& kept = tiles_.emplace_back(static_cast<size_t>(n * each), uint16_t{0});
+        auto* const kept = reinterpret_cast<uint16_t*>(store_.taken(n * each * static_cast<int64_t>(sizeof(uint16_t))));
+        std::fill(kept, kept + n * each, uint16_t{0});
+        const py::gil_scoped_release release;
         for (int64_t i = 0; i < n; ++i) {
             const auto* first = static_cast<const uint8_t*>(view.data) + i * rows * cols * size_of(view.dtype);
-            tile_matrix({first, view.dtype, rows, cols}, 1, kept.data() + i * each);
+            tile_matrix({first, view.dtype, rows, cols}, 1, kept + i * each);
         }
-        return kept.data();
+        return kept;
     }
 
     // As floats, filled up with zeros to a multiple of 32.
@@ -214,7 +217,7 @@ class PromptDecoder {
     std::string dtype_;
     py::dict given_;
     MaskWeights w_;
-    std::vector<std::vector<uint16_t>> tiles_;  // whose numbers stay where they are when more are added
+    TileStore store_;
     std::vector<std::vector<float>> vectors_;
     std::unique_ptr<MaskDecoder> decoder_;
 };

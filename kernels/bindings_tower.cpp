@@ -43,7 +43,7 @@ class VisionTower {
         const auto bytes = pack ? filled_bytes : tiled_bytes;
         const int64_t layer = bytes(s.hidden, 3 * s.hidden) + bytes(s.hidden, s.hidden) + 2 * bytes(s.hidden, up_to(s.mlp, kTileDepth)) +
                               bytes(s.mlp, s.hidden);
-        store_ = TileStore(tiled_bytes(s.patch_dim, s.hidden) + static_cast<int64_t>(matrices.size()) * layer + bytes(s.wide(), s.wide()) +
+        store_.reserve(tiled_bytes(s.patch_dim, s.hidden) + static_cast<int64_t>(matrices.size()) * layer + bytes(s.wide(), s.wide()) +
                            bytes(s.wide(), s.out));
         weights_.patches = store_.tiles(checked(patches, patches_dtype, s.patch_dim, s.hidden), 1);
         for (size_t i = 0; i < matrices.size(); ++i) add_layer(dtype, matrices[i], vectors[i], is_full[i]);

@@ -1,10 +1,11 @@
-// Where the bindings keep the matrices of kernels on tiles: one piece of memory in huge pages.
+// Where the bindings keep the matrices of kernels on tiles: huge pages, one behind the other.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "bindings.h"
 #include "packed_matrix.h"
@@ -16,12 +17,15 @@ constexpr int64_t tiled_bytes(int64_t rows, int64_t cols) { return tiled_numbers
 // Bytes of a matrix in eight bits, filled up with zeros to whole blocks and panels.
 constexpr int64_t filled_bytes(int64_t rows, int64_t cols) { return packed_bytes(up_to(rows, kBlockRows), up_to(cols, kPanel)); }
 
-// Room for matrices that are put into it one by one, at most as many bytes as were asked for. Packing runs without the
-// interpreter's lock: other parts of a bundle are loaded meanwhile.
+// Room for matrices that are put into it one by one; those that were asked for at once lie in one piece. Packing runs without
+// the interpreter's lock: other parts of a bundle are loaded meanwhile.
 class TileStore {
    public:
-    TileStore() = default;
-    explicit TileStore(int64_t n_bytes) : pages_(allocate_pages(n_bytes)), free_(pages_.get()) {}
+    void reserve(int64_t n_bytes) {
+        pieces_.push_back(allocate_pages(n_bytes));
+        free_ = pieces_.back().get();
+        left_ = n_bytes;
+    }
 
     // As tiles of bfloat16.
     const uint16_t* tiles(const Matrix& matrix, int64_t stride) {
@@ -56,12 +60,17 @@ class TileStore {
     }
 
     uint8_t* taken(int64_t n_bytes) {
+        if (n_bytes > left_) reserve(std::max(n_bytes, kPiece));
         uint8_t* const first = free_;
         free_ += n_bytes;
+        left_ -= n_bytes;
         return first;
     }
 
    private:
-    Pages pages_;
+    static constexpr int64_t kPiece = int64_t{2} << 20;
+
+    std::vector<Pages> pieces_;
     uint8_t* free_ = nullptr;
+    int64_t left_ = 0;
 };
