@@ -129,14 +129,14 @@ def write_sam(folder: Path) -> None:
 
 
 def export_ours(scratch: Path) -> None:
-    """Our bundle: the decoder in four bits, the vision tower in bfloat16, or where there is no AMX in integers."""
+    """Our bundle: the decoder in four bits, both towers in bfloat16, or where there is no AMX in eight bits."""
     for precision in ("int4", "int8"):
         options = ReasonerOptions(precision=precision)
         export_reasoner(scratch / "checkpoint", scratch / f"reasoner-{precision}", options=options)
     export_segmenter(scratch / "sam", scratch / "segmenter")
     build_bundle(
         scratch / "reasoner-int4", scratch / "segmenter", scratch / "ours", name="large", force=True,
-        cpu_reasoner=scratch / "reasoner-int8", cpu_graphs=("vision",), bfloat16=True,
+        cpu_reasoner=scratch / "reasoner-int8", cpu_graphs=("vision",), bfloat16=True, integer_images=True,
     )  # fmt: skip
 
 
