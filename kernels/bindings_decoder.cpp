@@ -18,6 +18,7 @@
 static Dtype checked_dtype(const py::array& weight, const std::string& dtype) {
     const bool is_float = weight.dtype().kind() == 'f', is_unsigned = weight.dtype().kind() == 'u';
     const auto size = weight.itemsize();
+    require(weight.dtype().byteorder() != '>', "weight must be of this machine's byte order");
     if (dtype == "float32") {
         require(is_float && size == 4, "weight must be a float32 array");
         return Dtype::float32;

@@ -3,6 +3,7 @@
 #include "bindings.h"
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <string>
 #include <vector>
@@ -28,11 +29,13 @@ class EncoderOfImages {
         for (const int64_t window : windows) require(window > 0 && window <= grid, "windows must be within the grid");
         const py::array first = array("patches"), up = array("0.up"), narrow = array("narrow");
         require(first.ndim() == 2 && up.ndim() == 2 && narrow.ndim() == 2, "matrices must be (in, out)");
+        require(std::isfinite(epsilon) && epsilon > 0, "epsilon must be positive");
         EncoderShape& s = w_.shape;
         s = {patch, grid, first.shape(1), heads, up.shape(1), narrow.shape(1), epsilon};
         require(heads > 0 && s.hidden > 0 && s.hidden % kPair == 0 && s.hidden % heads == 0 && s.head_dim() % kTile == 0 && s.mlp > 0 &&
                     s.mlp % kPair == 0 && s.out > 0 && s.out % kPair == 0,
                 "hidden, mlp and out must be multiples of 32, head_dim of 16");
+        require(first.shape(0) == s.patch_dim() && up.shape(0) == s.hidden && narrow.shape(0) == s.hidden, "a matrix does not fit the others");
         require(!pack || (s.hidden % kPanel == 0 && s.mlp % kPanel == 0), "hidden and mlp must be multiples of 64 to be packed");
         w_.is_packed = pack;
         store_.reserve(all_bytes(windows));
@@ -97,18 +100,26 @@ class EncoderOfImages {
         return given_[name.c_str()].cast<py::array>();
     }
 
-    Matrix checked(const std::string& name, int64_t rows, int64_t cols) const {
-        const Matrix view = view_matrix(array(name), dtype_);
+    Matrix checked(const py::array& array, const std::string& name, int64_t rows, int64_t cols) const {
+        const Matrix view = view_matrix(array, dtype_);
         require(view.rows == rows && view.cols == cols, (name + " does not fit the others").c_str());
         return view;
     }
 
-    const uint16_t* matrix(const std::string& name, int64_t rows, int64_t cols) { return store_.tiles(checked(name, rows, cols), 1); }
+    const uint16_t* matrix(const std::string& name, int64_t rows, int64_t cols) {
+        const py::array kept = array(name);
+        return store_.tiles(checked(kept, name, rows, cols), 1);
+    }
 
-    TiledMatrix either(const std::string& name, int64_t rows, int64_t cols) { return store_.either(checked(name, rows, cols), w_.is_packed); }
+    TiledMatrix either(const std::string& name, int64_t rows, int64_t cols) {
+        const py::array kept = array(name);
+        return store_.either(checked(kept, name, rows, cols), w_.is_packed);
+    }
 
     py::array_t<float> floats(const std::string& name, int64_t size) const {
-        const auto found = py::array_t<float, py::array::c_style | py::array::forcecast>(array(name));
+        const py::array given = array(name);
+        require(given.dtype().kind() == 'f', (name + " must be floats").c_str());
+        const auto found = py::array_t<float, py::array::c_style | py::array::forcecast>(given);
         require(found.size() == size, (name + " does not fit the others").c_str());
         return found;
     }

@@ -51,12 +51,13 @@ def image_tower_section(config: SamConfig, storage: Storage, precision: Precisio
     """A manifest's ``segmenter.tower`` for an encoder whose weights all are in the file beside its graph, in its order.
 
     None for encoders with something else than SAM's, for matrices in few bits, and for sizes that do not divide into
-    tiles.
+    tiles or are far from SAM's.
     """
     is_plain = config.qkv_bias and config.absolute_positions and config.relative_positions and not config.adapter_dim
     widths = (config.hidden_dim, config.mlp_dim, config.n_channels)
     divides = config.grid % 16 == 0 and config.hidden_dim % (16 * config.n_heads) == 0
-    if not is_plain or precision in BITS or not divides or any(width % 32 for width in widths):
+    is_usual = config.window_size <= config.grid <= 256 and config.patch_size <= 64
+    if not is_usual or not is_plain or precision in BITS or not divides or any(width % 32 for width in widths):
         return None
     is_half = precision == "fp16"
     return {

@@ -24,11 +24,12 @@ MR_TARGET inline VecI nearest(VecF v) {
 template <class T>
 MR_TARGET inline void pack_block(const T* from, int64_t cols, uint8_t* out) {
     constexpr int C = kPanel / MR_LANES;
-    VecF largest[C] = {}, inverse[C];
+    VecF largest[C] = {}, poison[C] = {}, inverse[C];
     for (int64_t i = 0; i < kBlockRows; ++i) {
         for (int c = 0; c < C; ++c) {
             const VecF v = load_float(from + i * cols + c * MR_LANES), size = v < 0.f ? -v : v;
             largest[c] = size > largest[c] ? size : largest[c];
+            poison[c] += v * 0.f;  // not a number or infinite: the whole column must become that
         }
     }
     for (int c = 0; c < C; ++c) inverse[c] = largest[c] > 0.f ? 127.f / largest[c] : VecF{};
@@ -43,7 +44,7 @@ MR_TARGET inline void pack_block(const T* from, int64_t cols, uint8_t* out) {
         }
     }
     for (int c = 0; c < C; ++c) {
-        const VecF scale = largest[c] / 127.f;
+        const VecF scale = largest[c] / 127.f + poison[c];
         std::memcpy(out + 4 * c * MR_LANES, &scale, sizeof scale);
     }
 }

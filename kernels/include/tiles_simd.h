@@ -10,9 +10,11 @@ MR_TARGET inline void narrow_to(VecF v, Half* to) {
 #if defined(MR_ON_AMX) || defined(MR_ON_BF16)
     const __m256bh narrow = _mm512_cvtneps_pbh((__m512)v);
 #else
-    // To the nearest, of two to the even one; NaN is none of our numbers.
+    // To the nearest, of two to the even one.
     const VecU bits = (VecU)v;
-    const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+    const __m512i nearest = (__m512i)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+    const __mmask16 is_nan = _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q);
+    const __m256i narrow = _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(nearest, is_nan, _mm512_set1_epi32(0x7fc0)));
 #endif
     std::memcpy(to, &narrow, sizeof narrow);
 }

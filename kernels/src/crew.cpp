@@ -1,6 +1,7 @@
 #include "crew.h"
 
 #include <chrono>
+#include <system_error>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <unistd.h>
@@ -49,7 +50,10 @@ bool spun(Condition is_so) {
 
 Crew::Crew(int n_threads)
     : others_(std::make_unique<std::vector<std::thread>>()), process_(process_id()) {
-    for (int who = 1; who < n_threads; ++who) others_->emplace_back([this, who] { serve(who); });
+    try {
+        for (int who = 1; who < n_threads; ++who) others_->emplace_back([this, who] { serve(who); });
+    } catch (const std::system_error&) {  // the system gives no more: those that are there do the work
+    }
 }
 
 Crew::~Crew() {

@@ -16,6 +16,7 @@
 
 #ifdef MR_HAS_TILES
 #define MR_BODY "image_encoder_simd.h"
+#define MR_PART image
 #include "for_each_road.h"
 #endif
 
@@ -53,7 +54,8 @@ void ImageEncoder::run(const float* pixels, bool alone, float* out) {
     if (!own) own = room_for(weights_, crew.n_threads());
     own->run(pixels, crew, out);
     const std::lock_guard<std::mutex> lock(door_);
-    if (idle_.size() < kMostIdle) idle_.push_back(std::move(own));
+    idle_.insert(idle_.begin(), std::move(own));
+    if (idle_.size() > kMostIdle) idle_.pop_back();
 }
 
 }  // namespace medreasoner

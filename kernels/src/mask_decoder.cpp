@@ -15,6 +15,7 @@
 
 #ifdef MR_HAS_TILES
 #define MR_BODY "mask_decoder_simd.h"
+#define MR_PART masks
 #include "for_each_road.h"
 #endif
 

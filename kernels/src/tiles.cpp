@@ -47,6 +47,7 @@ TileRoad best_road() {
 }  // namespace medreasoner
 
 #define MR_BODY "tile_matrix_simd.h"
+#define MR_PART matrices
 #include "for_each_road.h"
 
 #else

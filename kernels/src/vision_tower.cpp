@@ -16,6 +16,7 @@
 
 #ifdef MR_HAS_TILES
 #define MR_BODY "vision_tower_simd.h"
+#define MR_PART vision
 #include "for_each_road.h"
 #endif
 

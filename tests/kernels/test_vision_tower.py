@@ -159,6 +159,26 @@ def test_packed_it_is_nearly_the_plain_twin(head, mlp, n_tokens, window, is_full
     assert apart(found[0], plain(model, given[0][0], *given[1:])) < 0.04
 
 
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FFFFFFF, 0xFFFFFFFF, 0x7F800000])
+def test_a_weight_that_is_no_number_is_not_rounded_to_one(pack, bits):
+    model = toy(heads=4, dim=16, mlp=64, out=64)
+    given = image(model, 12, 4)
+    for matrix in (model.matrices[1][0], model.matrices[1][4], model.last_matrices[0]):
+        before = matrix[3, 5]
+        matrix[3, 5] = np.array(bits, np.uint32).view(np.float32)
+        assert not np.isfinite(model.kernel(pack=pack).run(*given)).all()
+        matrix[3, 5] = before
+    assert np.isfinite(model.kernel(pack=pack).run(*given)).all()
+
+
+def test_numbers_of_another_byte_order_are_refused():
+    model = toy()
+    model.patches = model.patches.astype(">f4")
+    with pytest.raises(ValueError, match="byte order"):
+        model.kernel()
+
+
 def test_packed_sizes_are_whole_blocks():
     for model in (toy(heads=2, dim=16, out=64), toy(heads=4, dim=16, out=32)):
         with pytest.raises(ValueError, match="multiples of 64 to be packed"):

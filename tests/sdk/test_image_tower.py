@@ -227,6 +227,8 @@ def test_other_encoders_keep_their_graph(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="images in eight bits are for"):
         build_bundle(tmp_path / "r", tmp_path / "s", tmp_path / "bundle", name="x", integer_images=True)
     assert not (tmp_path / "bundle").exists()
+    make_sam(tmp_path / "wide", window_size=20)  # more than the 16 of the grid
+    assert export_segmenter(tmp_path / "wide", tmp_path / "w").section["tower"] is None
     make_sam(tmp_path / "sam", window_size=8)
     in_bits = export_segmenter(tmp_path / "sam", tmp_path / "i", options=SegmenterOptions(precision="int8")).section
     assert in_bits["tower"] is None
