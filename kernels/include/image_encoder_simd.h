@@ -114,17 +114,6 @@ class Reader final : public EncoderRoom {
         return (load_float(x + j) - mean) * factor * load_float(norm.scale + j) + load_float(norm.bias + j);
     }
 
-    MR_TARGET static std::pair<float, float> mean_and_factor(const float* x, int64_t n, float epsilon) {
-        VecF total = VecF{}, squares = VecF{};
-        for (int64_t j = 0; j < n; j += MR_LANES) total += load_float(x + j);
-        const float mean = sum(total) / static_cast<float>(n);
-        for (int64_t j = 0; j < n; j += MR_LANES) {
-            const VecF v = load_float(x + j) - mean;
-            squares += v * v;
-        }
-        return {mean, 1.f / std::sqrt(sum(squares) / static_cast<float>(n) + epsilon)};
-    }
-
     MR_TARGET void add_bias(float* x, const float* bias) const {
         for (int64_t j = 0; j < s_.hidden; j += MR_LANES) save(load_float(x + j) + load_float(bias + j), x + j);
     }
@@ -170,13 +159,7 @@ class Reader final : public EncoderRoom {
     }
 
     MR_TARGET void finish_layer(const EncoderLayer& layer, int64_t first, int64_t n, Scratch& own) {
-        const Half* const attended = attended_.get() + first * kTile * s_.hidden;
-        if (w_.is_packed) {
-            own.normed.take(attended, n * kTile, s_.hidden);
-            own.normed.times(layer.output, n, s_.hidden, s_.hidden, row(first), true);
-        } else {
-            product(attended, s_.hidden, n, layer.output.tiles, s_.hidden, s_.hidden, row(first), s_.hidden, true);
-        }
+        own.normed.times_of(attended_.get() + first * kTile * s_.hidden, layer.output, n, s_.hidden, s_.hidden, row(first), true);
         normalise_rows(first, n, layer.output_bias, layer.mlp_norm, own.normed);
         if (w_.is_packed) {
             each_panel<true>(layer.up.packed, layer.up_bias, s_.mlp, n, own, [&](int64_t i, int64_t b, const float* from) MR_TARGET {

@@ -47,6 +47,13 @@ class Inputs {
         for (int64_t j = 0; j * kPanel < out; ++j) add_panel_of(w.packed, j, n_tiles, in, out, y + j * kPanel);
     }
 
+    // The same for rows of bfloat16 that are somewhere else; packed, they are taken for it.
+    MR_TARGET void times_of(const Half* from, const TiledMatrix& w, int64_t n_tiles, int64_t in, int64_t out, float* y, bool goes_on) const {
+        if (!is_packed_) return product(from, in, n_tiles, w.tiles, in, out, y, out, goes_on);
+        take(from, n_tiles * kTile, in);
+        times(w, n_tiles, in, out, y, goes_on);
+    }
+
     // y (n_tiles * 16, 64), rows `stride` apart, += the input @ panel j of a packed matrix.
     MR_TARGET void add_panel_of(const uint8_t* packed, int64_t j, int64_t n_tiles, int64_t in, int64_t stride, float* y) const {
         const int64_t depth = blocks(in);

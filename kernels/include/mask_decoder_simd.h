@@ -6,14 +6,7 @@ constexpr int64_t kPlacesAtOnce = 32;
 
 // n numbers, a multiple of 16.
 MR_TARGET inline void layer_norm(float* x, const Norm& norm, int64_t n, float epsilon) {
-    VecF total = VecF{}, squares = VecF{};
-    for (int64_t i = 0; i < n; i += MR_LANES) total += load_float(x + i);
-    const float mean = sum(total) / static_cast<float>(n);
-    for (int64_t i = 0; i < n; i += MR_LANES) {
-        const VecF v = load_float(x + i) - mean;
-        squares += v * v;
-    }
-    const float factor = 1.f / std::sqrt(sum(squares) / static_cast<float>(n) + epsilon);
+    const auto [mean, factor] = mean_and_factor(x, n, epsilon);
     for (int64_t i = 0; i < n; i += MR_LANES) {
         save((load_float(x + i) - mean) * factor * load_float(norm.scale + i) + load_float(norm.bias + i), x + i);
     }

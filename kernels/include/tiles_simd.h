@@ -133,6 +133,18 @@ class Numbers {
     std::unique_ptr<T, Free> numbers_;
 };
 
+// Of n numbers, a multiple of 16: what a LayerNormalization takes away, and then multiplies by.
+MR_TARGET inline std::pair<float, float> mean_and_factor(const float* x, int64_t n, float epsilon) {
+    VecF total = VecF{}, squares = VecF{};
+    for (int64_t j = 0; j < n; j += MR_LANES) total += load_float(x + j);
+    const float mean = sum(total) / static_cast<float>(n);
+    for (int64_t j = 0; j < n; j += MR_LANES) {
+        const VecF v = load_float(x + j) - mean;
+        squares += v * v;
+    }
+    return {mean, 1.f / std::sqrt(sum(squares) / static_cast<float>(n) + epsilon)};
+}
+
 MR_TARGET inline VecF gelu(VecF x) { return 0.5f * x * (1.f + error_function(x * 0.70710678f)); }
 
 // n rows (of dim numbers) as columns: a panel of 16 of them after the other, up to a pair.

@@ -173,13 +173,7 @@ class Workshop final : public TowerRoom {
 
     MR_TARGET void finish_layer(const TowerLayer& layer, int64_t first, int64_t n, Scratch& own) {
         const int64_t mlp = up_to(s_.mlp, kPair);
-        const Half* const attended = attended_.get() + first * kTile * s_.hidden;
-        if (w_.is_packed) {
-            own.normed.take(attended, n * kTile, s_.hidden);
-            own.normed.times(layer.output, n, s_.hidden, s_.hidden, row(first), true);
-        } else {
-            product(attended, s_.hidden, n, layer.output.tiles, s_.hidden, s_.hidden, row(first), s_.hidden, true);
-        }
+        own.normed.times_of(attended_.get() + first * kTile * s_.hidden, layer.output, n, s_.hidden, s_.hidden, row(first), true);
         normalise_into(own.normed, first, n, layer.output_bias, layer.mlp_norm);
         if (w_.is_packed) {
             gate_packed(layer, n, own);
@@ -277,12 +271,7 @@ class Workshop final : public TowerRoom {
             const Inputs& tokens = *tokens_[static_cast<size_t>(part)];
             float* const y = sums_.get() + row * widest;
             configure();
-            if (w_.is_packed) {
-                tokens.take(attended_.get() + row * wide, tiles * kTile, wide);
-                tokens.times(w_.first, tiles, wide, wide, y, false);
-            } else {
-                product(attended_.get() + row * wide, wide, tiles, w_.first.tiles, wide, wide, y, wide, false);
-            }
+            tokens.times_of(attended_.get() + row * wide, w_.first, tiles, wide, wide, y, false);
             for (int64_t i = 0; i < tiles * kTile; ++i) {
                 for (int64_t j = 0; j < wide; j += MR_LANES) save(gelu(load_float(y + i * wide + j) + load_float(w_.first_bias + j)), tokens.line() + j);
                 tokens.put(i, wide);

@@ -11,8 +11,8 @@ from typing import ParamSpec, TypeVar
 from medreasoner.bundle import Bundle
 from medreasoner.drawing import DrawingSession, load_drawing
 from medreasoner.errors import MedReasonerError, ProviderError
-from medreasoner.image_tower import ImageTowerSession, load_image_tower
-from medreasoner.kernel_session import runs_without_graph
+from medreasoner.image_tower import load_image_tower
+from medreasoner.kernel_session import ReadingSession, runs_without_graph
 from medreasoner.ort_session import OrtSession
 from medreasoner.providers import CPU, RuntimeOptions, is_cpu_only, require_runtime, usable_cores
 from medreasoner.readings import CACHE_BYTES, ReadingCache
@@ -20,7 +20,7 @@ from medreasoner.reasoner import Reasoner
 from medreasoner.reasoner.model import MAX_WAITING
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner.reasoner.step import StepKernel, load_step, needs_no_graph, no_graph, steps_pay
-from medreasoner.reasoner.tower import TowerSession, load_tower
+from medreasoner.reasoner.tower import load_tower
 from medreasoner.reasoner.weights import load_weight
 from medreasoner.segmenter import Segmenter
 from medreasoner.session import Session
@@ -36,7 +36,7 @@ _SPLIT_FROM_MASK_SIZE = 128
 # Our own step wakes nobody between its products: of a small decoder's weights two cores keep half each in their caches.
 _SMALL_STEP_THREADS = 2
 _SECOND_SESSION_BYTES = 64 * 2**20
-_KERNELS = (TowerSession, ImageTowerSession, DrawingSession)
+_KERNELS = (ReadingSession, DrawingSession)
 _CLOSED = "this Grounder is closed"
 
 P = ParamSpec("P")
@@ -247,9 +247,7 @@ def _tower_opener(
                     bundle.check(name)
                 one, spec = replace(options, n_threads=1), bundle.spec
                 vision, encoder = (
-                    each.session.alone()
-                    if isinstance(each.session, TowerSession | ImageTowerSession)
-                    else opener.open(name, one).session
+                    each.session.alone() if isinstance(each.session, ReadingSession) else opener.open(name, one).session
                     for each, name in zip(graphs, (names[0], spec.segmenter.graphs.encoder), strict=True)
                 )
                 opened.append(Towers(vision=vision, encoder=encoder, n_cores=n_cores))

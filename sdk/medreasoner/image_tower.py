@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from medreasoner import ops
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError, ProviderError
-from medreasoner.kernel_session import KernelSession, multiplies_integers
+from medreasoner.kernel_session import ReadingSession, multiplies_integers
 from medreasoner.kernel_spec import ImageTowerSpec
 from medreasoner.reasoner.stored import check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
@@ -26,15 +26,8 @@ __all__ = ["ImageTowerSession", "load_image_tower"]
 _COLOURS = 3
 
 
-class ImageTowerSession(KernelSession):
-    """A `Session` of the image encoder, from any number of threads; with `alone`, each keeps to its own core."""
-
-    def __init__(self, kernel: ops.ImageEncoder, *, products: str, alone: bool = False) -> None:
-        self._kernel, self._alone, self.products = kernel, alone, products
-
-    def alone(self) -> "ImageTowerSession":
-        """The same weights for callers that run side by side."""
-        return ImageTowerSession(self._kernel, products=self.products, alone=True)
+class ImageTowerSession(ReadingSession[ops.ImageEncoder]):
+    """A `Session` of the image encoder."""
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """``image_embedding`` (batch, channels, grid, grid) float32 of ``pixel_values``.

@@ -1,7 +1,7 @@
 """Sessions in the place of a graph that a kernel of ours runs without ONNX Runtime."""
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,9 @@ from medreasoner.kernel_spec import DrawingSpec, ImageTowerSpec, TowerSpec
 from medreasoner.providers import CPU
 from medreasoner.session import Buffer
 
-__all__ = ["HostBuffer", "KernelSession", "multiplies_integers", "runs_without_graph"]
+__all__ = ["HostBuffer", "KernelSession", "ReadingSession", "multiplies_integers", "runs_without_graph"]
+
+Kernel = TypeVar("Kernel")
 
 
 def runs_without_graph(weights: TowerSpec | ImageTowerSpec | DrawingSpec | None) -> bool:
@@ -71,3 +73,14 @@ class KernelSession:
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The graph's outputs."""
         raise NotImplementedError
+
+
+class ReadingSession(KernelSession, Generic[Kernel]):
+    """A kernel that reads images, for any number of threads; with `alone`, each keeps to its own core."""
+
+    def __init__(self, kernel: Kernel, *, products: str, alone: bool = False) -> None:
+        self._kernel, self._alone, self.products = kernel, alone, products
+
+    def alone(self) -> Self:
+        """The same weights for callers that run side by side."""
+        return type(self)(self._kernel, products=self.products, alone=True)

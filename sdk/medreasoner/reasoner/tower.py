@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from medreasoner import ops
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError, ProviderError
-from medreasoner.kernel_session import KernelSession, multiplies_integers
+from medreasoner.kernel_session import ReadingSession, multiplies_integers
 from medreasoner.kernel_spec import TowerSpec
 from medreasoner.reasoner.stored import StoredTensor, check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
@@ -27,15 +27,8 @@ _LAYER_MATRICES = ("qkv", "output", "gate", "up", "down")
 _LAYER_VECTORS = ("norm", "qkv_bias", "output_bias", "mlp_norm", "gate_bias", "up_bias", "down_bias")
 
 
-class TowerSession(KernelSession):
-    """A `Session` of the vision tower, from any number of threads; with `alone`, each keeps to its own core."""
-
-    def __init__(self, kernel: ops.VisionTower, *, products: str, alone: bool = False) -> None:
-        self._kernel, self._alone, self.products = kernel, alone, products
-
-    def alone(self) -> "TowerSession":
-        """The same weights for callers that run side by side."""
-        return TowerSession(self._kernel, products=self.products, alone=True)
+class TowerSession(ReadingSession[ops.VisionTower]):
+    """A `Session` of the vision tower."""
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """``image_embeds`` (batch, n_tokens, hidden_dim) float32 of the graph's inputs.
