@@ -29,20 +29,18 @@ def input_ranges(path: Path, feeds: Iterable[Mapping[str, Array]]) -> dict[str, 
     Parameters
     ----------
     path
-        A graph of a bundle with its weights inside.
+        A graph of a bundle.
     feeds
         Inputs of the graph, one run each.
 
     Raises
     ------
     BundleError
-        If there is no input, a number is not finite, or the weights lie beside the graph.
+        If there is no input, or a number is not finite.
     """
     ort = require("onnxruntime", extra="cpu", feature="Calibration")
     model = onnx.load(str(path), load_external_data=False)
     stored = StoredWeights(model, path)
-    if stored.are_outside:
-        raise BundleError(f"{path}: weights beside the graph cannot be calibrated yet; build with fp16")
     products = [
         node
         for node in model.graph.node
@@ -52,7 +50,9 @@ def input_ranges(path: Path, feeds: Iterable[Mapping[str, Array]]) -> dict[str, 
     if not names:
         raise BundleError(f"{path.name}: it has no product with weights that eight bits could compute")
     model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    settings = ort.SessionOptions()  # the weights beside it are found from the folder of the graph
+    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    session = ort.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
     ranges = dict.fromkeys(names, 0.0)
     count = 0
     for count, feed in enumerate(feeds, 1):  # noqa: B007  # counted for the check below

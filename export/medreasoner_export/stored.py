@@ -99,11 +99,6 @@ class StoredWeights:
         return name in self and len(self._protos[self._casts.get(name, name)].dims) == 2
 
     @property
-    def are_outside(self) -> bool:
-        """Whether some lie in a file of their own."""
-        return any(each.data_location == onnx.TensorProto.EXTERNAL for each in self._protos.values())
-
-    @property
     def n_values(self) -> int:
         """Numbers in all of them; of a matrix in four bits the two that each byte holds."""
         return sum(
