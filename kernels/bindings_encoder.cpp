@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "given_weights.h"
 #include "image_encoder.h"
-#include "tile_store.h"
 #include "tiles.h"
 
 namespace {
@@ -17,11 +17,11 @@ namespace {
 constexpr int64_t kPair = 2 * kTile, kMostGrid = 256, kMostPatch = 64;
 
 // The weights, by names of our own, as tiles and floats, and the threads that run them.
-class EncoderOfImages {
+class EncoderOfImages : GivenWeights {
    public:
     EncoderOfImages(const std::string& dtype, const py::dict& weights, int64_t heads, int64_t patch, int64_t grid, const std::vector<int64_t>& windows,
                     float epsilon, bool pack, int n_threads)
-        : dtype_(dtype), given_(weights) {
+        : GivenWeights(dtype, weights) {
         require(has_tiles(), "this processor has no fast products of bfloat16");
         require(n_threads > 0 && n_threads <= 1024, "n_threads must be from 1 to 1024");
         require(patch > 0 && patch <= kMostPatch && grid > 0 && grid <= kMostGrid && grid % kTile == 0, "grid must be a multiple of 16 patches");
@@ -41,14 +41,13 @@ class EncoderOfImages {
         store_.reserve(all_bytes(windows));
         w_.patches = matrix("patches", s.patch_dim(), s.hidden);
         w_.patches_bias = vector("patches.bias", s.hidden);
-        const py::array_t<float> places = floats("places", s.places() * s.hidden);
-        w_.places.assign(places.data(), places.data() + places.size());
+        w_.places = vector("places", s.places() * s.hidden);
         for (size_t i = 0; i < windows.size(); ++i) add_layer(std::to_string(i) + ".", windows[i]);
         w_.narrow = matrix("narrow", s.hidden, s.out);
         w_.narrow_norm = norm("narrow_norm", s.out);
         for (int i = 0; i < 9; ++i) w_.neighbours[i] = matrix("neighbour." + std::to_string(i), s.out, s.out);
         w_.last_norm = norm("last_norm", s.out);
-        given_ = py::dict();
+        forget();
         encoder_ = std::make_unique<ImageEncoder>(w_, n_threads);
     }
 
@@ -95,17 +94,6 @@ class EncoderOfImages {
         w_.layers.push_back(layer);
     }
 
-    py::array array(const std::string& name) const {
-        require(given_.contains(name.c_str()), ("a weight is missing: " + name).c_str());
-        return given_[name.c_str()].cast<py::array>();
-    }
-
-    Matrix checked(const py::array& array, const std::string& name, int64_t rows, int64_t cols) const {
-        const Matrix view = view_matrix(array, dtype_);
-        require(view.rows == rows && view.cols == cols, (name + " does not fit the others").c_str());
-        return view;
-    }
-
     const uint16_t* matrix(const std::string& name, int64_t rows, int64_t cols) {
         const py::array kept = array(name);
         return store_.tiles(checked(kept, name, rows, cols), 1);
@@ -116,26 +104,9 @@ class EncoderOfImages {
         return store_.either(checked(kept, name, rows, cols), w_.is_packed);
     }
 
-    py::array_t<float> floats(const std::string& name, int64_t size) const {
-        const py::array given = array(name);
-        require(given.dtype().kind() == 'f', (name + " must be floats").c_str());
-        const auto found = py::array_t<float, py::array::c_style | py::array::forcecast>(given);
-        require(found.size() == size, (name + " does not fit the others").c_str());
-        return found;
-    }
-
-    const float* vector(const std::string& name, int64_t size) {
-        const py::array_t<float> found = floats(name, size);
-        return vectors_.emplace_back(found.data(), found.data() + size).data();
-    }
-
     ScaleAndBias norm(const std::string& name, int64_t size) { return {vector(name + ".scale", size), vector(name + ".bias", size)}; }
 
-    std::string dtype_;
-    py::dict given_;
     EncoderWeights w_;
-    std::vector<std::vector<float>> vectors_;  // whose numbers stay where they are when more are added
-    TileStore store_;
     std::unique_ptr<ImageEncoder> encoder_;
 };
 

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include "given_weights.h"
 #include "mask_decoder.h"
-#include "tile_store.h"
 #include "tiles.h"
 
 namespace {
@@ -18,12 +18,12 @@ namespace {
 constexpr int64_t kPair = 2 * kTile, kMostHeads = 64, kMostLayers = 64, kMostGrid = 4096;
 
 // The weights, by their names in transformers' SamModel, as tiles and floats.
-class PromptDecoder {
+class PromptDecoder : GivenWeights {
    public:
     PromptDecoder(const std::string& dtype, const py::dict& weights, int64_t heads, int64_t grid, float image_size,
                   int64_t n_layers, int64_t iou_depth, int64_t first_mask, int64_t n_masks, float epsilon,
                   float prompt_epsilon)
-        : dtype_(dtype), given_(weights) {
+        : GivenWeights(dtype, weights) {
         require(has_tiles(), "this processor has no fast products of bfloat16");
         MaskShape& s = w_.shape;
         const py::array q = array("mask_decoder.transformer.final_attn_token_to_image.q_proj.weight");
@@ -55,7 +55,7 @@ class PromptDecoder {
         w_.scores = small_network("mask_decoder.iou_prediction_head.", iou_depth);
         require(first_mask >= 0 && n_masks > 0 && first_mask + n_masks <= w_.scores.back().out && first_mask + n_masks < w_.n_learned,
                 "there are not so many masks");
-        given_ = py::dict();
+        forget();
         decoder_ = std::make_unique<MaskDecoder>(w_);
     }
 
@@ -85,11 +85,6 @@ class PromptDecoder {
     }
 
    private:
-    py::array array(const std::string& name) const {
-        require(given_.contains(name.c_str()), ("a weight is missing: " + name).c_str());
-        return given_[name.c_str()].cast<py::array>();
-    }
-
     // (heads, rows, cols) or (rows, cols), as tiles, head by head; columns are filled up to pairs of panels.
     const uint16_t* matrices(const std::string& name, int64_t rows, int64_t cols, int64_t n = 1) {
         const py::array found = array(name);
@@ -109,24 +104,15 @@ class PromptDecoder {
         return kept;
     }
 
-    // As floats, filled up with zeros to a multiple of 32.
-    const float* vector(const std::string& name, int64_t size) {
-        const auto found = py::array_t<float, py::array::c_style | py::array::forcecast>(array(name));
-        require(found.size() == size, (name + " does not fit the others").c_str());
-        std::vector<float>& kept = vectors_.emplace_back(found.data(), found.data() + size);
-        kept.resize(static_cast<size_t>(up_to(size, kPair)), 0.f);
-        return kept.data();
-    }
-
     // A matrix that is read as floats.
     const float* numbers(const std::string& name, int64_t rows, int64_t cols) {
-        const Matrix view = view_matrix(array(name), dtype_);
-        require(view.rows == rows && view.cols == cols, (name + " does not fit the others").c_str());
-        std::vector<float>& kept = vectors_.emplace_back(static_cast<size_t>(rows * cols));
+        const py::array given = array(name);
+        const Matrix view = checked(given, name, rows, cols);
+        float* const kept = room(rows * cols);
         std::vector<int64_t> ids(static_cast<size_t>(rows));
         for (int64_t i = 0; i < rows; ++i) ids[static_cast<size_t>(i)] = i;
-        gather_rows(view, ids.data(), rows, kept.data());
-        return kept.data();
+        gather_rows(view, ids.data(), rows, kept);
+        return kept;
     }
 
     Linear linear(const std::string& name, int64_t in, int64_t out, bool has_bias = true) {
@@ -214,11 +200,7 @@ class PromptDecoder {
                   numbers(name + "conv3.weight", d, c), vector(name + "conv3.bias", c)};
     }
 
-    std::string dtype_;
-    py::dict given_;
     MaskWeights w_;
-    TileStore store_;
-    std::vector<std::vector<float>> vectors_;
     std::unique_ptr<MaskDecoder> decoder_;
 };
 

@@ -218,7 +218,7 @@ def _multiply_integers(source: Path, section: dict[str, Any]) -> None:
 
 
 def _multiply_tiles(parts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Say so in both sections."""
+    """Say so of whatever of both sections has a kernel."""
     found = [parts[part]["section"].get(key) for part in ("reasoner", "segmenter") for key in ("tower", "drawing")]
     if not any(found):
         raise BundleError(
@@ -233,12 +233,12 @@ def _multiply_tiles(parts: Mapping[str, Mapping[str, Any]]) -> None:
 def _multiply_bytes(parts: Mapping[str, Mapping[str, Any]]) -> None:
     """Say so of both towers, where their rows divide into blocks."""
     reasoner, segmenter = (parts[part]["section"] for part in ("reasoner", "segmenter"))
-    found = []
+    sizes = []  # of each tower those that are rounded in blocks
     if tower := reasoner.get("tower"):
-        width = tower["n_heads"] * reasoner["vision"]["head_dim"]
-        found += [tower] * (not any(size % STEP_BLOCK for size in (width, reasoner["hidden_dim"])))
+        sizes.append((tower, (tower["n_heads"] * reasoner["vision"]["head_dim"], reasoner["hidden_dim"])))
     if tower := segmenter.get("tower"):
-        found += [tower] * (not any(tower[key] % STEP_BLOCK for key in ("hidden_dim", "mlp_dim")))
+        sizes.append((tower, (tower["hidden_dim"], tower["mlp_dim"])))
+    found = [tower for tower, own in sizes if not any(size % STEP_BLOCK for size in own)]
     if not found:
         raise BundleError(
             "images in eight bits are for vision towers of Qwen2.5-VL and image encoders of SAM in fp32 or fp16, whose "

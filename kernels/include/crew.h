@@ -62,4 +62,21 @@ class Crew {
     int64_t process_;
 };
 
+// A crew for any number of callers.
+class SharedCrew {
+   public:
+    explicit SharedCrew(int n_threads) : crew_(n_threads) {}
+
+    // Calls work(crew) with all threads, or with this one `alone`, as it is anyhow where the others work for another caller.
+    template <class Work>
+    void run(bool alone, const Work& work) {
+        std::unique_lock<std::mutex> turn(crew_.turn(), std::defer_lock);
+        if (!alone) (void)turn.try_lock();
+        work(turn ? crew_ : alone_);
+    }
+
+   private:
+    Crew crew_, alone_{1};
+};
+
 }  // namespace medreasoner

@@ -4,10 +4,10 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "crew.h"
+#include "rooms.h"
 #include "tiles.h"
 
 namespace medreasoner {
@@ -53,7 +53,7 @@ struct EncoderWeights {
     bool is_packed;  // the layers' matrices
     const uint16_t* patches;  // (patch_dim, hidden)
     const float* patches_bias;
-    std::vector<float> places;  // (places, hidden), what is added for each
+    const float* places;  // (places, hidden), what is added for each
     std::vector<EncoderLayer> layers;
     const uint16_t* narrow;  // (hidden, out)
     ScaleAndBias narrow_norm;
@@ -76,14 +76,13 @@ class ImageEncoder {
     // Needs has_tiles(). The weights stay the caller's.
     ImageEncoder(const EncoderWeights& weights, int n_threads) : weights_(weights), crew_(n_threads) {}
 
-    // By all threads, or by this one `alone`, as where the others work for another caller.
+    // By all threads, or by this one `alone`.
     void run(const float* pixels, bool alone, float* out);
 
    private:
     const EncoderWeights& weights_;
-    Crew crew_, alone_{1};
-    std::mutex door_;
-    std::vector<std::unique_ptr<EncoderRoom>> idle_;
+    SharedCrew crew_;
+    Rooms<EncoderRoom> rooms_{4};
 };
 
 }  // namespace medreasoner

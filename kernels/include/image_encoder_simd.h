@@ -1,10 +1,9 @@
 // The body of image_encoder.cpp, behind tiles_simd.h.
 
 #include "inputs_simd.h"
+#include "parts_simd.h"
 
-constexpr int64_t kMostTilesAtOnce = 6;   // of rows: with what is worked out between they must fit the second cache
-constexpr int64_t kQueries = 12 * kTile;  // that share one packing of keys and values
-constexpr float kNeckEpsilon = 1e-6f;     // in SAM's code, not in a configuration
+constexpr float kNeckEpsilon = 1e-6f;  // in SAM's code, not in a configuration
 
 // What a thread needs.
 struct Scratch {
@@ -37,19 +36,17 @@ class Reader final : public EncoderRoom {
         : w_(weights),
           s_(weights.shape),
           n_threads_(n_threads),
-          n_tiles_(s_.places() / kTile),
+          parts_(s_.places() / kTile, n_threads),
           residual_(s_.places() * s_.hidden),
           qkv_((s_.places() + 1) * 3 * s_.hidden),  // a head's last tile reads beyond it
           attended_(s_.places() * s_.hidden),
           framed_((s_.grid + 2) * (s_.grid + 2) * s_.out) {
-        n_parts_ = std::min<int64_t>(n_tiles_, std::max<int64_t>(2 * n_threads, up_to(n_tiles_, kMostTilesAtOnce) / kMostTilesAtOnce));
         int64_t most_keys = 0, widest = 0;
         for (const EncoderLayer& layer : w_.layers) {
             widest = std::max(widest, layer.window);
             most_keys = std::max(most_keys, layer.window * layer.window);
         }
-        const int64_t rows = (n_tiles_ + n_parts_ - 1) / n_parts_ * kTile;
-        for (int i = 0; i < n_threads; ++i) scratch_.push_back(std::make_unique<Scratch>(s_, w_.is_packed, rows, most_keys, widest));
+        for (int i = 0; i < n_threads; ++i) scratch_.push_back(std::make_unique<Scratch>(s_, w_.is_packed, parts_.most_rows(), most_keys, widest));
     }
 
     int n_threads() const override { return n_threads_; }
@@ -74,15 +71,10 @@ class Reader final : public EncoderRoom {
    private:
     Scratch& scratch(int who) const { return *scratch_[static_cast<size_t>(who)]; }
 
-    // Calls work(first tile, tiles, scratch) for parts of the places that are nearly equal.
+    // Calls work(first tile, tiles, scratch) for parts of the places.
     template <class Work>
     void each_part(const Work& work) {
-        crew_->each(n_parts_, [&](int64_t part, int who) MR_TARGET {
-            const int64_t first = part * n_tiles_ / n_parts_, end = (part + 1) * n_tiles_ / n_parts_;
-            configure();
-            work(first, end - first, scratch(who));
-            release();
-        });
+        parts_.each(*crew_, [&](int64_t first, int64_t n, int who) MR_TARGET { work(first, n, scratch(who)); });
     }
 
     float* row(int64_t tile) const { return residual_.get() + tile * kTile * s_.hidden; }
@@ -103,7 +95,7 @@ class Reader final : public EncoderRoom {
         }
         float* const x = row(first);
         product(own.halves.get(), width, n, w_.patches, s_.patch_dim(), s_.hidden, x, s_.hidden, false);
-        const float* const places = w_.places.data() + first * kTile * s_.hidden;
+        const float* const places = w_.places + first * kTile * s_.hidden;
         for (int64_t i = 0; i < n * kTile * s_.hidden; i += MR_LANES) {
             save(load_float(x + i) + load_float(w_.patches_bias + i % s_.hidden) + load_float(places + i), x + i);
         }
@@ -316,7 +308,7 @@ class Reader final : public EncoderRoom {
     const EncoderShape& s_;
     Crew* crew_ = nullptr;
     int n_threads_;
-    int64_t n_tiles_, n_parts_ = 1;
+    Parts parts_;
     Numbers<float> residual_;
     Numbers<Half> qkv_, attended_, framed_;
     std::vector<std::unique_ptr<Scratch>> scratch_;

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <memory>
-#include <mutex>
 #include <vector>
+
+#include "rooms.h"
 
 namespace medreasoner {
 
@@ -114,8 +116,7 @@ class MaskDecoder {
 
    private:
     const MaskWeights& weights_;
-    std::mutex door_;
-    std::vector<std::unique_ptr<MaskRoom>> idle_;
+    Rooms<MaskRoom> rooms_{std::numeric_limits<size_t>::max()};
 };
 
 }  // namespace medreasoner

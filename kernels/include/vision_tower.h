@@ -3,10 +3,10 @@
 
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "crew.h"
+#include "rooms.h"
 #include "tiles.h"
 
 namespace medreasoner {
@@ -74,17 +74,13 @@ class Tower {
     // Needs has_tiles(). The weights stay the caller's.
     Tower(const TowerWeights& weights, int n_threads) : weights_(weights), crew_(n_threads) {}
 
-    // By all threads, or by this one `alone`, as where the others work for another caller.
+    // By all threads, or by this one `alone`.
     void run(const TowerImage& image, bool alone, float* out);
 
    private:
-    std::unique_ptr<TowerRoom> room(int64_t n_patches, int n_threads);
-    void keep(std::unique_ptr<TowerRoom> room);
-
     const TowerWeights& weights_;
-    Crew crew_, alone_{1};
-    std::mutex door_;
-    std::vector<std::unique_ptr<TowerRoom>> idle_;
+    SharedCrew crew_;
+    Rooms<TowerRoom> rooms_{4};  // of the sizes of image that were asked for last
 };
 
 }  // namespace medreasoner

@@ -1,9 +1,7 @@
 // The body of vision_tower.cpp, behind tiles_simd.h.
 
 #include "inputs_simd.h"
-
-constexpr int64_t kMostTilesAtOnce = 6;   // of rows: with what is worked out between they must fit the second cache
-constexpr int64_t kQueries = 12 * kTile;  // that share one packing of keys and values
+#include "parts_simd.h"
 
 // Keys and values of one head and group of patches as tiles, and what is made of some queries with them.
 struct Attention {
@@ -44,16 +42,15 @@ class Workshop final : public TowerRoom {
           n_patches_(n_patches),
           n_threads_(n_threads),
           n_tiles_(up_to(n_patches, kTile) / kTile),
+          parts_(n_tiles_, n_threads),
           n_token_tiles_(up_to(n_patches / s_.merged, kTile) / kTile),
           residual_(n_tiles_ * kTile * s_.hidden),
           qkv_((n_tiles_ + 1) * kTile * 3 * s_.hidden),  // a tile that starts at the last row reads beyond it
           attended_(std::max(n_tiles_, n_token_tiles_ * s_.merged) * kTile * s_.hidden),
           sums_(n_token_tiles_ * kTile * std::max(s_.wide(), s_.out)) {
-        n_parts_ = std::min<int64_t>(n_tiles_, std::max<int64_t>(2 * n_threads, up_to(n_tiles_, kMostTilesAtOnce) / kMostTilesAtOnce));
-        const int64_t rows = (n_tiles_ + n_parts_ - 1) / n_parts_ * kTile;
         const int64_t most_tokens = (n_token_tiles_ + n_threads - 1) / n_threads * kTile;
         for (int i = 0; i < n_threads; ++i) {
-            scratch_.push_back(std::make_unique<Scratch>(w_, rows, n_patches));
+            scratch_.push_back(std::make_unique<Scratch>(w_, parts_.most_rows(), n_patches));
             tokens_.push_back(std::make_unique<Inputs>(w_.is_packed, most_tokens, s_.wide()));
         }
     }
@@ -73,23 +70,20 @@ class Workshop final : public TowerRoom {
         }
         each_part([&](int64_t first, int64_t n, Scratch& own) MR_TARGET {
             finish_layer(w_.layers.back(), first, n, own);
-            normalise_rows(first, n, w_.layers.back().down_bias, w_.last_norm, [&](int64_t i, int64_t j, VecF v) MR_TARGET {
-                narrow_to(v, attended_.get() + (first * kTile + i) * s_.hidden + j);
-            });
+            float* const line = own.normed.line();
+            for (int64_t i = first * kTile; i < (first + n) * kTile; ++i) {
+                normalise_row(i, w_.layers.back().down_bias, w_.last_norm, line);
+                for (int64_t j = 0; j < s_.hidden; j += MR_LANES) narrow_to(load_float(line + j), attended_.get() + i * s_.hidden + j);
+            }
         });
         merge(out);
     }
 
    private:
-    // Calls work(first tile, tiles, scratch) for parts of the rows that are nearly equal.
+    // Calls work(first tile, tiles, scratch) for parts of the rows.
     template <class Work>
     void each_part(const Work& work) {
-        crew_->each(n_parts_, [&](int64_t part, int who) MR_TARGET {
-            const int64_t first = part * n_tiles_ / n_parts_, end = (part + 1) * n_tiles_ / n_parts_;
-            configure();
-            work(first, end - first, *scratch_[static_cast<size_t>(who)]);
-            release();
-        });
+        parts_.each(*crew_, [&](int64_t first, int64_t n, int who) MR_TARGET { work(first, n, *scratch_[static_cast<size_t>(who)]); });
     }
 
     float* row(int64_t tile) const { return residual_.get() + tile * kTile * s_.hidden; }
@@ -109,32 +103,27 @@ class Workshop final : public TowerRoom {
         product(own.patches.get(), width, n, w_.patches, s_.patch_dim, s_.hidden, row(first), s_.hidden, false);
     }
 
-    // Adds a bias to the residual, and puts its norm: put(row, column, 16 numbers).
-    template <class Put>
-    MR_TARGET void normalise_rows(int64_t first, int64_t n, const float* bias, const float* scale, const Put& put) {
-        for (int64_t i = 0; i < n * kTile; ++i) {
-            float* const x = row(first) + i * s_.hidden;
-            VecF squares = VecF{};
-            for (int64_t j = 0; j < s_.hidden; j += MR_LANES) {
-                VecF v = load_float(x + j);
-                if (bias) {
-                    v += load_float(bias + j);
-                    save(v, x + j);
-                }
-                squares += v * v;
+    // Adds a bias to a row of the residual, if there is one, and gives its norm.
+    MR_TARGET void normalise_row(int64_t i, const float* bias, const float* scale, float* to) {
+        float* const x = residual_.get() + i * s_.hidden;
+        VecF squares = VecF{};
+        for (int64_t j = 0; j < s_.hidden; j += MR_LANES) {
+            VecF v = load_float(x + j);
+            if (bias) {
+                v += load_float(bias + j);
+                save(v, x + j);
             }
-            const float factor = 1.f / std::sqrt(sum(squares) / static_cast<float>(s_.hidden) + s_.epsilon);
-            for (int64_t j = 0; j < s_.hidden; j += MR_LANES) {
-                put(i, j, load_float(x + j) * factor * load_float(scale + j));
-            }
+            squares += v * v;
         }
+        const float factor = 1.f / std::sqrt(sum(squares) / static_cast<float>(s_.hidden) + s_.epsilon);
+        for (int64_t j = 0; j < s_.hidden; j += MR_LANES) save(load_float(x + j) * factor * load_float(scale + j), to + j);
     }
 
     MR_TARGET void normalise_into(const Inputs& to, int64_t first, int64_t n, const float* bias, const float* scale) {
-        normalise_rows(first, n, bias, scale, [&](int64_t i, int64_t j, VecF v) MR_TARGET {
-            save(v, to.line() + j);
-            if (j + MR_LANES == s_.hidden) to.put(i, s_.hidden);
-        });
+        for (int64_t i = 0; i < n * kTile; ++i) {
+            normalise_row(first * kTile + i, bias, scale, to.line());
+            to.put(i, s_.hidden);
+        }
     }
 
     MR_TARGET void begin_layer(const TowerLayer& layer, const float* bias, int64_t first, int64_t n, Scratch& own) {
@@ -292,7 +281,9 @@ class Workshop final : public TowerRoom {
     Crew* crew_ = nullptr;
     int64_t n_patches_;
     int n_threads_;
-    int64_t n_tiles_, n_token_tiles_, n_parts_ = 1;
+    int64_t n_tiles_;
+    Parts parts_;
+    int64_t n_token_tiles_;
     Numbers<float> residual_;
     Numbers<Half> qkv_, attended_;  // the patches' last norms, too, are where they attended
     std::vector<std::unique_ptr<Inputs>> tokens_;

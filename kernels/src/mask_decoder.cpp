@@ -20,24 +20,21 @@
 #endif
 
 namespace medreasoner {
+namespace {
+
+#ifdef MR_HAS_TILES
+std::unique_ptr<MaskRoom> room_for(const MaskWeights& weights) { return MR_ON_ROAD(make_room(weights)); }
+#else
+std::unique_ptr<MaskRoom> room_for(const MaskWeights&) { throw std::invalid_argument("this build has no kernel for tiles"); }
+#endif
+
+}  // namespace
 
 void MaskDecoder::run(const MaskPrompt* prompts, int64_t n) {
-    std::unique_ptr<MaskRoom> room;
-    {
-        const std::lock_guard<std::mutex> lock(door_);
-        if (!idle_.empty()) {
-            room = std::move(idle_.back());
-            idle_.pop_back();
-        }
-    }
-#ifdef MR_HAS_TILES
-    if (!room) room = MR_ON_ROAD(make_room(weights_));
-#else
-    if (!room) throw std::invalid_argument("this build has no kernel for tiles");
-#endif
-    for (int64_t i = 0; i < n; ++i) room->run(prompts[i]);
-    const std::lock_guard<std::mutex> lock(door_);
-    idle_.push_back(std::move(room));
+    rooms_.with([](const MaskRoom&) { return true; }, [&] { return room_for(weights_); },
+                [&](MaskRoom& room) {
+                    for (int64_t i = 0; i < n; ++i) room.run(prompts[i]);
+                });
 }
 
 }  // namespace medreasoner

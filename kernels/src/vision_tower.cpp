@@ -23,40 +23,24 @@
 namespace medreasoner {
 namespace {
 
-constexpr size_t kMostIdle = 4;  // rooms: of the sizes of image that were asked for last
+#ifdef MR_HAS_TILES
+std::unique_ptr<TowerRoom> room_for(const TowerWeights& weights, int64_t n_patches, int n_threads) {
+    return MR_ON_ROAD(make_room(weights, n_patches, n_threads));
+}
+#else
+std::unique_ptr<TowerRoom> room_for(const TowerWeights&, int64_t, int) {
+    throw std::invalid_argument("this build has no kernel for tiles");
+}
+#endif
 
 }  // namespace
 
 void Tower::run(const TowerImage& image, bool alone, float* out) {
-    std::unique_lock<std::mutex> turn(crew_.turn(), std::defer_lock);
-    if (!alone) (void)turn.try_lock();
-    Crew& crew = turn ? crew_ : alone_;
-    std::unique_ptr<TowerRoom> own = room(image.n_patches, crew.n_threads());
-    own->run(image, crew, out);
-    keep(std::move(own));
-}
-
-std::unique_ptr<TowerRoom> Tower::room(int64_t n_patches, int n_threads) {
-    {
-        const std::lock_guard<std::mutex> lock(door_);
-        for (auto each = idle_.begin(); each != idle_.end(); ++each) {
-            if (!(*each)->fits(n_patches, n_threads)) continue;
-            std::unique_ptr<TowerRoom> found = std::move(*each);
-            idle_.erase(each);
-            return found;
-        }
-    }
-#ifdef MR_HAS_TILES
-    return MR_ON_ROAD(make_room(weights_, n_patches, n_threads));
-#else
-    throw std::invalid_argument("this build has no kernel for tiles");
-#endif
-}
-
-void Tower::keep(std::unique_ptr<TowerRoom> room) {
-    const std::lock_guard<std::mutex> lock(door_);
-    idle_.insert(idle_.begin(), std::move(room));
-    if (idle_.size() > kMostIdle) idle_.pop_back();
+    crew_.run(alone, [&](Crew& crew) {
+        rooms_.with([&](const TowerRoom& room) { return room.fits(image.n_patches, crew.n_threads()); },
+                    [&] { return room_for(weights_, image.n_patches, crew.n_threads()); },
+                    [&](TowerRoom& room) { room.run(image, crew, out); });
+    });
 }
 
 }  // namespace medreasoner

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from medreasoner import ops
 from medreasoner._text import one_line
-from medreasoner.errors import BundleError, ProviderError
-from medreasoner.kernel_session import KernelSession
+from medreasoner.errors import BundleError
+from medreasoner.kernel_session import KernelSession, running
 from medreasoner.kernel_spec import DrawingSpec
 from medreasoner.reasoner.stored import check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
@@ -40,12 +40,10 @@ class DrawingSession(KernelSession):
         ProviderError
             If they do not fit the weights.
         """
-        try:
+        with running("the mask decoder"):
             logits, scores = self._kernel.run(
                 *(np.ascontiguousarray(inputs[name]) for name in ("image_embedding", "points", "labels"))
             )
-        except (ValueError, TypeError) as err:
-            raise ProviderError(f"the mask decoder's kernel failed: {one_line(err)}") from err
         return {"mask_logits": logits, "predicted_iou": scores}
 
 

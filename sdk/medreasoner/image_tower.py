@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from medreasoner import ops
 from medreasoner._text import one_line
-from medreasoner.errors import BundleError, ProviderError
-from medreasoner.kernel_session import ReadingSession, multiplies_integers
-from medreasoner.kernel_spec import ImageTowerSpec
+from medreasoner.errors import BundleError
+from medreasoner.kernel_session import ReadingSession, multiplies_integers, running
+from medreasoner.kernel_spec import ImageTowerSpec, WeightDtype
 from medreasoner.reasoner.stored import check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
 from medreasoner.spec import SegmenterSpec
@@ -37,10 +37,8 @@ class ImageTowerSession(ReadingSession[ops.ImageEncoder]):
         ProviderError
             If they do not fit the weights.
         """
-        try:
+        with running("the image encoder"):
             embedding = self._kernel.run(np.ascontiguousarray(inputs["pixel_values"]), self._alone)
-        except (ValueError, TypeError) as err:
-            raise ProviderError(f"the image encoder's kernel failed: {one_line(err)}") from err
         return {"image_embedding": embedding}
 
 
@@ -119,13 +117,14 @@ def _norm(name: str, size: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield f"{name}.bias", (size,)
 
 
-def _as_matrices(weights: dict[str, NDArray[Any]], windows: list[int], dtype: str) -> dict[str, NDArray[Any]]:
+def _as_matrices(weights: dict[str, NDArray[Any]], windows: list[int], dtype: WeightDtype) -> dict[str, NDArray[Any]]:
     """Kernels and tables as the matrices that they multiply with."""
     patches, neighbours = weights.pop("patches"), weights.pop("neighbours")
     weights["patches"] = np.ascontiguousarray(patches.reshape(len(patches), -1).T)
     for index in range(9):
         weights[f"neighbour.{index}"] = np.ascontiguousarray(neighbours[:, :, index // 3, index % 3].T)
-    weights["places"] = _as_floats(weights["places"], dtype)
+    (places,) = weights["places"]
+    weights["places"] = ops.gather_rows(places, dtype, np.arange(len(places)))
     for index, window in enumerate(windows):
         tables = [_by_distance(weights.pop(f"{index}.{axis}"), window) for axis in ("rows", "columns")]
         weights[f"{index}.offsets"] = np.concatenate(tables, axis=1)
@@ -138,9 +137,3 @@ def _by_distance(table: NDArray[Any], window: int) -> NDArray[Any]:
     found = np.zeros((table.shape[1], ops.distances(window)), table.dtype)
     found[:, : 2 * window - 1] = np.concatenate([before, behind]).T
     return found
-
-
-def _as_floats(stored: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "bfloat16":
-        return (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.astype(np.float32)

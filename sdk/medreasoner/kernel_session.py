@@ -1,17 +1,20 @@
 """Sessions in the place of a graph that a kernel of ours runs without ONNX Runtime."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner import ops
+from medreasoner._text import one_line
+from medreasoner.errors import ProviderError
 from medreasoner.kernel_spec import DrawingSpec, ImageTowerSpec, TowerSpec
 from medreasoner.providers import CPU
 from medreasoner.session import Buffer
 
-__all__ = ["HostBuffer", "KernelSession", "ReadingSession", "multiplies_integers", "runs_without_graph"]
+__all__ = ["HostBuffer", "KernelSession", "ReadingSession", "multiplies_integers", "running", "runs_without_graph"]
 
 Kernel = TypeVar("Kernel")
 
@@ -26,6 +29,15 @@ def runs_without_graph(weights: TowerSpec | ImageTowerSpec | DrawingSpec | None)
 def multiplies_integers(weights: TowerSpec | ImageTowerSpec | DrawingSpec) -> bool:
     """Whether a kernel's products are in eight bits here: where that was allowed, and no tiles do bfloat16 as fast."""
     return weights.products == "int8" and ops.has_tiles() and ops.tile_road() != "amx-bf16"
+
+
+@contextmanager
+def running(kernel: str) -> Iterator[None]:
+    """Inputs that a kernel refuses while it runs become a `ProviderError` that names it."""
+    try:
+        yield
+    except (ValueError, TypeError) as err:
+        raise ProviderError(f"{kernel}'s kernel failed: {one_line(err)}") from err
 
 
 class HostBuffer:

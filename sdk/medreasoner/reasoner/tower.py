@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medreasoner import ops
-from medreasoner._text import one_line
-from medreasoner.errors import BundleError, ProviderError
-from medreasoner.kernel_session import ReadingSession, multiplies_integers
+from medreasoner.errors import BundleError
+from medreasoner.kernel_session import ReadingSession, multiplies_integers, running
 from medreasoner.kernel_spec import TowerSpec
 from medreasoner.reasoner.stored import StoredTensor, check_size, stored_tensors
 from medreasoner.reasoner.weights import STORED
@@ -41,7 +40,7 @@ class TowerSession(ReadingSession[ops.VisionTower]):
         is_patch = inputs["window_bias"][:, 0, 0, :] > -1
         starts = np.zeros(len(is_patch) + 1, np.int64)
         np.cumsum(is_patch.sum(axis=1), out=starts[1:])
-        try:
+        with running("the vision tower"):
             embeds = self._kernel.run(
                 np.ascontiguousarray(inputs["patches"]),
                 inputs["rotary_cos"],
@@ -50,8 +49,6 @@ class TowerSession(ReadingSession[ops.VisionTower]):
                 starts,
                 self._alone,
             )
-        except (ValueError, TypeError) as err:
-            raise ProviderError(f"the vision tower's kernel failed: {one_line(err)}") from err
         return {"image_embeds": embeds}
 
 
