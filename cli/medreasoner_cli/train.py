@@ -131,6 +131,13 @@ def sft(
     heads_first: Annotated[
         int, typer.Option(min=0, help="Steps in which the read-outs that help training learn alone; with a --start.")
     ] = 0,
+    short_answers: Annotated[
+        bool,
+        typer.Option(
+            "--short-answers",
+            help="Give what is in every answer a token each, where the tokenizer of a --start has none.",
+        ),
+    ] = False,
     rate: RateOption = 1.0,
     without: Annotated[
         list[str] | None, typer.Option(metavar="SOURCE", help="Leave a source out, to measure on it; may be repeated.")
@@ -183,6 +190,7 @@ def sft(
             compiled=compiled,
             precision=precision,
             heads_first=heads_first,
+            short_answers=short_answers,
         )
     )
 

@@ -11,17 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import Qwen2_5_VLForConditionalGeneration, SamModel
 
 import medreasoner
 from medreasoner_cli.main import run
 from medreasoner_train import evaluate, pretrain, segmenter, sft, sft_data
+from medreasoner_train.checkpoint import load_weights
 from medreasoner_train.data import by_image, load_index, load_mask, load_pixels, split
-from medreasoner_train.language import load_phrasings
+from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE, load_phrasings
 from medreasoner_train.loop import LoopOptions
 from medreasoner_train.model import NanoConfig, tower
 from medreasoner_train.targets import box_of
+from medreasoner_train.tokenizer import train_tokenizer
+from medreasoner_train.vocabulary import with_wholes
 
 
 @pytest.fixture(autouse=True)
@@ -162,6 +166,48 @@ def test_sft_goes_on_with_its_own_tokenizer_whatever_became_of_the_questions(
     command("train", "sft", *arguments, "--steps", 2)
     kept = Tokenizer.from_file(str(tmp_path / "checkpoint" / "tokenizer.json"))
     assert kept.get_vocab() == tokenizer.get_vocab()
+
+
+def test_short_answers_grow_the_tokenizer_of_a_start_and_keep_all_that_it_knows(
+    grounding_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    long = train_tokenizer(["Where is the heart?", TEMPLATE, PRESENT, ABSENT] * 3, vocab_size=800, largest=252)
+    size = long.get_vocab_size()
+    monkeypatch.setattr(sft, "make_tokenizer", lambda *_: long)
+    arguments = ("--data", grounding_set, "--batch", 2, "--branches", 3, "--size", 84, "--steps", 1)
+    start = tmp_path / "long" / "checkpoint"
+    command("train", "sft", *arguments, "-o", start.parent)
+
+    tokenizer = with_wholes(Tokenizer.from_file(str(start / "tokenizer.json")))
+    model = sft._model(tokenizer)
+    load_weights(start, model, added=sft._added(start, tokenizer))
+    rows = model.get_input_embeddings().weight.detach()
+    known = load_file(start / "model.safetensors")["model.embed_tokens.weight"].float()
+    torch.testing.assert_close(rows[:size], known)
+    for token in range(size, tokenizer.get_vocab_size()):
+        ids = long.encode(tokenizer.id_to_token(token)).ids
+        assert len(ids) > 1
+        torch.testing.assert_close(rows[token], known[ids].mean(0))
+
+    command("train", "sft", *arguments, "-o", tmp_path / "short", "--start", start, "--short-answers")
+    made = Tokenizer.from_file(str(tmp_path / "short" / "checkpoint" / "tokenizer.json"))
+    assert made.get_vocab() == tokenizer.get_vocab() != long.get_vocab()
+
+    other = train_tokenizer(["Which organ pumps blood?", TEMPLATE, PRESENT, ABSENT] * 3, vocab_size=900, largest=252)
+    other.save(str(tmp_path / "other.json"))
+    refused = (
+        "train",
+        "sft",
+        *arguments,
+        "-o",
+        tmp_path / "x",
+        "--start",
+        start,
+        "--tokenizer",
+        tmp_path / "other.json",
+    )
+    assert run([str(each) for each in refused]) != 0
+    assert "other ids" in capfd.readouterr().err
 
 
 def test_segmenter_writes_a_checkpoint_that_transformers_and_export_take(grounding_set: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 
 from medreasoner.errors import BundleError
 from medreasoner.reasoner.prompt import load_tokenizer
-from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
-from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id, train_tokenizer
+from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE, fixed_texts
+from medreasoner_train.tokenizer import SPECIAL_TOKENS, add_wholes, token_id, train_tokenizer
 from medreasoner_train.vocabulary import Vocabulary
 
 TEXTS = ["Where is the heart? null [ ], ", ABSENT, PRESENT.replace("{{", "{")] * 3
@@ -51,6 +51,26 @@ def test_the_two_answers_part_at_one_token(tokenizer: Tokenizer, vocabulary: Voc
     assert tokenizer.decode(absent, skip_special_tokens=False) == ABSENT
 
 
+def test_what_every_answer_has_is_one_token_each(tokenizer: Tokenizer) -> None:
+    for text in fixed_texts():
+        assert len(tokenizer.encode(text).ids) == 1, text
+    assert (
+        len(tokenizer.encode(PRESENT.format(**dict.fromkeys(NAMES, 7))).ids) == 18
+    )  # eight numbers, the others between
+    assert len(tokenizer.encode(ABSENT).ids) == 2
+    assert tokenizer.encode(TEMPLATE).tokens[-1].endswith("assistant\n")
+
+
+def test_wholes_come_behind_all_other_tokens_and_only_once() -> None:
+    plain = train_tokenizer(iter(TEXTS), vocab_size=600, largest=252)
+    before = plain.get_vocab()
+    new = add_wholes(plain, fixed_texts())
+    assert {ABSENT[ABSENT.index("null") :], '], "points_2": ['} <= set(new)
+    assert sorted(plain.token_to_id(text) for text in new) == list(range(len(before), len(before) + len(new)))
+    assert {name: plain.token_to_id(name) for name in before} == before
+    assert add_wholes(plain, fixed_texts()) == []
+
+
 @hypothesis.given(text=strategies.text(max_size=80))
 def test_any_text_comes_back(text: str, tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
@@ -59,10 +79,8 @@ def test_any_text_comes_back(text: str, tokenizer: Tokenizer) -> None:
 def test_special_tokens_are_single_and_the_prompt_holds_those_of_qwen(tokenizer: Tokenizer) -> None:
     for name in SPECIAL_TOKENS:
         assert tokenizer.encode(name).ids == [tokenizer.token_to_id(name)]
-    tokens = tokenizer.encode(TEMPLATE.format(image="<|image_pad|>", query="Where?")).tokens
-    assert [t for t in tokens if t.startswith("<|")] == re.findall(
-        r"<\|\w+\|>", TEMPLATE.format(image="<|image_pad|>", query="")
-    )
+    text = TEMPLATE.format(image="<|image_pad|>", query="Where?")
+    assert re.findall(r"<\|\w+\|>", "".join(tokenizer.encode(text).tokens)) == re.findall(r"<\|\w+\|>", text)
 
 
 def test_the_same_text_gives_the_same_tokenizer() -> None:

@@ -13,19 +13,11 @@ import torch
 from torch import Tensor
 
 from medreasoner_train.decoder import block_mask, language_pass, pack
-from medreasoner_train.language import PRESENT
 from medreasoner_train.loop import moved
 from medreasoner_train.model import tower
 from medreasoner_train.vocabulary import Vocabulary
 
 __all__ = ["answer"]
-
-
-def _spans(vocabulary: Vocabulary) -> list[list[int]]:
-    """Token ids before the first number, between the eight numbers, and after the last."""
-    names = ("x1", "y1", "x2", "y2", "p1x", "p1y", "p2x", "p2y")
-    text = PRESENT.format(**{name: "\0" for name in names})
-    return [vocabulary.tokenizer.encode(part).ids for part in text.split("\0")]
 
 
 @torch.no_grad()
@@ -55,8 +47,8 @@ def answer(
     language = model.model.language_model
     side = images.shape[-1] // (model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size)
     prefix, positions = vocabulary.prefix(side)
-    spans = _spans(vocabulary)
-    opening = spans[0][:-1]  # up to the choice between "[" and "null"
+    spans = vocabulary.spans
+    opening = spans[0][: spans[0].index(vocabulary.bracket)]  # up to the choice between "[" and "null"
     rows = [[[*vocabulary.prompt(query), *opening]] for query in queries]
     table = language.embed_tokens.weight
     device = table.device

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,14 @@ from medreasoner_train.model import NANO
 
 __all__ = ["load_weights", "read_settings", "save_like", "save_reasoner"]
 
+_BY_TOKEN = {"model.language_model.embed_tokens.weight", "lm_head.weight"}  # a row for each token
 
-def load_weights(folder: Path, model: Any) -> None:
+
+def load_weights(folder: Path, model: Any, *, added: Sequence[Sequence[int]] = ()) -> None:
     """Take the weights of a finished checkpoint, reasoner or segmenter, into a model of its sizes.
+
+    `added`: where a reasoner's vocabulary has grown behind the checkpoint's, for each new token those tokens that its text
+    had before; it begins as their mean.
 
     Raises
     ------
@@ -30,7 +35,12 @@ def load_weights(folder: Path, model: Any) -> None:
         own, found = type(model).from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
-        model.load_state_dict(own.state_dict())
+        state = own.state_dict()
+        if added:
+            for name in state.keys() & _BY_TOKEN:
+                rows = state[name]
+                state[name] = torch.cat([rows, torch.stack([rows[list(ids)].mean(0) for ids in added])])
+        model.load_state_dict(state)
     except Exception as err:  # transformers and safetensors raise many kinds for one cause
         raise BundleError(f"{folder}: not a finished checkpoint of these sizes ({one_line(err)})") from err
     if missing := sorted(found["missing_keys"]):

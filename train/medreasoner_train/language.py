@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -15,6 +17,8 @@ __all__ = [
     "TEMPLATE",
     "Phrasings",
     "answer_text",
+    "between_numbers",
+    "fixed_texts",
     "keys_by_category",
     "load_phrasings",
     "place_of",
@@ -90,6 +94,22 @@ def answer_text(geometry: npt.NDArray[np.float64] | None) -> str:
         return ABSENT
     names = ("x1", "y1", "x2", "y2", "p1x", "p1y", "p2x", "p2y")
     return PRESENT.format(**{name: int(value) for name, value in zip(names, geometry, strict=True)})
+
+
+def fixed_texts() -> list[str]:
+    """What is written alike every time: the end of a prompt, and an answer up to, between and behind its numbers.
+
+    Cut where the ways part: before the bracket of the first number, or the null of an absent target.
+    """
+    before, *between = between_numbers()
+    shared = os.path.commonprefix([before, ABSENT])
+    prompt = TEMPLATE.rpartition("<|im_end|>")[2]
+    return [prompt, shared, before[len(shared) :], ABSENT[len(shared) :], *dict.fromkeys(between)]
+
+
+def between_numbers() -> list[str]:
+    """What stands before, between and behind the eight numbers of an answer: nine texts."""
+    return re.split(r"\{[a-z\d]+\}", PRESENT.replace("{{", "{").replace("}}", "}"))
 
 
 def place_of(mask: npt.NDArray[np.bool_]) -> str:

@@ -74,7 +74,7 @@ class PackedPolicy:
         tokenizer = vocabulary.tokenizer
         self.vocabulary, self.size, self._token_side = vocabulary, size, token_side
         self.end = token_id(tokenizer, "<|im_end|>")
-        self.opening = {True: token_id(tokenizer, "<think>"), False: token_id(tokenizer, "<answer>")}
+        self.opening = {True: token_id(tokenizer, "<think>"), False: vocabulary.spans[0][0]}
         self._frozen, self._checkpointing = frozen_vision, checkpointing
 
     @classmethod

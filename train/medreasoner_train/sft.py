@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medreasoner.errors import BundleError
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import load_weights, save_reasoner
 from medreasoner_train.data import by_image, leave_out, load_index, split
@@ -29,7 +30,7 @@ from medreasoner_train.store import load_store
 from medreasoner_train.teacher import embed_queries
 from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id
 from medreasoner_train.validation import validate
-from medreasoner_train.vocabulary import Vocabulary, make_tokenizer
+from medreasoner_train.vocabulary import Vocabulary, make_tokenizer, with_wholes
 
 __all__ = [
     "LoopOptions",
@@ -191,6 +192,8 @@ class SftRun:
     `teacher` the folder of a sentence encoder; `without` the sources that it does not see. With a `precision` of
     ``"bf16"`` the passes are in mixed precision, twice as fast on a CPU with AMX or AVX512_BF16. Read-outs are not kept
     in a finished reasoner: for `heads_first` steps they alone learn, so that what starts at random disturbs nothing.
+    With `short_answers` a tokenizer of before gets one token for each text that every prompt and answer has, as new
+    ones have.
     """
 
     data: Path
@@ -206,6 +209,7 @@ class SftRun:
     vocab_size: int = 6144
     eval_every: int = 300
     heads_first: int = 0
+    short_answers: bool = False
 
 
 def run(settings: SftRun) -> None:
@@ -219,7 +223,7 @@ def run(settings: SftRun) -> None:
     heads = SftHeads(NANO.hidden_dim, len(data.categories), meaning_dim)
     dense_heads = DenseHeads(NANO.hidden_dim, len(data.categories))
     if settings.start is not None and settings.start.is_dir():
-        load_weights(settings.start, model)
+        load_weights(settings.start, model, added=_added(settings.start, tokenizer))
     elif settings.start is not None:
         load_modules(settings.start, {"visual": model.model.visual, "heads": dense_heads})
     passes = Passes()
@@ -277,9 +281,28 @@ def _tokenizer(settings: SftRun) -> Tokenizer:
     goes_on = kept.exists() and (begun is None or (settings.loop.out / "last.pt").exists())
     source = settings.tokenizer or (kept if goes_on else begun)
     tokenizer = make_tokenizer(settings.vocab_size, NANO.image_size) if source is None else load_tokenizer(str(source))
+    if settings.short_answers:
+        with_wholes(tokenizer)
     with appearing(kept) as beside:
         tokenizer.save(str(beside))
     return tokenizer
+
+
+def _added(start: Path, tokenizer: Tokenizer) -> list[list[int]]:
+    """What the tokens that a tokenizer has beyond that of a finished reasoner were written with before.
+
+    Raises
+    ------
+    BundleError
+        If it gives the reasoner's own tokens other ids.
+    """
+    old = load_tokenizer(str(start / "tokenizer.json"))
+    if not old.get_vocab().items() <= tokenizer.get_vocab().items():
+        raise BundleError(
+            f"{start}: its tokens have other ids in the tokenizer that was asked for; leave --tokenizer out"
+        )
+    new = range(old.get_vocab_size(), tokenizer.get_vocab_size())
+    return [old.encode(str(tokenizer.id_to_token(token)), add_special_tokens=False).ids for token in new]
 
 
 def _data(settings: SftRun, vocabulary: Vocabulary) -> tuple[SftData, SftData, int]:

@@ -1,12 +1,12 @@
 """nano's own tokenizer: byte-level BPE with Qwen's special tokens and one token for each integer coordinate."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from medreasoner.errors import BundleError
 
-__all__ = ["SPECIAL_TOKENS", "token_id", "train_tokenizer"]
+__all__ = ["SPECIAL_TOKENS", "add_wholes", "token_id", "train_tokenizer"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -57,6 +57,16 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, largest: int) -> T
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens([AddedToken(str(value), normalized=False) for value in range(largest + 1)])
     return tokenizer
+
+
+def add_wholes(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Give texts that are always written alike a token each, behind all others; returns those that had none.
+
+    What has one token already, in whatever way, stays as it is.
+    """
+    new = [text for text in texts if len(tokenizer.encode(text).ids) > 1]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in new])
+    return new
 
 
 def token_id(tokenizer: Tokenizer, name: str) -> int:

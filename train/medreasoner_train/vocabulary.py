@@ -1,6 +1,7 @@
 """The token ids that training and its validation need by name."""
 
 import copy
+import os
 from itertools import chain
 
 import torch
@@ -8,22 +9,31 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from medreasoner_train.decoder import prefix_positions
-from medreasoner_train.language import TEMPLATE, load_phrasings, texts
+from medreasoner_train.language import ABSENT, TEMPLATE, between_numbers, fixed_texts, load_phrasings, texts
 from medreasoner_train.model import NANO
 from medreasoner_train.spatial import template_texts
-from medreasoner_train.tokenizer import token_id, train_tokenizer
+from medreasoner_train.tokenizer import add_wholes, token_id, train_tokenizer
 
-__all__ = ["Vocabulary", "make_tokenizer"]
+__all__ = ["Vocabulary", "make_tokenizer", "with_wholes"]
+
+N_WHOLES = len(fixed_texts())  # at most
 
 
 class Vocabulary:
-    """The token ids that training needs by name."""
+    """The token ids that training needs by name.
+
+    spans : token ids before the first number of an answer, between the eight numbers, and after the last; absent : those
+    of the answer that there is nothing; bracket, null : where the two part.
+    """
 
     def __init__(self, tokenizer: Tokenizer, largest: int) -> None:
         self.tokenizer = tokenizer
         self.image, self.pad = token_id(tokenizer, "<|image_pad|>"), token_id(tokenizer, "<|endoftext|>")
-        self.null, self.bracket = token_id(tokenizer, "null"), token_id(tokenizer, "[")
-        self.before_number = torch.tensor([self.bracket, tokenizer.encode(", ").ids[0]])
+        self.spans = [tokenizer.encode(text).ids for text in between_numbers()]
+        self.absent = tokenizer.encode(ABSENT).ids
+        shared = len(os.path.commonprefix([self.spans[0], self.absent]))
+        self.bracket, self.null = self.spans[0][shared], self.absent[shared]
+        self.before_number = torch.tensor(sorted({span[-1] for span in self.spans[:-1]}))
         self.largest = largest
         # The ten digits belong to the byte alphabet, so the integers' ids are not one run.
         self.numbers = torch.tensor([token_id(tokenizer, str(value)) for value in range(largest + 1)])
@@ -51,4 +61,13 @@ def make_tokenizer(vocab_size: int, largest: int = NANO.image_size) -> Tokenizer
     """Nano's tokenizer, from the training phrasings; the same text gives the same tokenizer."""
     phrasings = load_phrasings("train")
     everything = chain(texts([phrasings[key] for key in sorted(phrasings)]), template_texts())
-    return train_tokenizer(everything, vocab_size=vocab_size, largest=largest)
+    return with_wholes(train_tokenizer(everything, vocab_size=vocab_size - N_WHOLES, largest=largest))
+
+
+def with_wholes(tokenizer: Tokenizer) -> Tokenizer:
+    """The same tokenizer, which has one token for each text that stands in every prompt or answer.
+
+    An answer of eight numbers has 18 tokens then, not 38.
+    """
+    add_wholes(tokenizer, fixed_texts())
+    return tokenizer

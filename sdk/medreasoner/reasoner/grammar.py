@@ -65,12 +65,13 @@ class GrammarBook:
         return known[1]
 
     def opening(self) -> list[int]:
-        """Tokens of the answer's first tag, from which an unconstrained answer goes on."""
+        """Tokens of the answer's first tag, from which an unconstrained answer goes on; one that reaches beyond, if none else."""
         tag = re.match(r"<[^>]*>", self._spec.present)
         if tag is None:
             return []
         encoding = _encode(self._tokenizer, answer_text(self._spec.present, [0] * len(ANSWER_FIELDS)))
-        return [token for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end <= tag.end()]
+        within = sum(end <= tag.end() for _, end in encoding.offsets)
+        return list(encoding.ids[: max(within, 1)])
 
 
 def _encode(tokenizer: "Tokenizer", text: str) -> "Encoding":

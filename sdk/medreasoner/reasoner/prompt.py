@@ -57,7 +57,9 @@ class Prompt:
         self.image_token: int = image_token
         self._before, self._after = spec.prompt.template.replace("{image}", spec.prompt.image_token).split("{query}")
         added = tokenizer.get_added_tokens_decoder()
-        self._reserved = {token for token, added_token in added.items() if added_token.special}
+        special = [each.content for each in added.values() if each.special]
+        # Those too that hold a special one's text: a whole end of a prompt may be one token.
+        self._reserved = {token for token, each in added.items() if any(text in each.content for text in special)}
         wholes = [self._ids(self._before + probe + self._after) for probe in _PROBES]
         if any(whole.count(image_token) != 1 for whole in wholes):
             raise BundleError("reasoner.prompt.template: expected the image token once")

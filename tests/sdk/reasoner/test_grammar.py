@@ -114,6 +114,15 @@ def test_the_opening_is_the_first_tag(spec: BundleSpec, tokenizer: Tokenizer) ->
     assert tokenizer.decode(opening, skip_special_tokens=False) == "<answer>"
 
 
+def test_the_opening_is_one_token_where_that_reaches_beyond_the_tag(
+    spec: BundleSpec, toy_tokenizer: Callable[..., Tokenizer]
+) -> None:
+    tokenizer = toy_tokenizer()
+    whole = '<answer>{"bbox": '
+    tokenizer.add_tokens([AddedToken(whole, normalized=False)])
+    assert GrammarBook(tokenizer, spec.reasoner.answer).opening() == [tokenizer.token_to_id(whole)]
+
+
 def test_a_larger_limit_makes_a_larger_grammar(spec: BundleSpec, toy_tokenizer: Callable[..., Tokenizer]) -> None:
     book = GrammarBook(toy_tokenizer(), spec.reasoner.answer)
     small = book.grammar(10)
