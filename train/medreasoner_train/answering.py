@@ -48,7 +48,7 @@ def answer(
     side = images.shape[-1] // (model.config.vision_config.patch_size * model.config.vision_config.spatial_merge_size)
     prefix, positions = vocabulary.prefix(side)
     spans = vocabulary.spans
-    opening = spans[0][: spans[0].index(vocabulary.bracket)]  # up to the choice between "[" and "null"
+    opening = spans[0][:-1]  # up to the choice between "[" and "null"
     rows = [[[*vocabulary.prompt(query), *opening]] for query in queries]
     table = language.embed_tokens.weight
     device = table.device

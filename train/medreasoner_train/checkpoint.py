@@ -23,8 +23,8 @@ _BY_TOKEN = {"model.language_model.embed_tokens.weight", "lm_head.weight"}  # a 
 def load_weights(folder: Path, model: Any, *, added: Sequence[Sequence[int]] = ()) -> None:
     """Take the weights of a finished checkpoint, reasoner or segmenter, into a model of its sizes.
 
-    `added`: where a reasoner's vocabulary has grown behind the checkpoint's, for each new token those tokens that its text
-    had before; it begins as their mean.
+    `added`: where a reasoner's vocabulary has grown behind the checkpoint's, for each new token those that its text had
+    before; it begins as their mean.
 
     Raises
     ------

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
@@ -102,9 +101,9 @@ def fixed_texts() -> list[str]:
     Cut where the ways part: before the bracket of the first number, or the null of an absent target.
     """
     before, *between = between_numbers()
-    shared = os.path.commonprefix([before, ABSENT])
+    shared = before.removesuffix("[")
     prompt = TEMPLATE.rpartition("<|im_end|>")[2]
-    return [prompt, shared, before[len(shared) :], ABSENT[len(shared) :], *dict.fromkeys(between)]
+    return [prompt, shared, "[", ABSENT.removeprefix(shared), *dict.fromkeys(between)]
 
 
 def between_numbers() -> list[str]:

@@ -1,7 +1,6 @@
 """The token ids that training and its validation need by name."""
 
 import copy
-import os
 from itertools import chain
 
 import torch
@@ -22,8 +21,8 @@ N_WHOLES = len(fixed_texts())  # at most
 class Vocabulary:
     """The token ids that training needs by name.
 
-    spans : token ids before the first number of an answer, between the eight numbers, and after the last; absent : those
-    of the answer that there is nothing; bracket, null : where the two part.
+    spans : token ids before the first number of an answer, between the eight numbers, and after the last; absent :
+    those of the answer that there is nothing; bracket, null : where the two part.
     """
 
     def __init__(self, tokenizer: Tokenizer, largest: int) -> None:
@@ -31,8 +30,7 @@ class Vocabulary:
         self.image, self.pad = token_id(tokenizer, "<|image_pad|>"), token_id(tokenizer, "<|endoftext|>")
         self.spans = [tokenizer.encode(text).ids for text in between_numbers()]
         self.absent = tokenizer.encode(ABSENT).ids
-        shared = len(os.path.commonprefix([self.spans[0], self.absent]))
-        self.bracket, self.null = self.spans[0][shared], self.absent[shared]
+        self.bracket, self.null = self.spans[0][-1], self.absent[len(self.spans[0]) - 1]
         self.before_number = torch.tensor(sorted({span[-1] for span in self.spans[:-1]}))
         self.largest = largest
         # The ten digits belong to the byte alphabet, so the integers' ids are not one run.

@@ -65,7 +65,7 @@ class GrammarBook:
         return known[1]
 
     def opening(self) -> list[int]:
-        """Tokens of the answer's first tag, from which an unconstrained answer goes on; one that reaches beyond, if none else."""
+        """Tokens of the answer's first tag, from which an unconstrained answer goes on; or one that reaches beyond."""
         tag = re.match(r"<[^>]*>", self._spec.present)
         if tag is None:
             return []
