@@ -175,6 +175,7 @@ def test_groups_whose_answers_are_worth_nearly_the_same_may_teach_nothing_too(co
         ("mini_batch = 2", "mini_batch = 3", "4 prompts do not divide into parts of 3"),
         ('mode = "hard"', 'mode = "harder"', r"\[reward\] mode: 'harder' is none of base, soft, hard"),
         ("absent = 0.3", "absent = 3", r"\[data\]: absent is a share"),
+        ("absent = 0.3", "per_image = 0", r"\[data\]: per_image is at least 1"),
         ("[reward]", "[rewards]", "unknown table rewards; there are data, policy"),
         ("[policy]", "policy = 3\n[other]", "policy"),
         ("[policy]", "[policy", "not TOML"),

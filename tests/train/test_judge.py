@@ -58,6 +58,21 @@ def test_both_judges_see_the_right_answer(task: Task) -> None:
     np.testing.assert_allclose(by_torch[0], by_runtime[0], atol=0.05)
 
 
+def test_tasks_about_one_picture_are_judged_as_if_alone(task: Task) -> None:
+    assert task.mask is not None
+    other = dataclasses.replace(task, mask=~task.mask)
+    answers: list[list[Geometry | None]] = [[RIGHT, WRONG], [None, None], [RIGHT, None]]
+    segmenter = build_segmenter()
+    load_weights(NANO, segmenter)
+    for judge in (TorchJudge(segmenter, torch.device("cpu")), RuntimeJudge("nano")):
+        first, none, last = judge.dice([task, task, other], answers)
+        alone = [judge.dice([each], [own])[0] for each, own in ((task, answers[0]), (other, answers[2]))]
+        judge.close()
+        np.testing.assert_allclose([first, last], alone, atol=1e-6)
+        assert none == [0, 0]
+        assert first[0] > 0.8 > 0.5 > last[0]
+
+
 def test_the_answers_grid_is_brought_to_that_of_the_pixels(task: Task) -> None:
     """The same task with numbers from 0 to 1000 instead."""
     factor = 1000 / 252

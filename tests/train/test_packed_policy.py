@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from medreasoner.errors import QueryError
+from medreasoner_train import packed_policy
 from medreasoner_train.checkpoint import save_reasoner
+from medreasoner_train.model import tower
 from medreasoner_train.packed_policy import PackedPolicy
 from medreasoner_train.rollout import Completion, Prompt, Sampling
 from medreasoner_train.torch_rollouts import TorchRollouts
@@ -64,6 +66,29 @@ def test_log_probabilities_are_those_of_the_whole_model(
         expected = expected[torch.arange(len(each.ids)), torch.tensor(each.ids)]
         torch.testing.assert_close(row[: len(each.ids)], expected, rtol=1e-4, atol=1e-4)
         assert counts.tolist() == [k < len(each.ids) for k in range(11)]
+
+
+def test_a_picture_that_several_prompts_share_is_read_once(
+    policy: PackedPolicy, prompts: list[Prompt], toy_reasoner: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = prompts
+    shared = [one, two, replace(two, key="2", pixels=one.pixels)]
+    apart = [*shared[:2], replace(shared[2], pixels=one.pixels.copy())]
+    completions = [written(policy, [4, 6], seed) for seed in range(3)]
+    read: list[int] = []
+
+    def counted(visual: Any, images: torch.Tensor) -> torch.Tensor:
+        read.append(len(images))
+        return tower(visual, images)
+
+    monkeypatch.setattr(packed_policy, "tower", counted)
+    found, other = (policy.log_probs(toy_reasoner, each, completions)[0] for each in (shared, apart))
+    torch.testing.assert_close(found, other)
+    same, alike = (
+        policy.sample(toy_reasoner, each, Sampling(count=2, max_tokens=5), seed=1) for each in (shared, apart)
+    )
+    assert same == alike
+    assert read == [2, 3, 2, 3]
 
 
 def test_forced_tokens_do_not_count(policy: PackedPolicy, prompts: list[Prompt], toy_reasoner: Any) -> None:

@@ -38,6 +38,8 @@ class DataOptions:
         which has no questions of its own.
     think
         Share of the questions that are answered with a thought first.
+    per_image
+        How many of a step's questions are about one image, of a grounding set: each image is read once for all of them.
     cache
         Folder for what takes long to work out of the images.
     """
@@ -48,12 +50,15 @@ class DataOptions:
     absent: float = 0.15
     plain: float = 0.1
     think: float = 0.0
+    per_image: int = 1
     cache: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("absent", "plain", "think"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, from 0 to 1")
+        if self.per_image < 1:
+            raise ValueError("per_image is at least 1")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

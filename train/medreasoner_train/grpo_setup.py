@@ -147,7 +147,7 @@ def _grounding(config: GrpoConfig, policy: PackedPolicy, model: Any, processes: 
     def look() -> dict[str, float]:
         return validate(model, policy.vocabulary, val, size=policy.size) if processes.first else {}
 
-    return GroundingTasks(train, think=config.data.think), look
+    return GroundingTasks(train, think=config.data.think, per_image=config.data.per_image), look
 
 
 def rollouts_of(config: GrpoConfig, setup: Setup) -> Rollouts:

@@ -14,8 +14,9 @@ from medreasoner.bundle import load_bundle
 from medreasoner.engine import load_segmenter
 from medreasoner.errors import MedReasonerError
 from medreasoner.providers import Device, RuntimeOptions
-from medreasoner.segmenter import Segmenter
+from medreasoner.segmenter import Embedded, Segmenter
 from medreasoner_train.metrics import dice
+from medreasoner_train.rollout import shown_once
 from medreasoner_train.segmenter import BOTH, SIZE, Prompts, segment
 from medreasoner_train.tasks import Task
 
@@ -51,20 +52,29 @@ class RuntimeJudge:
         """
         if self._segmenter is None:
             raise MedReasonerError("this judge is closed")
-        return [_one(self._segmenter, task, own) for task, own in zip(tasks, answers, strict=True)]
+        segmenter = self._segmenter
+        first, numbers = shown_once([task.prompt for task in tasks])
+        pictures: list[Embedded | None] = [None] * len(first)
+        found = []
+        for task, own, number in zip(tasks, answers, numbers, strict=True):
+            if task.mask is None or not any(own):
+                found.append([0.0] * len(own))
+                continue
+            image = pictures[number] = pictures[number] or segmenter.encode(read_image(task.prompt.pixels))
+            found.append(_one(segmenter, image, task, own))
+        return found
 
     def close(self) -> None:
         """Let go of the segmenter."""
         self._segmenter = None
 
 
-def _one(segmenter: Segmenter, task: Task, answers: Sequence[Geometry | None]) -> list[float]:
+def _one(segmenter: Segmenter, image: Embedded, task: Task, answers: Sequence[Geometry | None]) -> list[float]:
+    """Dice of the answers' masks, of which there is one at least, with the task's."""
+    assert task.mask is not None
     unlike = list({answer: None for answer in answers if answer is not None})  # the same one is often drawn again
-    if task.mask is None or not unlike:
-        return [0.0] * len(answers)
     height, width = task.mask.shape
     scale = np.array([width / task.truth.size[0], height / task.truth.size[1]])
-    image = segmenter.encode(read_image(task.prompt.pixels))
     logits, _ = segmenter.decode_batch(
         image,
         corners=np.array([box for box, _ in unlike]).reshape(-1, 2, 2) * scale,
@@ -102,14 +112,16 @@ class TorchJudge:
     def _dice(self, tasks: Sequence[Task], places: Sequence[tuple[int, int, Geometry]]) -> list[float]:
         shown = sorted({b for b, _, _ in places})
         number = {b: index for index, b in enumerate(shown)}
-        images = torch.stack([as_picture(tasks[b].prompt.pixels) for b in shown]).to(self._device)
+        first, numbers = shown_once([tasks[b].prompt for b in shown])
+        images = torch.stack([as_picture(prompt.pixels) for prompt in first]).to(self._device)
+        picture = torch.tensor(numbers, device=self._device)
         truth = torch.stack([as_mask(tasks[b].mask) for b in shown]).to(self._device)
         scale = np.array([[SIZE / tasks[b].truth.size[0], SIZE / tasks[b].truth.size[1]] for b, _, _ in places])
         boxes = np.array([answer[0] for _, _, answer in places]) * np.tile(scale, 2)
         points = np.array([answer[1] for _, _, answer in places]) * scale[:, None]
         of = torch.tensor([number[b] for b, _, _ in places], device=self._device)
         given = Prompts(
-            image=of,
+            image=picture[of],
             boxes=torch.tensor(boxes, dtype=torch.float32, device=self._device),
             points=torch.tensor(points, dtype=torch.float32, device=self._device),
             form=torch.full_like(of, BOTH),

@@ -25,7 +25,7 @@ from medreasoner_train.decoder import block_mask, language_pass, pack
 from medreasoner_train.hub_policy import bare, replaced
 from medreasoner_train.loop import moved
 from medreasoner_train.model import to_tensor, tower
-from medreasoner_train.rollout import Completion, Pixels, Prompt, Sampling, stream_of
+from medreasoner_train.rollout import Completion, Pixels, Prompt, Sampling, shown_once, stream_of
 from medreasoner_train.tokenizer import token_id
 from medreasoner_train.vocabulary import Vocabulary
 
@@ -151,9 +151,9 @@ class PackedPolicy:
         device = model.model.language_model.embed_tokens.weight.device
         rows = self._rows(prompts, completions)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._frozen):
-            images = torch.stack([self.shown(prompt) for prompt in prompts]).to(device)
-            embeds = tower(model.model.visual, images)
-        hidden, first = self._hidden(model, embeds, rows)
+            images, numbers = self._images(prompts)
+            embeds = tower(model.model.visual, images.to(device))
+        hidden, first = self._hidden(model, embeds, [numbers[row.prompt] for row in rows], rows)
         # Where each token is predicted from: one place before it, the first of an answer at the question's end.
         wanted: list[tuple[int, int, int]] = []
         for b, row in enumerate(rows):
@@ -180,8 +180,13 @@ class PackedPolicy:
                 rows.append(_Row(prompt=number, asked=asked, answers=answers, chosen=places))
         return rows
 
-    def _hidden(self, model: Any, embeds: Tensor, rows: list[_Row]) -> tuple[Tensor, int]:
-        """Final states (rows, T, D), and the place of the first token after the shared prefix."""
+    def _images(self, prompts: Sequence[Prompt]) -> tuple[Tensor, list[int]]:
+        """The pictures (M, 3, S, S), and which of them each prompt shows."""
+        first, numbers = shown_once(prompts)
+        return torch.stack([self.shown(prompt) for prompt in first]), numbers
+
+    def _hidden(self, model: Any, embeds: Tensor, images: list[int], rows: list[_Row]) -> tuple[Tensor, int]:
+        """Final states (rows, T, D) of rows about these images, and the place of the first token after the prefix."""
         language = model.model.language_model
         prefix, positions = self._prefix()
         device = embeds.device
@@ -189,7 +194,7 @@ class PackedPolicy:
         packed = moved(
             pack(prefix, positions, self.vocabulary.image, answers, self.vocabulary.pad, trunks=asked), device
         )
-        of = torch.tensor([row.prompt for row in rows], device=device)
+        of = torch.tensor(images, device=device)
         inputs = language.embed_tokens(packed.ids)
         inputs = inputs.masked_scatter(packed.image[..., None], embeds[of].to(inputs.dtype))
         seen = block_mask(packed.branch)
@@ -287,9 +292,10 @@ class _Writing:
         prefix, positions = policy._prefix()
         rows = [[[*vocabulary.prompt(prompt.query)]] for prompt in prompts]
         packed = moved(pack(prefix, positions, vocabulary.image, rows, vocabulary.pad), device)
-        images = torch.stack([policy.shown(prompt) for prompt in prompts]).to(device)
+        images, numbers = policy._images(prompts)
+        embeds = tower(model.model.visual, images.to(device))[torch.tensor(numbers, device=device)]
         inputs = self._model.embed_tokens(packed.ids)
-        inputs = inputs.masked_scatter(packed.image[..., None], tower(model.model.visual, images).to(inputs.dtype))
+        inputs = inputs.masked_scatter(packed.image[..., None], embeds.to(inputs.dtype))
         self._cache: list[tuple[Tensor, Tensor]] = []
         language_pass(self._model, inputs, packed.positions, block_mask(packed.branch), self._cache)
         valid = packed.branch >= 0

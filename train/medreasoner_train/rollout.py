@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Completion", "Pixels", "Prompt", "Rollouts", "Sampling", "stream_of"]
+__all__ = ["Completion", "Pixels", "Prompt", "Rollouts", "Sampling", "shown_once", "stream_of"]
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -78,6 +78,16 @@ class Rollouts(Protocol):
 
     def close(self) -> None:
         """Give back what the engine holds."""
+
+
+def shown_once(prompts: Sequence[Prompt]) -> tuple[list[Prompt], list[int]]:
+    """A prompt for each picture, and which of these each prompt shows; pictures that are one array are the same."""
+    numbers: dict[int, int] = {}
+    first: list[Prompt] = []
+    for prompt in prompts:
+        if numbers.setdefault(id(prompt.pixels), len(first)) == len(first):
+            first.append(prompt)
+    return first, [numbers[id(prompt.pixels)] for prompt in prompts]
 
 
 def stream_of(key: str) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +10,11 @@ import numpy.typing as npt
 from medreasoner_train.augment import NO_CHANGE, Options, augment
 from medreasoner_train.examples import Example, draw_question
 from medreasoner_train.language import Phrasings
+from medreasoner_train.pretrain import ImageTargets
 from medreasoner_train.rewards import Truth
 from medreasoner_train.rollout import Pixels, Prompt
 from medreasoner_train.sft_data import SftData
+from medreasoner_train.store import Stored
 
 __all__ = ["ExampleTasks", "GroundingTasks", "Task", "TaskSource"]
 
@@ -45,25 +47,37 @@ class GroundingTasks:
         The images and questions, also those for absent targets.
     think
         Share of the prompts that ask for a thought.
+    per_image
+        How many questions follow each other about one (augmented) image, whose pixels are then one array.
     """
 
-    def __init__(self, data: SftData, *, think: float) -> None:
-        self._data, self._think = data, think
+    def __init__(self, data: SftData, *, think: float, per_image: int = 1) -> None:
+        self._data, self._think, self._per_image = data, think, per_image
 
     def draw(self, number: int, *, count: int, seed: int, places: Sequence[int] | None = None) -> list[Task]:
         """See :class:`TaskSource`."""
         rng = np.random.default_rng([seed, number])
-        chosen = rng.choice(len(self._data.stored), size=count, p=self._data.weights)
-        return [
-            self._task(int(chosen[place]), f"{number}/{place}", np.random.default_rng([seed, number, place]))
-            for place in (range(count) if places is None else places)
-        ]
+        chosen = rng.choice(len(self._data.stored), size=-(-count // self._per_image), p=self._data.weights)
+        shown: dict[int, _Shown] = {}
+        tasks = []
+        for place in range(count) if places is None else places:
+            image, turn = divmod(place, self._per_image)
+            rng = np.random.default_rng([seed, number, image * self._per_image])
+            if image not in shown or not turn:  # the first question goes on with the image's own random numbers
+                shown[image] = self._shown(int(chosen[image]), rng)
+            if turn:
+                rng = np.random.default_rng([seed, number, place])
+            tasks.append(self._task(shown[image], f"{number}/{place}", rng))
+        return tasks
 
-    def _task(self, drawn: int, key: str, rng: np.random.Generator) -> Task:
+    def _shown(self, drawn: int, rng: np.random.Generator) -> "_Shown":
         index, (image, targets, masks) = self._data.askable(drawn, rng)
-        asked = self._data.question(self._data.stored[index], targets, masks, rng)
         pixels = np.round((image.numpy().transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
-        prompt = Prompt(key=key, pixels=pixels, query=asked.query, think=bool(rng.random() < self._think))
+        return _Shown(self._data.stored[index], pixels, targets, masks)
+
+    def _task(self, shown: "_Shown", key: str, rng: np.random.Generator) -> Task:
+        asked = self._data.question(shown.stored, shown.targets, shown.masks, rng)
+        prompt = Prompt(key=key, pixels=shown.pixels, query=asked.query, think=bool(rng.random() < self._think))
         return Task(prompt=prompt, truth=self._truth(asked.geometry), mask=asked.mask)
 
     def _truth(self, geometry: npt.NDArray[np.float64] | None) -> Truth:
@@ -72,6 +86,15 @@ class GroundingTasks:
             return Truth(box=None, points=None, size=(limit, limit))
         x1, y1, x2, y2, ax, ay, bx, by = (float(value) for value in geometry * limit)
         return Truth(box=(x1, y1, x2, y2), points=((ax, ay), (bx, by)), size=(limit, limit))
+
+
+class _Shown(NamedTuple):
+    """An augmented image and what is known of it."""
+
+    stored: Stored
+    pixels: npt.NDArray[np.uint8]
+    targets: ImageTargets
+    masks: dict[str, npt.NDArray[np.bool_]]
 
 
 class ExampleTasks:
