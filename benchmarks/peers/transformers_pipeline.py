@@ -102,15 +102,19 @@ class Pipeline:
         self.image_token: int = self.tokenizer.token_to_id(self.settings["prompt"]["image_token"])  # type: ignore[assignment]
         # The image's tokens, repeated here once for all: the text of a prompt then only waits for its query.
         tokens = self.settings["prompt"]["image_token"] * (self.rows * self.columns // self.merge**2)
-        opening = re.match(r"<[^>]*>", self.settings["answer"]["present"])
-        self.opening = opening[0] if opening else ""  # without a thought, answers begin with this tag
+        # Without a thought answers begin with this tag, or with a token that reaches beyond it.
+        present: str = self.settings["answer"]["present"]
+        opening = re.match(r"<[^>]*>", present)
+        first_token = self.tokenizer.encode(present, add_special_tokens=False).offsets[0]
+        self.opening = present[: max(opening.end(), first_token[1])] if opening else ""
         self.template = self.settings["prompt"]["template"].replace("{image}", tokens) + self.opening
-        ends = [self.tokenizer.token_to_id(token) for token in ("</answer>", self.settings["answer"]["end"])]
+        vocabulary = self.tokenizer.get_vocab()
+        end = vocabulary[self.settings["answer"]["end"]]
         self.generation = GenerationConfig(
             do_sample=False,
             max_new_tokens=MAX_NEW_TOKENS,
-            eos_token_id=[end for end in ends if end is not None],
-            pad_token_id=ends[1],
+            eos_token_id=[end, *(token for name, token in vocabulary.items() if name.endswith("</answer>"))],
+            pad_token_id=end,
             use_cache=True,
         )
 
