@@ -9,7 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medreasoner.errors import BundleError
+from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
 from medreasoner_train.mix import mix
+from medreasoner_train.tokenizer import train_tokenizer
+from medreasoner_train.vocabulary import with_wholes
 
 
 @pytest.fixture
@@ -59,3 +62,25 @@ def test_what_cannot_be_mixed_is_refused_by_name(pair: tuple[Path, Path], tmp_pa
     with pytest.raises(BundleError, match="have other tensors"):
         mix(one, other, tmp_path / "out", share=0.5)
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_new_tokens_are_the_seconds(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    words = ["Where is the heart?", TEMPLATE, PRESENT, ABSENT] * 3
+    old = train_tokenizer(words, vocab_size=800, largest=99)
+    size = old.get_vocab_size()
+    new = with_wholes(train_tokenizer(words, vocab_size=800, largest=99))
+    name = "model.embed_tokens.weight"
+    for folder, tokenizer, value in zip(pair, (old, new), (0.0, 1.0), strict=True):
+        rows = tokenizer.get_vocab_size()
+        save_file({name: torch.full((rows, 2), value)}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"text_config": {"vocab_size": rows, "dtype": f"{value}"}}))
+        (folder / "tokenizer.json").unlink()
+        tokenizer.save(str(folder / "tokenizer.json"))
+    out = mix(*pair, tmp_path / "out", share=0.25)
+    found = load_file(out / "model.safetensors")[name]
+    assert found.shape[0] == new.get_vocab_size() > size
+    assert set(found[:size].flatten().tolist()) == {0.25}
+    assert set(found[size:].flatten().tolist()) == {1.0}
+    assert (out / "tokenizer.json").read_bytes() == (pair[1] / "tokenizer.json").read_bytes()
+    with pytest.raises(BundleError, match="have other tensors"):  # what the second lacks has no row to take
+        mix(pair[1], pair[0], tmp_path / "back", share=0.25)

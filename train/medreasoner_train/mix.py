@@ -17,15 +17,20 @@ from safetensors.torch import load_file, save_file
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
+from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.files import appearing
 
 __all__ = ["mix"]
 
 WEIGHTS = "model.safetensors"
+BY_TOKEN = {"model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "lm_head.weight"}
+"""Tensors with a row for each token, as files and models name them."""
 
 
 def mix(first: Path, second: Path, out: Path, *, share: float) -> Path:
     """Write a checkpoint whose weights are a weighted average; all else is that of the second.
+
+    Where the second's vocabulary has grown behind the first's, the rows of the new tokens are the second's alone.
 
     Parameters
     ----------
@@ -44,11 +49,16 @@ def mix(first: Path, second: Path, out: Path, *, share: float) -> Path:
     if not 0 <= share <= 1:
         raise BundleError(f"share: expected a number from 0 to 1, got {share}")
     one, two = _weights(first), _weights(second)
+    has_grown = _has_grown(first, second)
+    if has_grown:
+        one |= {
+            name: torch.cat([one[name], two[name][len(one[name]) :]]) for name in BY_TOKEN & one.keys() & two.keys()
+        }
     if {name: value.shape for name, value in one.items()} != {name: value.shape for name, value in two.items()}:
         raise BundleError(f"{first} and {second} have other tensors: only checkpoints of one start can be mixed")
-    if _config(first) != _config(second):
+    if _config(first, has_grown) != _config(second, has_grown):
         raise BundleError(f"{first} and {second}: their config.json differ: only checkpoints of one start can be mixed")
-    if _bytes(first / "tokenizer.json") != _bytes(second / "tokenizer.json"):
+    if not has_grown and _bytes(first / "tokenizer.json") != _bytes(second / "tokenizer.json"):
         raise BundleError(f"{first} and {second} have other tokenizers: rows of unlike tokens would be averaged")
     mixed = {name: torch.lerp(a.float(), two[name].float(), share).to(two[name].dtype) for name, a in one.items()}
     out.mkdir(parents=True, exist_ok=True)
@@ -72,10 +82,24 @@ def _bytes(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _config(folder: Path) -> object:
+def _has_grown(first: Path, second: Path) -> bool:
+    """Whether the second's tokens are the first's, under the same ids, and some behind them."""
+    try:
+        old, new = (load_tokenizer(str(each / "tokenizer.json")).get_vocab() for each in (first, second))
+    except BundleError:
+        return False
+    return len(old) < len(new) and old.items() <= new.items() and max(old.values()) < len(old)
+
+
+def _config(folder: Path, has_grown: bool) -> object:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         raise BundleError(f"{folder}: no readable config.json ({one_line(err)})") from err
-    config.pop("transformers_version", None)
+    if not isinstance(config, dict):
+        return config
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for name in ("transformers_version", "dtype", *(["vocab_size"] if has_grown else [])):  # of no weight's meaning
+        for part in parts:
+            part.pop(name, None)
     return config
