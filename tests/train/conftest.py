@@ -15,8 +15,10 @@ from torch import Tensor
 
 from medreasoner_train.checkpoint import save_reasoner
 from medreasoner_train.data import by_image, load_index
+from medreasoner_train.language import load_phrasings
 from medreasoner_train.model import NanoConfig, build_reasoner
 from medreasoner_train.sft import start_embeddings
+from medreasoner_train.sft_data import SftData, SftOptions
 from medreasoner_train.store import Stored, load_store
 from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id
 from medreasoner_train.vocabulary import Vocabulary, make_tokenizer
@@ -120,6 +122,22 @@ def grounding_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def stored(grounding_set: Path) -> list[Stored]:
     return load_store(by_image(load_index(grounding_set)))
+
+
+@pytest.fixture
+def asking(grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary) -> Callable[[SftOptions], SftData]:
+    """Questions about the grounding set's images, in any mixture."""
+
+    def made(options: SftOptions) -> SftData:
+        return SftData(
+            load_index(grounding_set),
+            stored,
+            vocabulary=vocabulary,
+            phrasings=load_phrasings("train"),
+            options=options,
+        )
+
+    return made
 
 
 @pytest.fixture(scope="session")

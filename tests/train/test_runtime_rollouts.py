@@ -43,11 +43,9 @@ def test_the_draws_are_the_policys(model: Any, prompts: list[Prompt]) -> None:
         each for each in engine.sample(prompts[:1], replace(SAMPLING, count=400), seed=3)[0] if "null" not in each.text
     ]
     engine.close()
-    firsts = [
-        next(int(policy.vocabulary.value[t]) for t in each.ids[6:] if int(policy.vocabulary.value[t]) >= 0)
-        for each in answers
-    ]
-    opening = list(answers[0].ids[:6])
+    opening = policy.vocabulary.spans[0]
+    assert all(list(each.ids[: len(opening)]) == opening for each in answers)
+    firsts = [int(policy.vocabulary.value[each.ids[len(opening)]]) for each in answers]
     every = [Completion(ids=(*opening, int(n)), text="") for n in policy.vocabulary.numbers]
     with torch.no_grad():
         found, _ = policy.log_probs(model, prompts[:1], [every])

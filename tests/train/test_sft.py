@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +30,8 @@ NUMBER = re.compile(r"(?<=[\[ ])\d+(?=[,\]])")
 
 
 @pytest.fixture
-def data(grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary) -> SftData:
-    return SftData(
-        load_index(grounding_set),
-        stored,
-        vocabulary=vocabulary,
-        phrasings=load_phrasings("train"),
-        options=OPTIONS,
-    )
+def data(asking: Callable[[SftOptions], SftData]) -> SftData:
+    return asking(OPTIONS)
 
 
 def test_a_category_without_questions_is_named(

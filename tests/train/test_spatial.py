@@ -1,6 +1,7 @@
 """Spatial and comparative questions, against masks drawn here; what is true of them is worked out pixel by pixel."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -225,14 +226,8 @@ def test_the_tokenizer_knows_the_words_of_the_templates(tokenizer: Tokenizer) ->
 
 
 @pytest.fixture
-def data(grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary) -> SftData:
-    return SftData(
-        load_index(grounding_set),
-        stored,
-        vocabulary=vocabulary,
-        phrasings=load_phrasings("train"),
-        options=SftOptions(images=4, branches=3, size=84, spatial=1.0),
-    )
+def data(asking: Callable[[SftOptions], SftData]) -> SftData:
+    return asking(SftOptions(images=4, branches=3, size=84, spatial=1.0))
 
 
 def test_a_branch_asks_what_its_masks_make_true_and_answers_with_the_target(

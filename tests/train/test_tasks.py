@@ -1,28 +1,18 @@
 """What GRPO asks of a grounding set: by step, seed and place alone."""
 
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
-from medreasoner_train.data import load_index
-from medreasoner_train.language import load_phrasings
 from medreasoner_train.sft_data import SftData, SftOptions
-from medreasoner_train.store import Stored
 from medreasoner_train.targets import box_of
 from medreasoner_train.tasks import GroundingTasks, Task
-from medreasoner_train.vocabulary import Vocabulary
 
 
 @pytest.fixture
-def data(grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary) -> SftData:
-    return SftData(
-        load_index(grounding_set),
-        stored,
-        vocabulary=vocabulary,
-        phrasings=load_phrasings("train"),
-        options=SftOptions(size=84, absent=0.2),
-    )
+def data(asking: Callable[[SftOptions], SftData]) -> SftData:
+    return asking(SftOptions(size=84, absent=0.2))
 
 
 def told(task: Task) -> tuple[str, str, bool, bytes, object]:
