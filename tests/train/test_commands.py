@@ -195,18 +195,8 @@ def test_short_answers_grow_the_tokenizer_of_a_start_and_keep_all_that_it_knows(
 
     other = train_tokenizer(["Which organ pumps blood?", TEMPLATE, PRESENT, ABSENT] * 3, vocab_size=900, largest=252)
     other.save(str(tmp_path / "other.json"))
-    refused = (
-        "train",
-        "sft",
-        *arguments,
-        "-o",
-        tmp_path / "x",
-        "--start",
-        start,
-        "--tokenizer",
-        tmp_path / "other.json",
-    )
-    assert run([str(each) for each in refused]) != 0
+    refused = [*arguments, "-o", tmp_path / "x", "--start", start, "--tokenizer", tmp_path / "other.json"]
+    assert run(["train", "sft", *map(str, refused)]) != 0
     assert "other ids" in capfd.readouterr().err
 
 

@@ -66,9 +66,17 @@ def test_wholes_come_behind_all_other_tokens_and_only_once() -> None:
     before = plain.get_vocab()
     new = add_wholes(plain, fixed_texts())
     assert {ABSENT[ABSENT.index("null") :], '], "points_2": ['} <= set(new)
-    assert sorted(plain.token_to_id(text) for text in new) == list(range(len(before), len(before) + len(new)))
+    assert sorted(token_id(plain, text) for text in new) == list(range(len(before), len(before) + len(new)))
     assert {name: plain.token_to_id(name) for name in before} == before
     assert add_wholes(plain, fixed_texts()) == []
+
+
+def test_a_tokenizer_whose_answers_part_before_the_bracket_is_refused() -> None:
+    tokenizer = train_tokenizer(iter(TEXTS), vocab_size=600, largest=99)
+    Vocabulary(tokenizer, 99)
+    tokenizer.add_tokens(['bbox": n'])
+    with pytest.raises(BundleError, match="does not tell an absent answer"):
+        Vocabulary(tokenizer, 99)
 
 
 @hypothesis.given(text=strategies.text(max_size=80))

@@ -11,13 +11,12 @@ from tokenizers import Tokenizer
 
 from medreasoner._text import one_line
 from medreasoner.errors import BundleError
-from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE
+from medreasoner_train.language import ABSENT, PRESENT_TEXT, TEMPLATE
 from medreasoner_train.loop import write_settings
 from medreasoner_train.model import NANO
+from medreasoner_train.tokenizer import BY_TOKEN
 
 __all__ = ["load_weights", "read_settings", "save_like", "save_reasoner"]
-
-_BY_TOKEN = {"model.language_model.embed_tokens.weight", "lm_head.weight"}  # a row for each token
 
 
 def load_weights(folder: Path, model: Any, *, added: Sequence[Sequence[int]] = ()) -> None:
@@ -37,7 +36,7 @@ def load_weights(folder: Path, model: Any, *, added: Sequence[Sequence[int]] = (
         )
         state = own.state_dict()
         if added:
-            for name in state.keys() & _BY_TOKEN:
+            for name in state.keys() & BY_TOKEN:
                 rows = state[name]
                 state[name] = torch.cat([rows, torch.stack([rows[list(ids)].mean(0) for ids in added])])
         model.load_state_dict(state)
@@ -103,7 +102,7 @@ def save_reasoner(model: Any, tokenizer: Tokenizer, out: Path, *, size: int, abs
     settings = {
         "prompt": {"template": TEMPLATE, "image_token": "<|image_pad|>"},
         "answer": {
-            "present": PRESENT.replace("{{", "{").replace("}}", "}"),
+            "present": PRESENT_TEXT,
             "absent": ABSENT,
             "think_open": "<think>",
             "think_close": "</think>",

@@ -16,7 +16,7 @@ from medreasoner.errors import MedReasonerError
 from medreasoner.providers import Device, RuntimeOptions
 from medreasoner.segmenter import Embedded, Segmenter
 from medreasoner_train.metrics import dice
-from medreasoner_train.rollout import shown_once
+from medreasoner_train.rollout import Pixels, shown_once
 from medreasoner_train.segmenter import BOTH, SIZE, Prompts, segment
 from medreasoner_train.tasks import Task
 
@@ -52,16 +52,16 @@ class RuntimeJudge:
         """
         if self._segmenter is None:
             raise MedReasonerError("this judge is closed")
-        segmenter = self._segmenter
-        first, numbers = shown_once([task.prompt for task in tasks])
-        pictures: list[Embedded | None] = [None] * len(first)
-        found = []
-        for task, own, number in zip(tasks, answers, numbers, strict=True):
+        found: list[list[float]] = []
+        image: tuple[Pixels, Embedded] | None = None  # the last one: tasks about a picture follow each other
+        for task, own in zip(tasks, answers, strict=True):
+            pixels = task.prompt.pixels
             if task.mask is None or not any(own):
                 found.append([0.0] * len(own))
                 continue
-            image = pictures[number] = pictures[number] or segmenter.encode(read_image(task.prompt.pixels))
-            found.append(_one(segmenter, image, task, own))
+            if image is None or image[0] is not pixels:
+                image = pixels, self._segmenter.encode(read_image(pixels))
+            found.append(_one(self._segmenter, image[1], task, own))
         return found
 
     def close(self) -> None:

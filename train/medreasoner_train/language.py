@@ -13,6 +13,7 @@ import numpy.typing as npt
 __all__ = [
     "ABSENT",
     "PRESENT",
+    "PRESENT_TEXT",
     "TEMPLATE",
     "Phrasings",
     "answer_text",
@@ -28,6 +29,7 @@ TEMPLATE = "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{query}<|im_e
 PRESENT = (
     '<answer>{{"bbox": [{x1}, {y1}, {x2}, {y2}], "points_1": [{p1x}, {p1y}], "points_2": [{p2x}, {p2y}]}}</answer>'
 )
+PRESENT_TEXT = PRESENT.replace("{{", "{").replace("}}", "}")  # with its fields as a bundle names them
 ABSENT = '<answer>{"bbox": null, "points_1": null, "points_2": null}</answer>'
 MIN_WORDS = 4  # that are left of a question
 
@@ -108,7 +110,7 @@ def fixed_texts() -> list[str]:
 
 def between_numbers() -> list[str]:
     """What stands before, between and behind the eight numbers of an answer: nine texts."""
-    return re.split(r"\{[a-z\d]+\}", PRESENT.replace("{{", "{").replace("}}", "}"))
+    return re.split(r"\{[a-z\d]+\}", PRESENT_TEXT)
 
 
 def place_of(mask: npt.NDArray[np.bool_]) -> str:
@@ -140,7 +142,7 @@ def thought_text(own: Phrasings, mask: npt.NDArray[np.bool_] | None, rng: np.ran
 
 def texts(phrasings: Sequence[Phrasings]) -> Iterator[str]:
     """Everything that the tokenizer is trained on."""
-    skeleton = "{image}".join(TEMPLATE.split("{image}")) + PRESENT.replace("{{", "{").replace("}}", "}") + ABSENT
+    skeleton = "{image}".join(TEMPLATE.split("{image}")) + PRESENT_TEXT + ABSENT
     for own in phrasings:
         for query in own.queries:
             yield query

@@ -19,12 +19,11 @@ from medreasoner._text import one_line
 from medreasoner.errors import BundleError
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.files import appearing
+from medreasoner_train.tokenizer import BY_TOKEN, ids_behind
 
 __all__ = ["mix"]
 
 WEIGHTS = "model.safetensors"
-BY_TOKEN = {"model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "lm_head.weight"}
-"""Tensors with a row for each token, as files and models name them."""
 
 
 def mix(first: Path, second: Path, out: Path, *, share: float) -> Path:
@@ -85,10 +84,10 @@ def _bytes(path: Path) -> bytes | None:
 def _has_grown(first: Path, second: Path) -> bool:
     """Whether the second's tokens are the first's, under the same ids, and some behind them."""
     try:
-        old, new = (load_tokenizer(str(each / "tokenizer.json")).get_vocab() for each in (first, second))
+        old, new = (load_tokenizer(str(each / "tokenizer.json")) for each in (first, second))
     except BundleError:
         return False
-    return len(old) < len(new) and old.items() <= new.items() and max(old.values()) < len(old)
+    return bool(ids_behind(old, new))
 
 
 def _config(folder: Path, has_grown: bool) -> object:

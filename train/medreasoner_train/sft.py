@@ -28,7 +28,7 @@ from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.sft_data import IGNORED, SftBatch, SftData, SftOptions
 from medreasoner_train.store import load_store
 from medreasoner_train.teacher import embed_queries
-from medreasoner_train.tokenizer import SPECIAL_TOKENS, token_id
+from medreasoner_train.tokenizer import SPECIAL_TOKENS, ids_behind, token_id
 from medreasoner_train.validation import validate
 from medreasoner_train.vocabulary import Vocabulary, make_tokenizer, with_wholes
 
@@ -297,12 +297,13 @@ def _added(start: Path, tokenizer: Tokenizer) -> list[list[int]]:
         If it gives the reasoner's own tokens other ids.
     """
     old = load_tokenizer(str(start / "tokenizer.json"))
-    if not old.get_vocab().items() <= tokenizer.get_vocab().items():
+    new = ids_behind(old, tokenizer)
+    if new is None:
         raise BundleError(
             f"{start}: its tokens have other ids in the tokenizer that was asked for; leave --tokenizer out"
         )
-    new = range(old.get_vocab_size(), tokenizer.get_vocab_size())
-    return [old.encode(str(tokenizer.id_to_token(token)), add_special_tokens=False).ids for token in new]
+    texts = (tokenizer.decode([token], skip_special_tokens=False) for token in new)
+    return [old.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def _data(settings: SftRun, vocabulary: Vocabulary) -> tuple[SftData, SftData, int]:

@@ -58,16 +58,17 @@ class GroundingTasks:
         """See :class:`TaskSource`."""
         rng = np.random.default_rng([seed, number])
         chosen = rng.choice(len(self._data.stored), size=-(-count // self._per_image), p=self._data.weights)
-        shown: dict[int, _Shown] = {}
+        shown: dict[int, tuple[_Shown, np.random.Generator]] = {}
         tasks = []
         for place in range(count) if places is None else places:
             image, turn = divmod(place, self._per_image)
-            rng = np.random.default_rng([seed, number, image * self._per_image])
-            if image not in shown or not turn:  # the first question goes on with the image's own random numbers
-                shown[image] = self._shown(int(chosen[image]), rng)
-            if turn:
+            if image not in shown:
+                own = np.random.default_rng([seed, number, image * self._per_image])
+                shown[image] = self._shown(int(chosen[image]), own), own
+            what, rng = shown[image]
+            if turn:  # the first question goes on with the image's own random numbers
                 rng = np.random.default_rng([seed, number, place])
-            tasks.append(self._task(shown[image], f"{number}/{place}", rng))
+            tasks.append(self._task(what, f"{number}/{place}", rng))
         return tasks
 
     def _shown(self, drawn: int, rng: np.random.Generator) -> "_Shown":

@@ -6,7 +6,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from medreasoner.errors import BundleError
 
-__all__ = ["SPECIAL_TOKENS", "add_wholes", "token_id", "train_tokenizer"]
+__all__ = ["BY_TOKEN", "SPECIAL_TOKENS", "add_wholes", "ids_behind", "token_id", "train_tokenizer"]
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -22,6 +22,9 @@ SPECIAL_TOKENS = (
     "<answer>",
     "</answer>",
 )
+
+BY_TOKEN = {"model.embed_tokens.weight", "model.language_model.embed_tokens.weight", "lm_head.weight"}
+"""Tensors with a row for each token, as files and models name them."""
 
 # Words with their leading space, and punctuation with its trailing space, so that "], " is one piece.
 PIECES = r"\d| ?[A-Za-z]+|[^\sA-Za-z\d]+ ?|\s+"
@@ -67,6 +70,17 @@ def add_wholes(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     new = [text for text in texts if len(tokenizer.encode(text).ids) > 1]
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text in new])
     return new
+
+
+def ids_behind(old: Tokenizer, new: Tokenizer) -> range | None:
+    """Ids of the tokens that a vocabulary has behind those of an older one; None if it gives one of those another id.
+
+    None too where the older one has gaps: nothing is behind it then.
+    """
+    known, every = old.get_vocab(), new.get_vocab()
+    if not known.items() <= every.items() or max(known.values()) >= len(known):
+        return None
+    return range(len(known), len(every))
 
 
 def token_id(tokenizer: Tokenizer, name: str) -> int:

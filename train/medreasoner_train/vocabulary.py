@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from medreasoner.errors import BundleError
+from medreasoner.reasoner.prompt import common_length
 from medreasoner_train.decoder import prefix_positions
 from medreasoner_train.language import ABSENT, TEMPLATE, between_numbers, fixed_texts, load_phrasings, texts
 from medreasoner_train.model import NANO
@@ -21,16 +23,24 @@ N_WHOLES = len(fixed_texts())  # at most
 class Vocabulary:
     """The token ids that training needs by name.
 
-    spans : token ids before the first number of an answer, between the eight numbers, and after the last; absent :
-    those of the answer that there is nothing; bracket, null : where the two part.
+    spans : token ids before the first number of an answer, between the eight numbers, and after the last; bracket and
+    null : where it and the answer that there is nothing part.
+
+    Raises
+    ------
+    BundleError
+        If a token is missing, or the two answers part in more than that one.
     """
 
     def __init__(self, tokenizer: Tokenizer, largest: int) -> None:
         self.tokenizer = tokenizer
         self.image, self.pad = token_id(tokenizer, "<|image_pad|>"), token_id(tokenizer, "<|endoftext|>")
         self.spans = [tokenizer.encode(text).ids for text in between_numbers()]
-        self.absent = tokenizer.encode(ABSENT).ids
-        self.bracket, self.null = self.spans[0][-1], self.absent[len(self.spans[0]) - 1]
+        present, absent = self.spans[0], tokenizer.encode(ABSENT).ids
+        shared = common_length(present, absent)
+        if shared != len(present) - 1 or shared == len(absent):
+            raise BundleError("the tokenizer does not tell an absent answer from another by the token of its bracket")
+        self.bracket, self.null = present[shared], absent[shared]
         self.before_number = torch.tensor(sorted({span[-1] for span in self.spans[:-1]}))
         self.largest = largest
         # The ten digits belong to the byte alphabet, so the integers' ids are not one run.
