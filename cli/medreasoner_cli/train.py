@@ -114,6 +114,9 @@ def sft(
     steps: StepsOption,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 12,
     branches: Annotated[int, typer.Option(min=1, help="Questions an image.")] = 4,
+    unanswered: Annotated[
+        int, typer.Option(min=0, help="More of them that are only read: what they mean, in a fraction of the time.")
+    ] = 0,
     size: SizeOption = 252,
     start: Annotated[
         Path | None,
@@ -176,7 +179,7 @@ def sft(
         seed=seed,
         show=training_bar(),
     )
-    options = stage.SftOptions(images=batch, branches=branches, size=size, frozen=frozen)
+    options = stage.SftOptions(images=batch, branches=branches, unanswered=unanswered, size=size, frozen=frozen)
     stage.run(
         stage.SftRun(
             data=data,

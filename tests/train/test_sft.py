@@ -338,3 +338,86 @@ def test_a_data_set_of_one_part_of_the_body_asks_for_what_is_there(
     )
     assert data.make(0, 0).present.all()
     assert data.absent_query(data.stored[0], load_phrasings("heldout"), np.random.default_rng(0)) is None
+
+
+def test_what_an_unanswered_question_reads_out_is_what_an_answered_one_does(
+    data: SftData, vocabulary: Vocabulary, toy_reasoner: Any
+) -> None:
+    """Both see their image and nothing else: the same questions answered give the same losses and gradients."""
+    torch.manual_seed(0)
+    heads, dense = SftHeads(32, len(data.categories)), DenseHeads(32, len(data.categories))
+    batch = data.make(0, 0)
+    questions = [
+        (b, batch.packed.ids[b, where[where <= end]].tolist())
+        for (b, where), (_, end) in zip(branches(batch), batch.ends.tolist(), strict=True)
+    ]
+    order = sorted(range(len(questions)), key=lambda n: len(questions[n][1]))
+    start = int(vocabulary.prefix(3)[1].max()) + 1
+    again = torch.tensor([*range(len(order)), *order])
+    twice = replace(
+        batch,
+        unanswered=data._unanswered([questions[n] for n in order], start),
+        category=batch.category[again],
+        geometry=batch.geometry[again],
+        present=batch.present[again],
+    )
+    once, parts = sft_loss(toy_reasoner, heads, dense, batch, OPTIONS, vocabulary)
+    both, parts_of_both = sft_loss(toy_reasoner, heads, dense, twice, OPTIONS, vocabulary)
+    for name in parts:
+        torch.testing.assert_close(parts_of_both[name], parts[name])
+    other = replace(twice, unanswered=tuple(replace(each, image=(each.image + 1) % 4) for each in twice.unanswered))
+    assert sft_loss(toy_reasoner, heads, dense, other, OPTIONS, vocabulary)[0].item() != pytest.approx(both.item())
+    gradients = []
+    for loss in (once, both):
+        toy_reasoner.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        gradients.append([each.grad.clone() for each in toy_reasoner.parameters() if each.grad is not None])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def test_unanswered_questions_are_whole_and_come_by_length(
+    asking: Callable[[SftOptions], SftData], vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medreasoner_train.sft_data.AT_ONCE", 90)
+    data = asking(replace(OPTIONS, unanswered=5))
+    batch = data.make(0, 0)
+    assert len(batch.unanswered) > 1
+    assert len(batch.ends) == 12
+    assert len(batch.category) == len(batch.geometry) == len(batch.present) == 12 + 20
+    lengths: list[int] = []
+    images: list[int] = []
+    for part in batch.unanswered:
+        assert part.ids.numel() < 4 * 90
+        for ids, last in zip(part.ids, part.last.tolist(), strict=True):
+            assert text_of(vocabulary, ids[: last + 1]).endswith(AFTER)
+            assert ids[last + 1 :].eq(vocabulary.pad).all()
+            lengths.append(last + 1)
+        images += part.image.tolist()
+    assert lengths == sorted(lengths)
+    assert sorted(images) == [b for b in range(4) for _ in range(5)]
+    assert torch.equal(batch.packed.ids[:, : batch.shared], torch.tensor([vocabulary.prefix(3)[0]] * 4))
+
+
+def test_each_unanswered_question_keeps_its_own_meaning(
+    asking: Callable[[SftOptions], SftData], vocabulary: Vocabulary
+) -> None:
+    """The category that goes with a question is one whose phrasings hold its words."""
+    data = asking(replace(OPTIONS, unanswered=6))
+    words = {
+        name: [
+            set(query.lower().rstrip("?.").split()) for key in keys for query in load_phrasings("train")[key].queries
+        ]
+        for name, keys in data._keys.items()
+    }
+    plain = {name: load_phrasings("train")[key].plain for name, keys in data._keys.items() for key in keys}
+    batch = data.make(3, 0)
+    texts = [
+        text_of(vocabulary, ids[: last + 1]).partition(AFTER)[0]
+        for part in batch.unanswered
+        for ids, last in zip(part.ids, part.last.tolist(), strict=True)
+    ]
+    for text, column in zip(texts, batch.category[len(batch.ends) :].tolist(), strict=True):
+        name = data.categories[column]
+        asked = set(text.lower().rstrip("?.").split())
+        named = {word for each in plain[name] for word in each.lower().split()}
+        assert any(asked <= own for own in words[name]) or asked & named, (text, name)

@@ -25,7 +25,7 @@ from medreasoner_train.files import appearing
 from medreasoner_train.language import load_phrasings
 from medreasoner_train.loop import LoopOptions, load_modules, train
 from medreasoner_train.model import NANO, build_reasoner, tower
-from medreasoner_train.sft_data import IGNORED, SftBatch, SftData, SftOptions
+from medreasoner_train.sft_data import IGNORED, SftBatch, SftData, SftOptions, Unanswered
 from medreasoner_train.store import load_store
 from medreasoner_train.teacher import embed_queries
 from medreasoner_train.tokenizer import SPECIAL_TOKENS, ids_behind, token_id
@@ -127,7 +127,7 @@ def _token_losses(
     plain = normaliser - (states * table[label]).sum(-1)
     by_kind = [options.weight_skeleton, options.weight_thought, options.weight_absent, 0.0]
     weights = torch.tensor(by_kind, device=kind.device)[kind]
-    loss_text = (plain * weights).sum() / batch.present.numel()
+    loss_text = (plain * weights).sum() / len(batch.ends)
     number = kind == 3
     loss_number, loss_l1 = _number_losses(
         states[number] @ table[vocabulary.numbers].T,
@@ -136,6 +136,18 @@ def _token_losses(
         options.spread,
     )
     return loss_text, loss_number, loss_l1, (plain[kind == 2] < 0.6931).float().mean()
+
+
+def _last_of(language: Any, part: Unanswered, shared: list[tuple[Tensor, Tensor]], passes: Passes) -> Tensor:
+    """Hidden states (N, D) at the ends of questions that are only read, behind their images' keys and values."""
+    count, length = part.ids.shape
+    places = part.start + torch.arange(length, device=part.ids.device).expand(3, count, -1)
+    own = torch.ones(length, length, dtype=torch.bool, device=places.device).tril()
+    before = own.new_ones(length, shared[0][0].shape[2])
+    mask = torch.cat((before, own), 1).expand(count, 1, -1, -1)
+    cache = [(keys[part.image], values[part.image]) for keys, values in shared]
+    hidden = passes.language(language, language.embed_tokens(part.ids), places, mask, cache)
+    return hidden[torch.arange(count, device=places.device), part.last]
 
 
 def sft_loss(
@@ -154,11 +166,14 @@ def sft_loss(
     loss_dense, dense_parts = dense_loss(dense_heads, image_embeds, batch.dense)
     embeds = language.embed_tokens(batch.packed.ids)
     embeds = embeds.masked_scatter(batch.packed.image[..., None], image_embeds)
-    hidden = passes.language(language, embeds, batch.packed.positions, block_mask(batch.packed.branch))
+    cache: list[tuple[Tensor, Tensor]] = []
+    hidden = passes.language(language, embeds, batch.packed.positions, block_mask(batch.packed.branch), cache)
+    shared = [(keys[:, :, : batch.shared], values[:, :, : batch.shared]) for keys, values in cache]
     table = language.embed_tokens.weight
     loss_text, loss_number, loss_l1, absent = _token_losses(table, hidden, batch, options, vocabulary)
 
-    last = hidden[batch.ends[:, 0], batch.ends[:, 1]]
+    ends = [hidden[batch.ends[:, 0], batch.ends[:, 1]]]
+    last = torch.cat(ends + [_last_of(language, part, shared, passes) for part in batch.unanswered])
     loss_category = functional.cross_entropy(heads.category(last), batch.category)
     loss_meaning = _meaning_loss(heads, last, batch.meaning)
     read = torch.sigmoid(heads.readout(last[batch.present]))

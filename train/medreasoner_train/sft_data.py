@@ -22,24 +22,28 @@ from medreasoner_train.store import DRAWS, Stored, redraws
 from medreasoner_train.targets import box_of, inscribed_points
 from medreasoner_train.vocabulary import Vocabulary
 
-__all__ = ["IGNORED", "Asked", "Mark", "SftBatch", "SftData", "SftOptions"]
+__all__ = ["IGNORED", "Asked", "Mark", "SftBatch", "SftData", "SftOptions", "Unanswered"]
 
 IGNORED = -100
+AT_ONCE = 2400  # tokens of unanswered questions in a pass
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SftOptions:
     """Mixture and weights of the stage.
 
-    `spread` is the width, in coordinate units, of a coordinate's soft target. `skeleton` is the share of the answer's
-    fixed tokens that are taught in a step: they are the same every time, and logits over the vocabulary are costly.
-    `plain` is the share of the questions that merely name their target; `spatial` that of spatial and comparative ones,
-    on images whose masks make such questions true. If `frozen`, the vision tower stays as it is
-    and only the decoder learns, in half the time.
+    Of an image `branches` questions are answered; `unanswered` more are only read, which takes a fraction of the time:
+    what is asked and where it lies is read out at their ends as at those of the others. `spread` is the width, in
+    coordinate units, of a coordinate's soft target. `skeleton` is the share of the answer's fixed tokens that are
+    taught in a step: they are the same every time, and logits over the vocabulary are costly. `plain` is the share of
+    the questions that merely name their target; `spatial` that of spatial and comparative ones, on images whose masks
+    make such questions true. If `frozen`, the vision tower stays as it is and only the decoder learns, in half the
+    time.
     """
 
     images: int = 12
     branches: int = 4
+    unanswered: int = 0
     size: int = 252
     absent: float = 0.22
     think: float = 0.25
@@ -59,12 +63,27 @@ class SftOptions:
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
+class Unanswered:
+    """Questions that are only read, of about one length, padded on the right.
+
+    ids : (N, L) int64; image : (N,) int64, whose; last : (N,) int64, place of the last token; start : position of the
+    first.
+    """
+
+    ids: Tensor
+    image: Tensor
+    last: Tensor
+    start: int
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
 class SftBatch:
     """One step's input: images (B, 3, S, S), packed tokens, and targets.
 
     label : (B, T) int64, the token that follows each position, or -100 where it is not taught; kind : (B, T) int64, 0
-    skeleton, 1 thought, 2 absent or present, 3 coordinate; ends : (N, 2) row and place of the last prompt token of each
-    branch; category : (N,) int64; geometry : (N, 8) float32 relative; present : (N,) bool; meaning : (N, D) float32,
+    skeleton, 1 thought, 2 absent or present, 3 coordinate; ends : (K, 2) row and place of the last prompt token of each
+    branch; shared : tokens in front of a row's branches. Of the N questions, the K branches' and then the unanswered
+    ones': category : (N,) int64; geometry : (N, 8) float32 relative; present : (N,) bool; meaning : (N, D) float32,
     the teacher's embedding of each question, zeros for those that it was not shown, None without a teacher.
     """
 
@@ -73,6 +92,8 @@ class SftBatch:
     label: Tensor
     kind: Tensor
     ends: Tensor
+    unanswered: tuple[Unanswered, ...]
+    shared: int
     category: Tensor
     geometry: Tensor
     present: Tensor
@@ -114,16 +135,30 @@ class SftData(DenseData):
         rng = np.random.default_rng([seed, step])
         chosen = rng.choice(len(self.stored), size=options.images, p=self.weights)
         images, dense, branches, marks = [], [], [], []
-        for drawn in chosen:
+        heard: list[tuple[int, list[int], Mark]] = []
+        for b, drawn in enumerate(chosen):
             index, (image, targets, masks) = self.askable(int(drawn), rng)
-            row = [self.branch(self.stored[index], targets, masks, rng, think=think) for think in self._thinking(rng)]
+            item = self.stored[index]
+            row = [self.branch(item, targets, masks, rng, think=think) for think in self._thinking(rng)]
             images.append(image)
             dense.append(targets)
             branches.append([ids for ids, _ in row])
             marks.append([mark for _, mark in row])
+            asked = [self.question(item, targets, masks, rng) for _ in range(options.unanswered)]
+            heard += [(b, *self._read(each)) for each in asked]
         prefix, positions = self._vocabulary.prefix(options.size // (NANO.patch_size * NANO.merge_size))
         packed = pack(prefix, positions, self._vocabulary.image, branches, self._vocabulary.pad)
-        batch = self._targets(torch.stack(images), packed, len(prefix), branches, marks, stack(dense))
+        heard.sort(key=lambda each: len(each[1]))  # alike in length: little padding
+        flat = [mark for own in marks for mark in own]
+        batch = SftBatch(
+            images=torch.stack(images),
+            packed=packed,
+            **self._labels(packed, len(prefix), branches, marks),
+            unanswered=self._unanswered([(b, ids) for b, ids, _ in heard], int(positions.max()) + 1),
+            shared=len(prefix),
+            dense=stack(dense),
+            **self._read_out([*flat, *(mark for *_, mark in heard)]),
+        )
         left_out = torch.from_numpy(rng.random(batch.label.shape) >= options.skeleton)
         batch.label[left_out & (batch.kind == 0)] = IGNORED
         return batch
@@ -156,18 +191,32 @@ class SftData(DenseData):
         """Tokens of one question with its answer, and what they mean."""
         asked = self.question(item, targets, masks, rng)
         encode = self._vocabulary.tokenizer.encode
-        prompt = self._vocabulary.prompt(asked.query)
+        prompt, mark = self._read(asked)
         thought = encode(thought_text(asked.own, asked.mask, rng)).ids if think else []
         numbers = None if asked.geometry is None else self.integers(asked.geometry)
         answer = encode(answer_text(numbers)).ids
-        mark = Mark(
-            prompt=len(prompt),
-            thought=len(thought),
-            category=self.column(asked.category),
-            geometry=asked.geometry,
-            query=asked.written,
+        return [*prompt, *thought, *answer, *self._end], dataclasses.replace(mark, thought=len(thought))
+
+    def _read(self, asked: "Asked") -> tuple[list[int], "Mark"]:
+        """Tokens of a question, and what it means."""
+        prompt = self._vocabulary.prompt(asked.query)
+        column = self.column(asked.category)
+        return prompt, Mark(
+            prompt=len(prompt), thought=0, category=column, geometry=asked.geometry, query=asked.written
         )
-        return [*prompt, *thought, *answer, *self._end], mark
+
+    def _unanswered(self, questions: Sequence[tuple[int, list[int]]], start: int) -> tuple[Unanswered, ...]:
+        """Questions (image, tokens), sorted by length, in parts of about as many tokens."""
+        count = -(-sum(len(ids) for _, ids in questions) // AT_ONCE)
+        parts = []
+        for part in np.array_split(np.arange(len(questions)), count) if count else []:
+            own = [questions[index] for index in part]
+            ids = torch.full((len(own), len(own[-1][1])), self._vocabulary.pad)
+            for row, (_, tokens) in zip(ids, own, strict=True):
+                row[: len(tokens)] = torch.tensor(tokens)
+            last = torch.tensor([len(tokens) - 1 for _, tokens in own])
+            parts.append(Unanswered(ids=ids, image=torch.tensor([b for b, _ in own]), last=last, start=start))
+        return tuple(parts)
 
     def question(
         self, item: Stored, targets: ImageTargets, masks: dict[str, npt.NDArray[np.bool_]], rng: np.random.Generator
@@ -249,15 +298,10 @@ class SftData(DenseData):
         number[1:] &= torch.isin(answer[:-1], self._vocabulary.before_number)
         return number
 
-    def _targets(
-        self,
-        images: Tensor,
-        packed: Packed,
-        prefix: int,
-        branches: list[list[list[int]]],
-        marks: list[list["Mark"]],
-        dense: DenseTargets,
-    ) -> SftBatch:
+    def _labels(
+        self, packed: Packed, prefix: int, branches: list[list[list[int]]], marks: list[list["Mark"]]
+    ) -> dict[str, Tensor]:
+        """What is to be written where: `label`, `kind` and `ends` of a batch."""
         label = torch.full_like(packed.ids, IGNORED)
         kind = torch.zeros_like(packed.ids)
         ends: list[tuple[int, int]] = []
@@ -275,22 +319,18 @@ class SftData(DenseData):
                 choice = ((answer == self._vocabulary.null) | (answer == self._vocabulary.bracket)).nonzero()[0]
                 kind[b, place + int(choice)] = 2
                 at += len(ids)
-        flat = [mark for own in marks for mark in own]
-        return SftBatch(
-            images=images,
-            packed=packed,
-            label=label,
-            kind=kind,
-            ends=torch.tensor(ends),
-            category=torch.tensor([mark.category for mark in flat]),
-            geometry=torch.tensor(
-                np.stack([np.zeros(8) if m.geometry is None else m.geometry for m in flat]), dtype=torch.float32
-            ),
-            present=torch.tensor([mark.geometry is not None for mark in flat]),
-            dense=dense,
+        return {"label": label, "kind": kind, "ends": torch.tensor(ends)}
+
+    def _read_out(self, marks: Sequence["Mark"]) -> dict[str, Any]:
+        """What is to be read out at the questions' ends: `category`, `geometry`, `present` and `meaning` of a batch."""
+        geometry = np.stack([np.zeros(8) if m.geometry is None else m.geometry for m in marks])
+        return {
+            "category": torch.tensor([mark.category for mark in marks]),
+            "geometry": torch.tensor(geometry, dtype=torch.float32),
+            "present": torch.tensor([mark.geometry is not None for mark in marks]),
             # Of the whole question, though words may be missing from what the model reads.
-            meaning=None if self._meanings is None else torch.stack([self._meaning(m.query) for m in flat]),
-        )
+            "meaning": None if self._meanings is None else torch.stack([self._meaning(m.query) for m in marks]),
+        }
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
