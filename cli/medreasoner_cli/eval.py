@@ -41,6 +41,7 @@ def evaluate(
     bad_rows: Annotated[
         Literal["refuse", "skip"], typer.Option(help="What becomes of rows that cannot be measured.")
     ] = "refuse",
+    seed: Annotated[int, typer.Option(min=0, help="Of the phrasings: another one asks other questions.")] = 1,
     examples: Annotated[int, typer.Option(min=0, max=50, help="Pictures in each section of report.html.")] = 4,
     as_json: Annotated[bool, JsonOption] = False,
 ) -> None:
@@ -68,6 +69,7 @@ def evaluate(
         controls=controls,
         tolerance=tolerance,
         bad_rows=bad_rows,
+        seed=seed,
     )
     with Grounder.load(bundle_path(bundle), device=device) as grounder:
         evaluation = measure.evaluate_bundle(grounder, options, progress=_bar)

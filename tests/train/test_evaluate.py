@@ -181,6 +181,10 @@ def test_a_quick_look_takes_every_nth_image_and_a_run_can_be_repeated(grounding_
     second = evaluate_bundle(oracle, options).rows
     assert [dataclasses.astuple(row)[:9] for row in first] == [dataclasses.astuple(row)[:9] for row in second]
     assert seen == [4]  # of ten images
+    others = evaluate_bundle(oracle, dataclasses.replace(options, seed=2)).rows
+    asked, again = ([row for row in rows if row.kind == "present"] for rows in (first, others))
+    assert [row.id for row in asked] == [row.id for row in again]
+    assert sum(a.query != b.query for a, b in zip(asked, again, strict=True)) > len(asked) / 2
     assert not {row.kind for row in first} & set(KINDS[3:])
 
 

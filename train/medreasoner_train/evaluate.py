@@ -51,6 +51,8 @@ class EvalOptions:
         Of the surface distance, pixels of the 840-px grid; 8 are about 1 % of the image's side.
     bad_rows
         ``"refuse"`` or ``"skip"`` rows that cannot be measured.
+    seed
+        Of the choice of phrasings.
     """
 
     data: Path

@@ -40,7 +40,7 @@ def figures_of(evaluation: Evaluation, options: EvalOptions) -> dict[str, Any]:
         "data": options.data.resolve().name,
         "groups": options.groups + (f", every {options.every}th image" if options.every > 1 else ""),
         "questions": f"{counts['there']} about what is there, {counts['not']} about what is not",
-        "phrasings": options.part,
+        "phrasings": f"{options.part}, seed {options.seed}",
         "reasoning in words first": "yes" if options.think else "no",
         "prior's boxes fitted on": evaluation.data.prior_of,
         "NSD tolerance": f"{options.tolerance:g} px of the 840-px grid",
