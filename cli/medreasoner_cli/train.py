@@ -141,6 +141,10 @@ def sft(
             help="Give what is in every answer a token each, where the tokenizer of a --start has none.",
         ),
     ] = False,
+    infer: Annotated[
+        bool,
+        typer.Option("--infer", help="Ask too for organs that a source leaves unlabelled and others let predict."),
+    ] = False,
     rate: RateOption = 1.0,
     without: Annotated[
         list[str] | None, typer.Option(metavar="SOURCE", help="Leave a source out, to measure on it; may be repeated.")
@@ -194,6 +198,7 @@ def sft(
             precision=precision,
             heads_first=heads_first,
             short_answers=short_answers,
+            infer=infer,
         )
     )
 

@@ -124,7 +124,7 @@ def test_every_stage_trains_on_training_groups_and_looks_at_the_others(
 
 def test_read_outs_that_learn_first_leave_the_model_as_it_was(grounding_set: Path, tmp_path: Path) -> None:
     arguments = ("--data", grounding_set, "--batch", 2, "--branches", 3, "--size", 84, "--rate", 0, "--steps", 1)
-    arguments += ("--unanswered", 2)
+    arguments += ("--unanswered", 2, "--infer")
     begun, out = tmp_path / "begun", tmp_path / "out"
     command("train", "sft", *arguments, "-o", begun)
     goes_on = (*arguments, "--start", begun / "checkpoint", "-o", out)

@@ -40,6 +40,9 @@ class DataOptions:
         Share of the questions that are answered with a thought first.
     per_image
         How many of a step's questions are about one image, of a grounding set: each image is read once for all of them.
+    infer
+        Ask too for organs that an image's source leaves unlabelled, of a grounding set: see
+        :mod:`medreasoner_train.inferred`. Of some of them only box and points are judged, whatever `[reward] mask` is.
     cache
         Folder for what takes long to work out of the images.
     """
@@ -51,6 +54,7 @@ class DataOptions:
     plain: float = 0.1
     think: float = 0.0
     per_image: int = 1
+    infer: bool = False
     cache: Path | None = None
 
     def __post_init__(self) -> None:

@@ -11,13 +11,14 @@ import torch
 
 from medreasoner_train.checkpoint import load_weights
 from medreasoner_train.config import ConfigError
-from medreasoner_train.data import by_image, leave_out, load_index, split
+from medreasoner_train.data import leave_out, load_index
 from medreasoner_train.distributed import Processes
 from medreasoner_train.episodes import look_at_tasks
 from medreasoner_train.examples import Example, load_examples, split_examples
 from medreasoner_train.grpo_config import GrpoConfig
 from medreasoner_train.grpo_trainer import Policy
 from medreasoner_train.hub_policy import HubPolicy, bare, load_hub_model
+from medreasoner_train.inferred import load_parts
 from medreasoner_train.judge import MaskJudge, RuntimeJudge, TorchJudge
 from medreasoner_train.language import load_phrasings
 from medreasoner_train.lora import AdapterReference, add_adapter
@@ -26,7 +27,6 @@ from medreasoner_train.rollout import Rollouts
 from medreasoner_train.rollout_engines import make_rollouts
 from medreasoner_train.segmenter import build_segmenter
 from medreasoner_train.sft_data import SftData, SftOptions
-from medreasoner_train.store import load_store
 from medreasoner_train.tasks import ExampleTasks, GroundingTasks, TaskSource
 from medreasoner_train.torch_rollouts import TorchRollouts
 from medreasoner_train.validation import validate
@@ -136,12 +136,12 @@ def _grounding(config: GrpoConfig, policy: PackedPolicy, model: Any, processes: 
     train, val = (
         SftData(
             samples,
-            load_store(by_image(part), cache=points),
+            stored,
             vocabulary=policy.vocabulary,
             phrasings=phrasings,
             options=mixture,
         )
-        for part in split(samples)
+        for stored in load_parts(samples, cache=points, infer=config.data.infer)
     )
 
     def look() -> dict[str, float]:

@@ -61,6 +61,8 @@ class DenseData:
             if mask.any():
                 masks[sample.category] = mask
                 targets.add(self._column[sample.category], mask, points)
+        for category in item.guessed:  # asked about, but of no known shape
+            targets.present[self._column[category]] = False
         targets.known[:] = targets.present
         for category in (*self._rule.same_region(record), *self._rule.other_region(record)):
             targets.known[self._column[category]] = True

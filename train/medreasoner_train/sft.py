@@ -18,15 +18,15 @@ from torch.nn import functional
 from medreasoner.errors import BundleError
 from medreasoner.reasoner.prompt import load_tokenizer
 from medreasoner_train.checkpoint import load_weights, save_reasoner
-from medreasoner_train.data import by_image, leave_out, load_index, split
+from medreasoner_train.data import leave_out, load_index
 from medreasoner_train.decoder import block_mask, language_pass
 from medreasoner_train.dense import DenseHeads, dense_loss, giou, mean_or_zero
 from medreasoner_train.files import appearing
+from medreasoner_train.inferred import load_parts
 from medreasoner_train.language import load_phrasings
 from medreasoner_train.loop import LoopOptions, load_modules, train
 from medreasoner_train.model import NANO, build_reasoner, tower
 from medreasoner_train.sft_data import IGNORED, SftBatch, SftData, SftOptions, Unanswered
-from medreasoner_train.store import load_store
 from medreasoner_train.teacher import embed_queries
 from medreasoner_train.tokenizer import SPECIAL_TOKENS, ids_behind, token_id
 from medreasoner_train.validation import validate
@@ -207,8 +207,9 @@ class SftRun:
     `teacher` the folder of a sentence encoder; `without` the sources that it does not see. With a `precision` of
     ``"bf16"`` the passes are in mixed precision, twice as fast on a CPU with AMX or AVX512_BF16. Read-outs are not kept
     in a finished reasoner: for `heads_first` steps they alone learn, so that what starts at random disturbs nothing.
-    With `short_answers` a tokenizer of before gets one token for each text that every prompt and answer has, as new
-    ones have.
+    With `infer` it is asked for organs too that an image's source leaves unlabelled (see
+    :mod:`medreasoner_train.inferred`). With `short_answers` a tokenizer of before gets one token for each text that
+    every prompt and answer has, as new ones have.
     """
 
     data: Path
@@ -225,6 +226,7 @@ class SftRun:
     eval_every: int = 300
     heads_first: int = 0
     short_answers: bool = False
+    infer: bool = False
 
 
 def run(settings: SftRun) -> None:
@@ -332,13 +334,13 @@ def _data(settings: SftRun, vocabulary: Vocabulary) -> tuple[SftData, SftData, i
     data, val = (
         SftData(
             samples,
-            load_store(by_image(part), cache=settings.cache),
+            stored,
             vocabulary=vocabulary,
             phrasings=phrasings,
             options=settings.options,
             meanings=meanings,
         )
-        for part in split(samples)
+        for stored in load_parts(samples, cache=settings.cache, infer=settings.infer)
     )
     return data, val, 0 if meanings is None else len(next(iter(meanings.values())))
 

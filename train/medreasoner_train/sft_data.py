@@ -222,7 +222,8 @@ class SftData(DenseData):
         self, item: Stored, targets: ImageTargets, masks: dict[str, npt.NDArray[np.bool_]], rng: np.random.Generator
     ) -> "Asked":
         """A question about something in the image, or absent from it, as someone might type it."""
-        if self._options.spatial and rng.random() < self._options.spatial and (true := relations(masks)):
+        shapes = {name: mask for name, mask in masks.items() if name not in item.guessed}
+        if self._options.spatial and rng.random() < self._options.spatial and (true := relations(shapes)):
             return self._spatial(item, choose(true, rng), rng)
         category = self._choose(item, masks, rng)
         own = self._own_phrasings(item, category, rng)

@@ -25,7 +25,8 @@ class Stored:
     """One image with its targets.
 
     pixels : (H, W) or (H, W, 3) uint8; masks : (K, H, W) bool; boxes : (K, 4) and points : (K, 2, 2) float64, (x, y) in
-    the image's pixels; K labelled structures in the order of ``record.samples``.
+    the image's pixels; K labelled structures in the order of ``record.samples``; guessed : categories of them of whose
+    mask no more than box and points mean something (:mod:`medreasoner_train.inferred`).
     """
 
     record: ImageRecord
@@ -33,6 +34,7 @@ class Stored:
     masks: npt.NDArray[np.bool_]
     boxes: npt.NDArray[np.float64]
     points: npt.NDArray[np.float64]
+    guessed: frozenset[str] = frozenset()
 
 
 def load_store(records: Sequence[ImageRecord], *, cache: Path | None = None) -> list[Stored]:

@@ -1,0 +1,229 @@
+"""Targets that a source leaves unlabelled and that follow from what it labels.
+
+Sources label different structures of the same part of the body. A reasoner that is never asked for the heart on one
+source's films takes every question about them for one of the lungs, and so it does on films like them. So organs that
+another source labels beside the same structures are asked about too: one that is the union of two others exactly, any
+other by a frame that their shapes predict. Only what the labelled images confirm is inferred.
+"""
+
+import dataclasses
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from medreasoner_train.anatomy import REGIONS
+from medreasoner_train.data import Sample, by_image, labelled_kinds, split
+from medreasoner_train.prior import box_iou
+from medreasoner_train.store import Stored, load_store
+from medreasoner_train.targets import box_of, inscribed_points
+
+__all__ = ["load_parts", "with_inferred"]
+
+logger = logging.getLogger(__name__)
+
+LEAST = 30  # images on which a rule is tried
+SAME = 0.98  # Dice of a structure and the union of two others, from which on it is that union
+GOOD = 0.7  # box IoU of predicted frames on images that the fit has not seen, from which on they are asked about
+FOLDS = 8
+GRID = 6
+RIDGE = 100.0
+REACH = 2.0  # deviations from the mean that a feature may have: beyond the labelled images nothing is known
+
+Masks = Mapping[str, npt.NDArray[np.bool_]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Frames:
+    """Predicts box and points of a structure from masks of others; coordinates are shares of the others' joint box."""
+
+    mean: npt.NDArray[np.float64]
+    deviation: npt.NDArray[np.float64]
+    weights: npt.NDArray[np.float64]
+
+    def __call__(self, features: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """(N, F) -> (N, 8)."""
+        return _scaled(features, self.mean, self.deviation) @ self.weights
+
+
+def load_parts(samples: Sequence[Sample], *, cache: Path | None, infer: bool) -> tuple[list[Stored], list[Stored]]:
+    """The images to train on, with what can be inferred if that is asked for, and those to validate on."""
+    train, held = (load_store(by_image(part), cache=cache) for part in split(samples))
+    return with_inferred(train) if infer else train, held
+
+
+def with_inferred(stored: Sequence[Stored]) -> list[Stored]:
+    """The images with what can be inferred, behind what is labelled.
+
+    Rules are worked out on these images, so give those of one part of a split. What was inferred of which source, and
+    how well it fits where it is labelled, is logged.
+    """
+    unions = _unions(stored)
+    frames = dict(_frames(stored, unions))
+    result = [_more(item, unions, frames.get(item.record.source, {})) for item in stored]
+    for source in sorted({item.record.source for item in stored}):
+        before, after = (
+            [sample.category for item in images if item.record.source == source for sample in item.record.samples]
+            for images in (stored, result)
+        )
+        for category in sorted(set(after) - set(before)):
+            logger.info("%s: %s inferred on %d images", source, category, after.count(category))
+    return result
+
+
+def _masks(item: Stored) -> Masks:
+    return {sample.category: mask for sample, mask in zip(item.record.samples, item.masks, strict=True)}
+
+
+def _unions(stored: Sequence[Stored]) -> dict[str, tuple[str, str]]:
+    """Structures that are the union of two others wherever the three are labelled."""
+    overlaps: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for item in stored:
+        masks = _masks(item)
+        for one, other in combinations(sorted(masks), 2):
+            union = masks[one] | masks[other]
+            for whole in masks.keys() - {one, other}:
+                shared = int((union & masks[whole]).sum())
+                both = int(union.sum()) + int(masks[whole].sum())
+                overlaps[whole, one, other].append(2 * shared / max(both, 1))
+    return {
+        whole: (one, other)
+        for (whole, one, other), own in sorted(overlaps.items())
+        if len(own) >= LEAST and np.mean(own) >= SAME
+    }
+
+
+def _frames(
+    stored: Sequence[Stored], unions: Mapping[str, tuple[str, str]]
+) -> Iterator[tuple[str, dict[tuple[str, tuple[str, ...]], Frames]]]:
+    """Of each source, the organs that other sources of its modality and region label, from structures of both."""
+    kinds = labelled_kinds(sample for item in stored for sample in item.record.samples)
+    families: dict[tuple[str, str], list[Stored]] = defaultdict(list)
+    for item in stored:
+        region = REGIONS.get(item.record.source, item.record.source)
+        families[item.record.modality, region].append(item)
+    for family in families.values():
+        for source in sorted({item.record.source for item in family}):
+            others = [item for item in family if item.record.source != source]
+            rules = {}
+            for category in sorted(_organs(others) - kinds[source] - unions.keys()):
+                examples = [item for item in others if category in _masks(item)]
+                for shared in {tuple(sorted(kinds[source] & kinds[item.record.source])) for item in examples}:
+                    fitted = _fit([m for m in map(_masks, examples) if m.keys() >= set(shared)], shared, category)
+                    if fitted is not None:
+                        rules[category, shared] = fitted
+            if rules:
+                yield source, rules
+
+
+def _organs(stored: Sequence[Stored]) -> set[str]:
+    """A lesion or a device is where it is, whatever lies around it."""
+    samples = (sample for item in stored for sample in item.record.samples)
+    return {sample.category for sample in samples if sample.super_category == "organ"}
+
+
+def _fit(examples: Sequence[Masks], shared: tuple[str, ...], category: str) -> Frames | None:
+    """None if there are too few of them, or frames that were left out of the fit are not predicted well."""
+    if len(examples) < LEAST or len(shared) < 2:
+        return None
+    features = np.stack([_features(masks, shared) for masks in examples])
+    origin, size = (np.stack(each) for each in zip(*(_joint(masks, shared) for masks in examples), strict=True))
+    boxes = np.stack([box_of(masks[category]) for masks in examples])
+    points = np.stack([inscribed_points(masks[category]).ravel() for masks in examples])
+    truth = (np.hstack([boxes, points]) - np.tile(origin, 4)) / np.tile(size, 4)
+    guessed = np.empty_like(truth)
+    fold = np.arange(len(truth)) % FOLDS
+    for k in range(FOLDS):
+        guessed[fold == k] = _ridge(features[fold != k], truth[fold != k])(features[fold == k])
+    overlap = float(box_iou(guessed[:, :4], truth[:, :4]).mean())
+    logger.info("%s from %s: box IoU %.3f on %d images", category, ", ".join(shared), overlap, len(truth))
+    return _ridge(features, truth) if overlap >= GOOD else None
+
+
+def _ridge(features: npt.NDArray[np.float64], truth: npt.NDArray[np.float64]) -> Frames:
+    mean, deviation = features.mean(0), features.std(0) + 1e-3
+    scaled = _scaled(features, mean, deviation)
+    penalty = np.diag([0.0, *[RIDGE] * features.shape[1]])
+    weights = np.linalg.solve(scaled.T @ scaled + penalty, scaled.T @ truth)
+    return Frames(mean=mean, deviation=deviation, weights=np.asarray(weights, np.float64))
+
+
+def _scaled(
+    features: npt.NDArray[np.float64], mean: npt.NDArray[np.float64], deviation: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
+    """(N, 1 + F) in deviations, behind a one."""
+    near = np.clip((features - mean) / deviation, -REACH, REACH)
+    return np.hstack([np.ones((len(features), 1)), near])
+
+
+def _joint(masks: Masks, shared: Sequence[str]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Corner and size of the box around all of them: (2,) x, y each."""
+    boxes = np.array([box_of(masks[name]) for name in shared])
+    corner = boxes[:, :2].min(0)
+    return corner, boxes[:, 2:].max(0) - corner
+
+
+def _features(masks: Masks, shared: Sequence[str]) -> npt.NDArray[np.float64]:
+    """(F,) the joint box's shape, each structure's box in it, and how much of each of its cells the structure fills."""
+    corner, size = _joint(masks, shared)
+    x, y = (np.linspace(corner[k], corner[k] + size[k], GRID + 1).astype(int) for k in (0, 1))
+    found = [np.array([size[0] / size[1]])]
+    for name in shared:
+        found.append((np.array(box_of(masks[name])) - np.tile(corner, 2)) / np.tile(size, 2))
+        sums = np.pad(masks[name].cumsum(0).cumsum(1), ((1, 0), (1, 0)))[np.ix_(y, x)]
+        cells = np.outer(np.diff(y), np.diff(x))
+        found.append((np.diff(np.diff(sums, axis=0), axis=1) / np.maximum(cells, 1)).ravel())
+    return np.concatenate(found)
+
+
+def _more(
+    item: Stored, unions: Mapping[str, tuple[str, str]], frames: Mapping[tuple[str, tuple[str, ...]], Frames]
+) -> Stored:
+    """An image with what its source leaves unlabelled."""
+    masks = _masks(item)
+    height, width = item.masks.shape[1:]
+    found: list[tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.float64]]] = []
+    guessed: set[str] = set()
+    for whole, parts in unions.items():
+        if whole not in masks and masks.keys() >= set(parts):
+            union = masks[parts[0]] | masks[parts[1]]
+            found.append((whole, union, inscribed_points(union)))
+    for (category, shared), predict in frames.items():
+        if category in masks or category in guessed or not masks.keys() >= set(shared):
+            continue
+        corner, size = _joint(masks, shared)
+        values = predict(_features(masks, shared)[None])[0].reshape(4, 2) * size + corner
+        values = values.clip(0, [width, height])
+        shape = _ellipse(values[:2].ravel(), height, width)
+        if shape.any():
+            found.append((category, shape, values[2:]))
+            guessed.add(category)
+    if not found:
+        return item
+    first = item.record.samples[0]
+    samples = tuple(
+        dataclasses.replace(first, id=f"{first.group}/inferred {name}", category=name, super_category="organ")
+        for name, _, _ in found
+    )
+    return dataclasses.replace(
+        item,
+        record=dataclasses.replace(item.record, samples=(*item.record.samples, *samples)),
+        masks=np.concatenate([item.masks, np.stack([mask for _, mask, _ in found])]),
+        boxes=np.concatenate([item.boxes, [box_of(mask) for _, mask, _ in found]]),
+        points=np.concatenate([item.points, [points for _, _, points in found]]),
+        guessed=item.guessed | guessed,
+    )
+
+
+def _ellipse(box: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.bool_]:
+    """(height, width) bool: the ellipse that fills a box, for want of the shape."""
+    centre, radii = (box[:2] + box[2:]) / 2, np.maximum((box[2:] - box[:2]) / 2, 0.5)
+    y, x = np.ogrid[:height, :width]
+    inside: npt.NDArray[np.bool_] = ((x + 0.5 - centre[0]) / radii[0]) ** 2 + (
+        (y + 0.5 - centre[1]) / radii[1]
+    ) ** 2 <= 1
+    return inside
