@@ -103,6 +103,16 @@ def test_nothing_is_inferred_from_few_images() -> None:
     assert with_inferred(stored) == stored
 
 
+def test_rules_of_some_images_hold_for_others() -> None:
+    stored, _ = films(LEAST + 10)
+    known, others = stored[: 2 * LEAST], stored[2 * LEAST :]
+    found = with_inferred(others, learned_from=known)
+    assert with_inferred(others) == others
+    assert all(
+        len(item.record.samples) == len(before.record.samples) + 1 for item, before in zip(found, others, strict=True)
+    )
+
+
 def test_an_image_without_the_neighbours_stays_as_it_is() -> None:
     stored, _ = films(LEAST + 1)
     first = stored[0]

@@ -56,14 +56,15 @@ def load_parts(samples: Sequence[Sample], *, cache: Path | None, infer: bool) ->
     return with_inferred(train) if infer else train, held
 
 
-def with_inferred(stored: Sequence[Stored]) -> list[Stored]:
+def with_inferred(stored: Sequence[Stored], *, learned_from: Sequence[Stored] | None = None) -> list[Stored]:
     """The images with what can be inferred, behind what is labelled.
 
-    Rules are worked out on these images, so give those of one part of a split. What was inferred of which source, and
-    how well it fits where it is labelled, is logged.
+    Rules are worked out on `learned_from`, by default on these images, so give those of one part of a split. What was
+    inferred of which source, and how well it fits where it is labelled, is logged.
     """
-    unions = _unions(stored)
-    frames = dict(_frames(stored, unions))
+    known = stored if learned_from is None else learned_from
+    unions = _unions(known)
+    frames = dict(_frames(known, unions))
     result = [_more(item, unions, frames.get(item.record.source, {})) for item in stored]
     for source in sorted({item.record.source for item in stored}):
         before, after = (
