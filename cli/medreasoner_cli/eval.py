@@ -28,7 +28,10 @@ def evaluate(
         typer.Option("--output", "--out", "-o", help="Folder for rows.jsonl, figures.json, report.md and report.html."),
     ] = None,
     device: Annotated[Device, DeviceOption] = "auto",
-    part: Annotated[Literal["heldout", "train"], typer.Option(help="Phrasings to ask with.")] = "heldout",
+    part: Annotated[
+        Literal["heldout", "train", "named"],
+        typer.Option(help="Phrasings to ask with; named: in sentences that say what they ask for."),
+    ] = "heldout",
     groups: Annotated[
         Literal["validation", "all"], typer.Option(help="Ask about the validation groups, or about all of a new set.")
     ] = "validation",

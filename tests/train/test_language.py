@@ -71,10 +71,11 @@ def test_no_two_phrasings_are_near_copies_neither_of_a_pair_nor_trained_and_held
 
 def test_no_question_is_both_trained_on_and_held_out() -> None:
     trained, held = (
-        {plain(query) for own in load_phrasings(part).values() for query in own.queries}
+        {plain(query) for own in load_phrasings(part).values() for query in (*own.queries, *own.named)}
         for part in ("train", "heldout")
     )
     assert not trained & held
+    assert held >= {plain(query) for own in load_phrasings("named").values() for query in own.queries}
 
 
 @pytest.mark.parametrize("part", ["train", "heldout"])
@@ -111,6 +112,45 @@ def test_a_varied_question_keeps_its_words_in_order_and_at_least_four() -> None:
 def test_short_questions_lose_no_word() -> None:
     rng = np.random.default_rng(0)
     assert {plain(vary("Where is the heart?", rng)) for _ in range(100)} == {"where is the heart"}
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "Please show the one that is not on the right, but on the other side",
+        "It isn't the LEFT, (right) one; both others are without sign instead",
+    ],
+)
+def test_words_that_turn_a_question_are_never_missing(query: str) -> None:
+    rng = np.random.default_rng(0)
+    turning = {"not", "right", "but", "other", "isn't", "left", "(right)", "both", "without", "instead"}
+    seen = [vary(query, rng) for _ in range(200)]
+    own = [word for word in query.lower().replace(",", "").split() if word in turning]
+    assert own
+    for varied in seen:
+        assert [word for word in varied.lower().replace(",", "").split() if word in turning] == own
+    assert any(len(varied.split()) < len(query.split()) for varied in seen)
+
+
+def test_a_whole_question_loses_no_word() -> None:
+    rng = np.random.default_rng(0)
+    query = "Please outline the wall of the left ventricle"
+    assert {plain(vary(query, rng, whole=True)) for _ in range(100)} == {plain(query)}
+
+
+@pytest.mark.parametrize("part", ["train", "heldout"])
+def test_every_category_is_asked_for_by_name(part: str) -> None:
+    names = table("named")["names"]
+    assert names.keys() <= {key.partition("/")[2] for key in PARTS["train"]}
+    for key, own in PARTS[part].items():
+        known = names.get(key.partition("/")[2], {"one": [key.partition("/")[2]]})
+        assert own.named
+        for query in own.named:
+            assert any(name in query for each in known.values() for name in each), query
+            assert "{" not in query
+    assert "Where is the right lung?" in PARTS["train"]["X-ray/right lung"].named
+    assert "Where are the lungs?" in PARTS["train"]["X-ray/lung"].named
+    assert {query.split()[-1] for query in load_phrasings("named")["CT/liver"].queries} >= {"liver", "liver."}
 
 
 def disc(size: int, x: float, y: float, radius: float) -> np.ndarray[Any, np.dtype[np.bool_]]:

@@ -176,7 +176,9 @@ def test_held_out_questions_never_reach_a_training_batch(data: SftData, vocabula
         tuple(query.lower().rstrip("?.").split()) for own in load_phrasings("heldout").values() for query in own.queries
     }
     short = held | {own[:i] + own[i + 1 :] for own in held for i in range(len(own)) if len(own) > 5}
-    trained = {query.lower().rstrip("?.") for own in load_phrasings("train").values() for query in own.queries}
+    trained = {
+        query.lower().rstrip("?.") for own in load_phrasings("train").values() for query in (*own.queries, *own.named)
+    }
     seen = 0
     for step in range(12):
         batch = data.make(step, 3)

@@ -37,7 +37,8 @@ class EvalOptions:
     data
         Folder of the grounding set.
     part
-        Phrasings to ask with: ``"heldout"``, never trained on, or ``"train"``.
+        Phrasings to ask with: ``"heldout"``, never trained on, ``"train"``, or ``"named"``, which say what they ask
+        for.
     groups
         Ask about the ``"validation"`` groups, or about ``"all"`` of a set that nothing was trained on; then the prior's
         boxes come from the same rows, since there are no others.

@@ -33,9 +33,9 @@ class DataOptions:
         ``"refuse"`` or ``"skip"`` rows that cannot be used; of the two latter forms.
     without
         Sources that are left out, to measure on them later.
-    absent, plain
-        Shares of the questions for something that is not there, and that merely name their target; of a grounding set,
-        which has no questions of its own.
+    absent, plain, named
+        Shares of the questions for something that is not there, that are a bare name, and that are an ordinary sentence
+        with a name; of a grounding set, which has no questions of its own.
     think
         Share of the questions that are answered with a thought first.
     per_image
@@ -52,13 +52,14 @@ class DataOptions:
     without: tuple[str, ...] = ()
     absent: float = 0.15
     plain: float = 0.1
+    named: float = 0.15
     think: float = 0.0
     per_image: int = 1
     infer: bool = False
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        for name in ("absent", "plain", "think"):
+        for name in ("absent", "plain", "named", "think"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, from 0 to 1")
         if self.per_image < 1:

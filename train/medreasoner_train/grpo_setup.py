@@ -130,7 +130,7 @@ def make_tasks(config: GrpoConfig, setup: Setup, rollouts: Rollouts, processes: 
 def _grounding(config: GrpoConfig, policy: PackedPolicy, model: Any, processes: Processes) -> tuple[TaskSource, Look]:
     """The same of the grounding set, with its phrasings, targets that are absent, and augmented images."""
     samples = leave_out(load_index(config.data.path), config.data.without)
-    mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, size=policy.size)
+    mixture = SftOptions(absent=config.data.absent, plain=config.data.plain, named=config.data.named, size=policy.size)
     points = None if config.data.cache is None else config.data.cache / "points.npz"
     phrasings = load_phrasings("train")
     train, val = (

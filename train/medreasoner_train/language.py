@@ -32,31 +32,74 @@ PRESENT = (
 PRESENT_TEXT = PRESENT.replace("{{", "{").replace("}}", "}")  # with its fields as a bundle names them
 ABSENT = '<answer>{"bbox": null, "points_1": null, "points_2": null}</answer>'
 MIN_WORDS = 4  # that are left of a question
+_TURNS = re.compile(  # words without which a question asks for something else, with the marks around them
+    r"\W*(?:left|right|both|not|no|never|nor|neither|none|without|other|opposite|instead|but|than|except|\w+n't)\W*",
+    re.IGNORECASE,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Phrasings:
-    """What was written for one (modality, category): questions, plain names among them, and the parts of a thought."""
+    """What was written for one (modality, category): questions, plain names among them, and the parts of a thought.
+
+    named : the category's usual names in ordinary sentences ("Please outline the right lung"), which `queries` lack.
+    """
 
     queries: tuple[str, ...]
+    named: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
     identify: tuple[str, ...] = ()
     evidence: tuple[str, ...] = ()
 
 
 def load_phrasings(part: str) -> dict[str, Phrasings]:
-    """Phrasings by key; `part` is ``"train"``, or ``"heldout"``: written by another author and never trained on."""
-    text = resources.files("medreasoner_train").joinpath("queries", f"{part}.json").read_text(encoding="utf-8")
-    table: dict[str, Any] = json.loads(text)
+    """Phrasings by key.
+
+    `part` is ``"train"``, or ``"heldout"``: written by another author and never trained on, or ``"named"``: questions
+    by name alone, in sentences that are never trained on.
+    """
+    table = _queries("train" if part == "named" else part)
+    named = {key: _named(key.partition("/")[2], "train" if part == "train" else "heldout") for key in table}
+    if part == "train":  # some questions that are held out are of this kind, too
+        held = {
+            _bare(query) for entry in _queries("heldout").values() for own in entry["queries"].values() for query in own
+        }
+        named = {key: tuple(query for query in own if _bare(query) not in held) for key, own in named.items()}
+    if part == "named":
+        return {key: Phrasings(queries=own, named=own) for key, own in named.items()}
     return {
         key: Phrasings(
             queries=tuple(query for cluster in entry["queries"].values() for query in cluster),
+            named=named[key],
             plain=tuple(entry["queries"].get("plain", ())),
             identify=tuple(entry.get("identify", ())),
             evidence=tuple(entry.get("evidence", ())),
         )
         for key, entry in table.items()
     }
+
+
+def _queries(name: str) -> dict[str, Any]:
+    text = resources.files("medreasoner_train").joinpath("queries", f"{name}.json").read_text(encoding="utf-8")
+    table: dict[str, Any] = json.loads(text)
+    return table
+
+
+def _bare(query: str) -> str:
+    """Without what `vary` may change."""
+    return query.lower().rstrip("?.")
+
+
+def _named(category: str, part: str) -> tuple[str, ...]:
+    """Every sentence of a part with every usual name of a category."""
+    table = _queries("named")
+    names = table["names"].get(category, {"one": [category]})
+    return tuple(
+        sentence.format(name=name, **{"is": "is" if number == "one" else "are"})
+        for number, own in names.items()
+        for name in own
+        for sentence in table[part]
+    )
 
 
 def keys_by_category(phrasings: Mapping[str, Phrasings]) -> dict[str, list[str]]:
@@ -67,15 +110,16 @@ def keys_by_category(phrasings: Mapping[str, Phrasings]) -> dict[str, list[str]]
     return keys
 
 
-def vary(query: str, rng: np.random.Generator) -> str:
+def vary(query: str, rng: np.random.Generator, *, whole: bool = False) -> str:
     """A question as people type it: other case, no mark at its end; in half of the cases, words are missing.
 
-    The missing words keep a model from learning whole questions by heart, and make it use what the image shows.
+    The missing words keep a model from learning whole questions by heart, and make it use what the image shows. None
+    is missing of a `whole` one, nor those that turn a question's meaning: sides and negations.
     """
     words = query.split(" ")
-    if len(words) > MIN_WORDS and rng.random() < 0.5:
+    if not whole and len(words) > MIN_WORDS and rng.random() < 0.5:
         rate = rng.uniform(0.0, 0.4)
-        kept = [word for word in words if rng.random() >= rate]
+        kept = [word for word in words if rng.random() >= rate or _TURNS.fullmatch(word)]
         if len(kept) >= MIN_WORDS:
             words = kept
     query = " ".join(words)

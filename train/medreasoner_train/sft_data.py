@@ -36,9 +36,9 @@ class SftOptions:
     what is asked and where it lies is read out at their ends as at those of the others. `spread` is the width, in
     coordinate units, of a coordinate's soft target. `skeleton` is the share of the answer's fixed tokens that are
     taught in a step: they are the same every time, and logits over the vocabulary are costly. `plain` is the share of
-    the questions that merely name their target; `spatial` that of spatial and comparative ones, on images whose masks
-    make such questions true. If `frozen`, the vision tower stays as it is and only the decoder learns, in half the
-    time.
+    the questions that are a bare name, `named` that of ordinary sentences with one; `spatial` that of spatial and
+    comparative ones, on images whose masks make such questions true. If `frozen`, the vision tower stays as it is and
+    only the decoder learns, in half the time.
     """
 
     images: int = 12
@@ -48,6 +48,7 @@ class SftOptions:
     absent: float = 0.22
     think: float = 0.25
     plain: float = 0.1
+    named: float = 0.15
     spatial: float = 0.05
     frozen: bool = False
     spread: float = 2.5
@@ -228,11 +229,18 @@ class SftData(DenseData):
         category = self._choose(item, masks, rng)
         own = self._own_phrasings(item, category, rng)
         pool = own.plain if own.plain and rng.random() < self._options.plain else own.queries
+        by_name = bool(self._options.named and rng.random() < self._options.named)
+        pool = own.named if by_name else pool
         written = pool[int(rng.integers(len(pool)))]
         mask = masks.get(category)
         geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
         return Asked(
-            category=category, own=own, written=written, query=vary(written, rng), mask=mask, geometry=geometry
+            category=category,
+            own=own,
+            written=written,
+            query=vary(written, rng, whole=by_name),
+            mask=mask,
+            geometry=geometry,
         )
 
     def _spatial(self, item: Stored, relation: Relation, rng: np.random.Generator) -> "Asked":
