@@ -229,7 +229,7 @@ class SftData(DenseData):
         category = self._choose(item, masks, rng)
         own = self._own_phrasings(item, category, rng)
         pool = own.plain if own.plain and rng.random() < self._options.plain else own.queries
-        by_name = bool(self._options.named and rng.random() < self._options.named)
+        by_name = bool(own.named) and rng.random() < self._options.named
         pool = own.named if by_name else pool
         written = pool[int(rng.integers(len(pool)))]
         mask = masks.get(category)
