@@ -20,6 +20,7 @@ from medreasoner_cli.main import run
 from medreasoner_train import evaluate, pretrain, segmenter, sft, sft_data
 from medreasoner_train.checkpoint import load_weights
 from medreasoner_train.data import by_image, load_index, load_mask, load_pixels, split
+from medreasoner_train.inferred import load_parts
 from medreasoner_train.language import ABSENT, PRESENT, TEMPLATE, load_phrasings
 from medreasoner_train.loop import LoopOptions
 from medreasoner_train.model import NanoConfig, tower
@@ -124,7 +125,7 @@ def test_every_stage_trains_on_training_groups_and_looks_at_the_others(
 
 def test_read_outs_that_learn_first_leave_the_model_as_it_was(grounding_set: Path, tmp_path: Path) -> None:
     arguments = ("--data", grounding_set, "--batch", 2, "--branches", 3, "--size", 84, "--rate", 0, "--steps", 1)
-    arguments += ("--unanswered", 2, "--infer")
+    arguments += ("--unanswered", 2)
     begun, out = tmp_path / "begun", tmp_path / "out"
     command("train", "sft", *arguments, "-o", begun)
     goes_on = (*arguments, "--start", begun / "checkpoint", "-o", out)
@@ -141,6 +142,22 @@ def test_read_outs_that_learn_first_leave_the_model_as_it_was(grounding_set: Pat
     (out / "heads" / "last.pt").unlink()
     command("train", "sft", *goes_on, "--heads-first", 4, "--frozen-vision")  # it has begun already
     assert not (out / "heads" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("flag", [[], ["--infer"]])
+def test_sft_infers_what_is_unlabelled_if_asked(
+    grounding_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: list[str]
+) -> None:
+    seen: list[bool] = []
+
+    def spy(*given: Any, infer: bool, **others: Any) -> Any:
+        seen.append(infer)
+        return load_parts(*given, infer=infer, **others)
+
+    monkeypatch.setattr(sft, "load_parts", spy)
+    arguments = ("--data", grounding_set, "-o", tmp_path, "--batch", 1, "--branches", 1, "--size", 84, "--steps", 1)
+    command("train", "sft", *arguments, *flag)
+    assert seen == [bool(flag)]
 
 
 def test_sft_goes_on_from_its_last_checkpoint(grounding_set: Path, tmp_path: Path) -> None:

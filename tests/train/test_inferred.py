@@ -42,10 +42,17 @@ def chest(rng: np.random.Generator) -> dict[str, npt.NDArray[np.bool_]]:
     return masks
 
 
-def film(source: str, number: int, masks: dict[str, npt.NDArray[np.bool_]]) -> Stored:
-    shown = LABELS[source]
+def film(
+    source: str,
+    number: int,
+    masks: dict[str, npt.NDArray[np.bool_]],
+    *,
+    shown: tuple[str, ...] | None = None,
+    patient: int | None = None,
+) -> Stored:
+    shown = LABELS[source] if shown is None else shown
     own = np.stack([masks[name] for name in shown])
-    group = f"{source}/{number}"
+    group = f"{source}/{number if patient is None else patient}"
     samples = tuple(
         Sample(
             id=f"{group}/{name}", image=Path(f"{group}.png"), mask=Path(f"{group} {name}.png"), source=source,
@@ -113,6 +120,43 @@ def test_rules_of_some_images_hold_for_others() -> None:
     )
 
 
+def test_images_of_few_patients_are_few() -> None:
+    _, drawn = films(2 * LEAST)
+    stored = [film((PARTLY, WHOLLY)[k % 2], k, masks, patient=k % (LEAST - 2)) for k, masks in enumerate(drawn)]
+    assert not any(item.guessed for item in with_inferred(stored))
+
+
+def test_an_organ_that_often_lacks_beside_its_neighbours_is_not_inferred() -> None:
+    _, drawn = films(2 * LEAST)
+    without = tuple(name for name in LABELS[WHOLLY] if name != "cardiomediastinum")
+    stored = [
+        film((PARTLY, WHOLLY)[k % 2], k, masks, shown=without if k % 8 == 1 else None) for k, masks in enumerate(drawn)
+    ]
+    assert not any(item.guessed for item in with_inferred(stored))
+
+
+def test_a_structure_that_hides_another_is_no_union() -> None:
+    """What is nearly equal to one of two is predicted from both, but is not exact."""
+    _, drawn = films(LEAST + 2)
+    for masks in drawn:
+        masks["lung"] = masks["right lung"].copy()
+        masks["left lung"] = np.zeros_like(masks["right lung"])
+        masks["left lung"][:1, :2] = True
+    found = with_inferred([film((PARTLY, WHOLLY)[k % 2], k, masks) for k, masks in enumerate(drawn)])
+    assert all("lung" in item.guessed for item in found if "lung" in named(item) and item.record.source == WHOLLY)
+
+
+def test_what_is_guessed_does_not_depend_on_labels_of_lesions() -> None:
+    """An opacity that both sources label now and then is no neighbour."""
+    _, drawn = films(2 * LEAST)
+    spotted = (*LABELS[PARTLY], "ground glass opacity")
+    stored = [
+        film((PARTLY, WHOLLY)[k % 2], k, masks, shown=spotted if k % 8 == 0 else None) for k, masks in enumerate(drawn)
+    ]
+    found = with_inferred(stored)
+    assert all(item.guessed == {"cardiomediastinum"} for item in found if item.record.source == PARTLY)
+
+
 def test_an_image_without_the_neighbours_stays_as_it_is() -> None:
     stored, _ = films(LEAST + 1)
     first = stored[0]
@@ -143,6 +187,9 @@ def test_what_is_guessed_is_asked_about_but_has_no_shape(vocabulary: Vocabulary)
     np.testing.assert_allclose(targets.geometry[heart, :4] * SIDE, found[0].boxes[-1], atol=2)
     asked = [data.question(found[0], targets, masks, rng) for _ in range(60)]
     assert any(each.category == "cardiomediastinum" and each.geometry is not None for each in asked)
+    thought = [data.branch(found[0], targets, masks, rng, think=True)[1] for _ in range(60)]
+    assert {mark.thought > 0 for mark in thought if mark.category == heart} == {False}
+    assert {mark.thought > 0 for mark in thought if mark.category != heart} == {True}
     compared = SftData(
         samples,
         found,

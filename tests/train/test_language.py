@@ -75,7 +75,7 @@ def test_no_question_is_both_trained_on_and_held_out() -> None:
         for part in ("train", "heldout")
     )
     assert not trained & held
-    assert held >= {plain(query) for own in load_phrasings("named").values() for query in own.queries}
+    assert not trained & {plain(query) for own in load_phrasings("named").values() for query in own.queries}
 
 
 @pytest.mark.parametrize("part", ["train", "heldout"])
@@ -119,11 +119,14 @@ def test_short_questions_lose_no_word() -> None:
     [
         "Please show the one that is not on the right, but on the other side",
         "It isn't the LEFT, (right) one; both others are without sign instead",
+        "Not the spot for reading but the spot that cannot read, on the left-sided film of a patient",
     ],
 )
 def test_words_that_turn_a_question_are_never_missing(query: str) -> None:
     rng = np.random.default_rng(0)
-    turning = {"not", "right", "but", "other", "isn't", "left", "(right)", "both", "without", "instead"}
+    turning = {
+        "not", "right", "but", "other", "isn't", "left", "(right)", "both", "without", "instead", "cannot", "left-sided"
+    }  # fmt: skip
     seen = [vary(query, rng) for _ in range(200)]
     own = [word for word in query.lower().replace(",", "").split() if word in turning]
     assert own

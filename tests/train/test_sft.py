@@ -19,7 +19,7 @@ from medreasoner_train.dense import DenseHeads
 from medreasoner_train.language import ABSENT, TEMPLATE, load_phrasings, place_of
 from medreasoner_train.loop import LoopOptions, Optimiser
 from medreasoner_train.sft import Passes, SftHeads, in_bfloat16, sft_loss
-from medreasoner_train.sft_data import IGNORED, SftBatch, SftData, SftOptions
+from medreasoner_train.sft_data import IGNORED, Asked, SftBatch, SftData, SftOptions
 from medreasoner_train.store import Stored
 from medreasoner_train.targets import box_of
 from medreasoner_train.vocabulary import Vocabulary
@@ -192,7 +192,8 @@ def test_held_out_questions_never_reach_a_training_batch(data: SftData, vocabula
 
 def test_a_question_is_phrased_for_the_modality_of_its_image(data: SftData, vocabulary: Vocabulary) -> None:
     rng = np.random.default_rng(0)
-    own = {q.lower().rstrip("?.") for q in load_phrasings("train")["X-ray/left lung"].queries}
+    phrasings = load_phrasings("train")["X-ray/left lung"]
+    own = {q.lower().rstrip("?.") for q in (*phrasings.queries, *phrasings.named)}
     index = next(i for i, item in enumerate(data.stored) if item.record.source == "shenzhen_cxr")
     _, targets, masks = data.image(index, OPTIONS.size, rng, NO_CHANGE)
     found = 0
@@ -401,25 +402,41 @@ def test_unanswered_questions_are_whole_and_come_by_length(
 
 
 def test_each_unanswered_question_keeps_its_own_meaning(
-    asking: Callable[[SftOptions], SftData], vocabulary: Vocabulary
+    asking: Callable[[SftOptions], SftData], vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The category that goes with a question is one whose phrasings hold its words."""
     data = asking(replace(OPTIONS, unanswered=6))
-    words = {
-        name: [
-            set(query.lower().rstrip("?.").split()) for key in keys for query in load_phrasings("train")[key].queries
-        ]
-        for name, keys in data._keys.items()
-    }
-    plain = {name: load_phrasings("train")[key].plain for name, keys in data._keys.items() for key in keys}
+    asked: dict[str, tuple[int, object]] = {}
+    draw = data.question
+
+    def question(*given: Any) -> Asked:
+        drawn = draw(*given)
+        what = (data.column(drawn.category), None if drawn.geometry is None else drawn.geometry.tolist())
+        assert asked.setdefault(drawn.query, what) == what  # no two images of this batch are asked alike
+        return drawn
+
+    monkeypatch.setattr(data, "question", question)
     batch = data.make(3, 0)
     texts = [
         text_of(vocabulary, ids[: last + 1]).partition(AFTER)[0]
         for part in batch.unanswered
         for ids, last in zip(part.ids, part.last.tolist(), strict=True)
     ]
-    for text, column in zip(texts, batch.category[len(batch.ends) :].tolist(), strict=True):
-        name = data.categories[column]
-        asked = set(text.lower().rstrip("?.").split())
-        named = {word for each in plain[name] for word in each.lower().split()}
-        assert any(asked <= own for own in words[name]) or asked & named, (text, name)
+    assert len(texts) == 24
+    for text, row in zip(texts, range(len(batch.ends), len(batch.category)), strict=True):
+        category, geometry = asked[text]
+        assert batch.category[row] == category
+        assert bool(batch.present[row]) == (geometry is not None)
+        np.testing.assert_allclose(batch.geometry[row], np.zeros(8) if geometry is None else geometry, atol=1e-6)
+
+
+def test_shares_of_names_are_what_the_options_say(asking: Callable[[SftOptions], SftData]) -> None:
+    options = replace(OPTIONS, absent=0.0, plain=0.3, named=0.5)
+    rng = np.random.default_rng(0)
+    for given, least, most in ((options, 0.42, 0.6), (replace(options, named=1.0), 1.0, 1.0)):
+        data = asking(given)
+        _, targets, masks = data.image(0, OPTIONS.size, rng, NO_CHANGE)
+        drawn = [data.question(data.stored[0], targets, masks, rng) for _ in range(300)]
+        by_name = [each for each in drawn if each.written in each.own.named]
+        assert least <= len(by_name) / len(drawn) <= most
+        for each in by_name:  # no word is missing
+            assert each.query.lower().rstrip("?.") == each.written.lower().rstrip("?.")

@@ -34,8 +34,8 @@ class DataOptions:
     without
         Sources that are left out, to measure on them later.
     absent, plain, named
-        Shares of the questions for something that is not there, that are a bare name, and that are an ordinary sentence
-        with a name; of a grounding set, which has no questions of its own.
+        Shares of the questions for something that is not there, that are some name of their target, and that are a
+        usual name, mostly in an ordinary sentence; of a grounding set, which has no questions of its own.
     think
         Share of the questions that are answered with a thought first.
     per_image

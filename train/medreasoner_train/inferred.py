@@ -8,8 +8,8 @@ other by a frame that their shapes predict. Only what the labelled images confir
 
 import dataclasses
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence, Set
 from itertools import combinations
 from pathlib import Path
 
@@ -26,8 +26,10 @@ __all__ = ["load_parts", "with_inferred"]
 
 logger = logging.getLogger(__name__)
 
-LEAST = 30  # images on which a rule is tried
-SAME = 0.98  # Dice of a structure and the union of two others, from which on it is that union
+LEAST = 30  # groups, or images with a union, on which a rule is tried
+ALWAYS = 0.95  # share of the images with its neighbours on which an organ is labelled, too
+SAME = 0.98  # Dice of an organ and the union of two others, from which on it is that union
+PART = 0.1  # of the whole, that each of the two is at least
 GOOD = 0.7  # box IoU of predicted frames on images that the fit has not seen, from which on they are asked about
 FOLDS = 8
 GRID = 6
@@ -60,84 +62,152 @@ def with_inferred(stored: Sequence[Stored], *, learned_from: Sequence[Stored] | 
     """The images with what can be inferred, behind what is labelled.
 
     Rules are worked out on `learned_from`, by default on these images, so give those of one part of a split. What was
-    inferred of which source, and how well it fits where it is labelled, is logged.
+    inferred of which source, and how well it fits where it is labelled, is logged. Sources learn from each other whose
+    modality and part of the body (:data:`medreasoner_train.anatomy.REGIONS`; unknown ones are their own) are the same,
+    and only of organs (``super_category``).
     """
-    known = stored if learned_from is None else learned_from
-    unions = _unions(known)
-    frames = dict(_frames(known, unions))
-    result = [_more(item, unions, frames.get(item.record.source, {})) for item in stored]
-    for source in sorted({item.record.source for item in stored}):
-        before, after = (
-            [sample.category for item in images if item.record.source == source for sample in item.record.samples]
-            for images in (stored, result)
-        )
-        for category in sorted(set(after) - set(before)):
-            logger.info("%s: %s inferred on %d images", source, category, after.count(category))
+    families: dict[tuple[str, str], list[Stored]] = defaultdict(list)
+    for item in stored if learned_from is None else learned_from:
+        families[_family(item)].append(item)
+    rules = {name: _Rules.of(family) for name, family in families.items()}
+    result = [rules[_family(item)].applied(item) if _family(item) in rules else item for item in stored]
+    found = Counter(
+        (item.record.source, sample.category)
+        for item, before in zip(result, stored, strict=True)
+        for sample in item.record.samples[len(before.record.samples) :]
+    )
+    for (source, category), count in sorted(found.items()):
+        logger.info("%s: %s inferred on %d images", source, category, count)
+    if not found:
+        logger.info("no organ of one source can be inferred from another's labels")
     return result
 
 
-def _masks(item: Stored) -> Masks:
-    return {sample.category: mask for sample, mask in zip(item.record.samples, item.masks, strict=True)}
+def _family(item: Stored) -> tuple[str, str]:
+    return item.record.modality, REGIONS.get(item.record.source, item.record.source)
 
 
-def _unions(stored: Sequence[Stored]) -> dict[str, tuple[str, str]]:
-    """Structures that are the union of two others wherever the three are labelled."""
-    overlaps: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for item in stored:
-        masks = _masks(item)
-        for one, other in combinations(sorted(masks), 2):
-            union = masks[one] | masks[other]
-            for whole in masks.keys() - {one, other}:
-                shared = int((union & masks[whole]).sum())
-                both = int(union.sum()) + int(masks[whole].sum())
-                overlaps[whole, one, other].append(2 * shared / max(both, 1))
+def _organs(item: Stored) -> Masks:
+    """By category; a lesion or a device is where it is, whatever lies around it."""
     return {
-        whole: (one, other)
-        for (whole, one, other), own in sorted(overlaps.items())
-        if len(own) >= LEAST and np.mean(own) >= SAME
+        sample.category: mask
+        for sample, mask in zip(item.record.samples, item.masks, strict=True)
+        if sample.super_category == "organ"
     }
 
 
-def _frames(
-    stored: Sequence[Stored], unions: Mapping[str, tuple[str, str]]
-) -> Iterator[tuple[str, dict[tuple[str, tuple[str, ...]], Frames]]]:
-    """Of each source, the organs that other sources of its modality and region label, from structures of both."""
-    kinds = labelled_kinds(sample for item in stored for sample in item.record.samples)
-    families: dict[tuple[str, str], list[Stored]] = defaultdict(list)
-    for item in stored:
-        region = REGIONS.get(item.record.source, item.record.source)
-        families[item.record.modality, region].append(item)
-    for family in families.values():
-        for source in sorted({item.record.source for item in family}):
-            others = [item for item in family if item.record.source != source]
-            rules = {}
-            for category in sorted(_organs(others) - kinds[source] - unions.keys()):
-                examples = [item for item in others if category in _masks(item)]
-                for shared in {tuple(sorted(kinds[source] & kinds[item.record.source])) for item in examples}:
-                    fitted = _fit([m for m in map(_masks, examples) if m.keys() >= set(shared)], shared, category)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Rules:
+    """What holds for the sources of one modality and part of the body.
+
+    unions : parts by whole; frames : by source, then by organ and the neighbours that predict it, most neighbours
+    first.
+    """
+
+    unions: Mapping[str, tuple[str, str]]
+    frames: Mapping[str, Mapping[tuple[str, tuple[str, ...]], Frames]]
+
+    @classmethod
+    def of(cls, family: Sequence[Stored]) -> "_Rules":
+        unions = _unions(family)
+        kinds = labelled_kinds(
+            sample for item in family for sample in item.record.samples if sample.super_category == "organ"
+        )
+        frames = {}
+        for source in sorted(kinds):
+            others = [item for item in family if item.record.source in kinds.keys() - {source}]
+            own: dict[tuple[str, tuple[str, ...]], Frames] = {}
+            for category in sorted({name for item in others for name in _organs(item)} - kinds[source] - unions.keys()):
+                labelling = [item for item in others if category in kinds[item.record.source]]
+                sets = {tuple(sorted(kinds[source] & kinds[item.record.source])) for item in labelling}
+                for shared in sorted(sets, key=lambda names: (-len(names), names)):
+                    fitted = _fit([item for item in labelling if _organs(item).keys() >= set(shared)], shared, category)
                     if fitted is not None:
-                        rules[category, shared] = fitted
-            if rules:
-                yield source, rules
+                        own[category, shared] = fitted
+            frames[source] = own
+        return cls(unions=unions, frames=frames)
+
+    def applied(self, item: Stored) -> Stored:
+        """An image with what its source leaves unlabelled."""
+        masks = _organs(item)
+        height, width = item.masks.shape[1:]
+        found: list[tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.float64]]] = []
+        guessed: set[str] = set()
+        for whole, parts in self.unions.items():
+            if whole not in masks and masks.keys() >= set(parts):
+                union = masks[parts[0]] | masks[parts[1]]
+                found.append((whole, union, inscribed_points(union)))
+        for (category, shared), predict in self.frames.get(item.record.source, {}).items():
+            if category in guessed or not masks.keys() >= set(shared):
+                continue
+            corner, size = _joint(masks, shared)
+            values = predict(_features(masks, shared)[None])[0].reshape(4, 2) * size + corner
+            values = values.clip(0, [width, height])
+            shape = _ellipse(values[:2].ravel(), height, width)
+            if shape.any():
+                found.append((category, shape, values[2:]))
+                guessed.add(category)
+        return _with(item, found, guessed) if found else item
 
 
-def _organs(stored: Sequence[Stored]) -> set[str]:
-    """A lesion or a device is where it is, whatever lies around it."""
-    samples = (sample for item in stored for sample in item.record.samples)
-    return {sample.category for sample in samples if sample.super_category == "organ"}
+def _with(
+    item: Stored,
+    found: Sequence[tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.float64]]],
+    guessed: Set[str],
+) -> Stored:
+    """An image with more organs: name, mask and points each."""
+    first = item.record.samples[0]
+    samples = tuple(
+        dataclasses.replace(first, id=f"{first.group}/inferred {name}", category=name, super_category="organ")
+        for name, _, _ in found
+    )
+    return dataclasses.replace(
+        item,
+        record=dataclasses.replace(item.record, samples=(*item.record.samples, *samples)),
+        masks=np.concatenate([item.masks, np.stack([mask for _, mask, _ in found])]),
+        boxes=np.concatenate([item.boxes, [box_of(mask) for _, mask, _ in found]]),
+        points=np.concatenate([item.points, [points for _, _, points in found]]),
+        guessed=item.guessed | guessed,
+    )
 
 
-def _fit(examples: Sequence[Masks], shared: tuple[str, ...], category: str) -> Frames | None:
-    """None if there are too few of them, or frames that were left out of the fit are not predicted well."""
-    if len(examples) < LEAST or len(shared) < 2:
+def _unions(family: Sequence[Stored]) -> dict[str, tuple[str, str]]:
+    """Organs that are two others, side by side, wherever the three are labelled."""
+    fits: dict[tuple[str, str, str], list[bool]] = defaultdict(list)
+    for item in family:
+        masks = _organs(item)
+        areas = {name: int(mask.sum()) for name, mask in masks.items()}
+        for one, other in combinations(sorted(masks), 2):
+            union = masks[one] | masks[other]
+            both = int(union.sum())
+            apart = areas[one] + areas[other] - both <= (1 - SAME) * both
+            for whole in masks.keys() - {one, other}:
+                dice = 2 * int((union & masks[whole]).sum()) / max(both + areas[whole], 1)
+                large = min(areas[one], areas[other]) >= PART * areas[whole]
+                fits[whole, one, other].append(apart and large and dice >= SAME)
+    return {
+        whole: (one, other)
+        for (whole, one, other), own in sorted(fits.items())
+        if len(own) >= LEAST and np.mean(own) >= ALWAYS
+    }
+
+
+def _fit(images: Sequence[Stored], shared: tuple[str, ...], category: str) -> Frames | None:
+    """None if an organ is missing beside its neighbours, if there are few of them, or if frames that were left out of
+    the fit, with all of their group, are not predicted well.
+    """
+    examples = [item for item in images if category in _organs(item)]
+    groups = sorted({item.record.group for item in examples})
+    if len(groups) < LEAST or len(shared) < 2 or len(examples) < ALWAYS * len(images):
         return None
-    features = np.stack([_features(masks, shared) for masks in examples])
-    origin, size = (np.stack(each) for each in zip(*(_joint(masks, shared) for masks in examples), strict=True))
-    boxes = np.stack([box_of(masks[category]) for masks in examples])
-    points = np.stack([inscribed_points(masks[category]).ravel() for masks in examples])
+    masks = [_organs(item) for item in examples]
+    features = np.stack([_features(own, shared) for own in masks])
+    origin, size = (np.stack(each) for each in zip(*(_joint(own, shared) for own in masks), strict=True))
+    boxes = np.stack([box_of(own[category]) for own in masks])
+    points = np.stack([inscribed_points(own[category]).ravel() for own in masks])
     truth = (np.hstack([boxes, points]) - np.tile(origin, 4)) / np.tile(size, 4)
     guessed = np.empty_like(truth)
-    fold = np.arange(len(truth)) % FOLDS
+    fold = np.array([groups.index(item.record.group) for item in examples]) % FOLDS
     for k in range(FOLDS):
         guessed[fold == k] = _ridge(features[fold != k], truth[fold != k])(features[fold == k])
     overlap = float(box_iou(guessed[:, :4], truth[:, :4]).mean())
@@ -179,45 +249,6 @@ def _features(masks: Masks, shared: Sequence[str]) -> npt.NDArray[np.float64]:
         cells = np.outer(np.diff(y), np.diff(x))
         found.append((np.diff(np.diff(sums, axis=0), axis=1) / np.maximum(cells, 1)).ravel())
     return np.concatenate(found)
-
-
-def _more(
-    item: Stored, unions: Mapping[str, tuple[str, str]], frames: Mapping[tuple[str, tuple[str, ...]], Frames]
-) -> Stored:
-    """An image with what its source leaves unlabelled."""
-    masks = _masks(item)
-    height, width = item.masks.shape[1:]
-    found: list[tuple[str, npt.NDArray[np.bool_], npt.NDArray[np.float64]]] = []
-    guessed: set[str] = set()
-    for whole, parts in unions.items():
-        if whole not in masks and masks.keys() >= set(parts):
-            union = masks[parts[0]] | masks[parts[1]]
-            found.append((whole, union, inscribed_points(union)))
-    for (category, shared), predict in frames.items():
-        if category in masks or category in guessed or not masks.keys() >= set(shared):
-            continue
-        corner, size = _joint(masks, shared)
-        values = predict(_features(masks, shared)[None])[0].reshape(4, 2) * size + corner
-        values = values.clip(0, [width, height])
-        shape = _ellipse(values[:2].ravel(), height, width)
-        if shape.any():
-            found.append((category, shape, values[2:]))
-            guessed.add(category)
-    if not found:
-        return item
-    first = item.record.samples[0]
-    samples = tuple(
-        dataclasses.replace(first, id=f"{first.group}/inferred {name}", category=name, super_category="organ")
-        for name, _, _ in found
-    )
-    return dataclasses.replace(
-        item,
-        record=dataclasses.replace(item.record, samples=(*item.record.samples, *samples)),
-        masks=np.concatenate([item.masks, np.stack([mask for _, mask, _ in found])]),
-        boxes=np.concatenate([item.boxes, [box_of(mask) for _, mask, _ in found]]),
-        points=np.concatenate([item.points, [points for _, _, points in found]]),
-        guessed=item.guessed | guessed,
-    )
 
 
 def _ellipse(box: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArray[np.bool_]:

@@ -33,7 +33,8 @@ PRESENT_TEXT = PRESENT.replace("{{", "{").replace("}}", "}")  # with its fields 
 ABSENT = '<answer>{"bbox": null, "points_1": null, "points_2": null}</answer>'
 MIN_WORDS = 4  # that are left of a question
 _TURNS = re.compile(  # words without which a question asks for something else, with the marks around them
-    r"\W*(?:left|right|both|not|no|never|nor|neither|none|without|other|opposite|instead|but|than|except|\w+n't)\W*",
+    r"\W*(?:(?:left|right)(?:-\w+)?|both|not|no|never|nor|neither|none|nothing|nobody|cannot|without|unlike|other"
+    r"|opposite|instead|rather|but|than|except|\w+n't)\W*",
     re.IGNORECASE,
 )
 
@@ -42,7 +43,7 @@ _TURNS = re.compile(  # words without which a question asks for something else, 
 class Phrasings:
     """What was written for one (modality, category): questions, plain names among them, and the parts of a thought.
 
-    named : the category's usual names in ordinary sentences ("Please outline the right lung"), which `queries` lack.
+    named : the category's usual names, most of them in ordinary sentences ("Please outline the right lung").
     """
 
     queries: tuple[str, ...]
@@ -114,7 +115,7 @@ def vary(query: str, rng: np.random.Generator, *, whole: bool = False) -> str:
     """A question as people type it: other case, no mark at its end; in half of the cases, words are missing.
 
     The missing words keep a model from learning whole questions by heart, and make it use what the image shows. None
-    is missing of a `whole` one, nor those that turn a question's meaning: sides and negations.
+    is missing of a `whole` one, nor a side or a negation, which turn a question's meaning.
     """
     words = query.split(" ")
     if not whole and len(words) > MIN_WORDS and rng.random() < 0.5:

@@ -36,7 +36,8 @@ class SftOptions:
     what is asked and where it lies is read out at their ends as at those of the others. `spread` is the width, in
     coordinate units, of a coordinate's soft target. `skeleton` is the share of the answer's fixed tokens that are
     taught in a step: they are the same every time, and logits over the vocabulary are costly. `plain` is the share of
-    the questions that are a bare name, `named` that of ordinary sentences with one; `spatial` that of spatial and
+    the questions that are some name of their target, `named` that of its usual names, mostly in ordinary sentences;
+    `spatial` that of spatial and
     comparative ones, on images whose masks make such questions true. If `frozen`, the vision tower stays as it is and
     only the decoder learns, in half the time.
     """
@@ -193,7 +194,8 @@ class SftData(DenseData):
         asked = self.question(item, targets, masks, rng)
         encode = self._vocabulary.tokenizer.encode
         prompt, mark = self._read(asked)
-        thought = encode(thought_text(asked.own, asked.mask, rng)).ids if think else []
+        tells = think and asked.category not in item.guessed  # a thought says how large the target is
+        thought = encode(thought_text(asked.own, asked.mask, rng)).ids if tells else []
         numbers = None if asked.geometry is None else self.integers(asked.geometry)
         answer = encode(answer_text(numbers)).ids
         return [*prompt, *thought, *answer, *self._end], dataclasses.replace(mark, thought=len(thought))
@@ -228,9 +230,10 @@ class SftData(DenseData):
             return self._spatial(item, choose(true, rng), rng)
         category = self._choose(item, masks, rng)
         own = self._own_phrasings(item, category, rng)
-        pool = own.plain if own.plain and rng.random() < self._options.plain else own.queries
-        by_name = bool(own.named) and rng.random() < self._options.named
-        pool = own.named if by_name else pool
+        share = rng.random()
+        by_name = bool(own.named) and share < self._options.named
+        is_plain = bool(own.plain) and self._options.named <= share < self._options.named + self._options.plain
+        pool = own.named if by_name else own.plain if is_plain else own.queries
         written = pool[int(rng.integers(len(pool)))]
         mask = masks.get(category)
         geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)

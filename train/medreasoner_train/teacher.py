@@ -43,7 +43,7 @@ def embed_queries(folder: Path, phrasings: Mapping[str, Phrasings], *, cache: Pa
     BundleError
         If the encoder or the cache cannot be read; the message names it.
     """
-    queries = sorted({query for own in phrasings.values() for query in own.queries})
+    queries = sorted({query for own in phrasings.values() for query in (*own.queries, *own.named)})
     encoder = "" if cache is None else _digest(folder)
     known = {} if cache is None else _kept(cache, encoder)
     new = [query for query in queries if query not in known]
