@@ -71,7 +71,7 @@ def test_embeddings_are_kept_for_the_next_run_of_the_same_encoder(
         return embed_sentences(folder, sentences)
 
     monkeypatch.setattr(teacher, "embed_sentences", counted)
-    own = Phrasings(queries=tuple(SENTENCES[:2]))
+    own = Phrasings(queries=tuple(SENTENCES[:1]), named=tuple(SENTENCES[1:2]))
     cache = tmp_path / "points.teacher.npz"
     first = embed_queries(encoder, {"MRI/heart": own}, cache=cache)
     more = embed_queries(encoder, {"MRI/heart": dataclasses.replace(own, queries=tuple(SENTENCES))}, cache=cache)
@@ -105,7 +105,7 @@ def test_the_teacher_s_embedding_of_the_whole_question_is_learnt(
     encoder: Path, grounding_set: Path, stored: list[Stored], vocabulary: Vocabulary, toy_reasoner: torch.nn.Module
 ) -> None:
     phrasings = load_phrasings("train")
-    queries = sorted({query for own in phrasings.values() for query in own.queries})
+    queries = sorted({query for own in phrasings.values() for query in (*own.queries, *own.named)})
     rng = np.random.default_rng(0)
     meanings = {query: torch.tensor(rng.standard_normal(16), dtype=torch.float32) for query in queries}
     options = SftOptions(images=2, branches=2, size=84)
