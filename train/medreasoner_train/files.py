@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and arrays that are kept in them between runs."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,17 @@ __all__ = ["appearing", "keep_arrays", "kept_arrays"]
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A path beside `path`, of the same ending, to write to; what is there takes its place when the block ends."""
+    """A path beside `path`, of the same ending, to write to; what is there takes its place when the block ends.
+
+    Processes that write the same file at once each have one: the last to end is kept, whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.stem}.part{path.suffix}")
-    yield beside
-    beside.replace(path)
+    beside = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def keep_arrays(path: Path, **arrays: Any) -> None:
