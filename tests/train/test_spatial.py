@@ -243,7 +243,7 @@ def test_a_branch_asks_what_its_masks_make_true_and_answers_with_the_target(
         }  # all wordings of all that is true, nearly
         ids, mark = data.branch(item, targets, masks, rng, think=True)
         if not true:
-            assert mark.query in {q for own in load_phrasings("train").values() for q in own.queries}
+            assert mark.query in {q for own in load_phrasings("train").values() for q in (*own.queries, *own.named)}
             continue
         mask = written[mark.query, data.categories[mark.category]]
         text = vocabulary.tokenizer.decode(ids, skip_special_tokens=False)
@@ -259,7 +259,7 @@ def test_a_branch_asks_what_its_masks_make_true_and_answers_with_the_target(
 
 
 def test_the_share_of_spatial_questions_is_what_was_asked_for(data: SftData) -> None:
-    usual = {q for own in load_phrasings("train").values() for q in own.queries}
+    usual = {q for own in load_phrasings("train").values() for q in (*own.queries, *own.named)}
     rng = np.random.default_rng(0)
     index = next(i for i, item in enumerate(data.stored) if item.record.source == "shenzhen_cxr")
     _, targets, masks = data.image(index, 84, rng, NO_CHANGE)
@@ -274,7 +274,7 @@ def test_a_question_that_the_teacher_was_not_shown_has_no_part_in_the_loss_of_me
 ) -> None:
     from medreasoner_train.sft import SftHeads, _meaning_loss
 
-    queries = {q for own in load_phrasings("train").values() for q in own.queries}
+    queries = {q for own in load_phrasings("train").values() for q in (*own.queries, *own.named)}
     meanings = {query: torch.ones(8) for query in queries}
     data = SftData(
         load_index(grounding_set),
