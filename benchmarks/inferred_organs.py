@@ -12,18 +12,39 @@ often it is called absent, and how often a labelled neighbour is framed in its p
 import argparse
 import logging
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from medreasoner import Grounder
+from medreasoner import Grounder, Study
 from medreasoner_train.data import load_index
 from medreasoner_train.inferred import load_parts, with_inferred
-from medreasoner_train.language import load_phrasings
+from medreasoner_train.language import Phrasings, load_phrasings
 from medreasoner_train.prior import box_iou
+from medreasoner_train.store import Stored
 
 QUESTIONS = 4  # about each organ of an image
 INSTEAD = 0.6
+
+Answer = tuple[str, float, bool, bool]
+
+
+def ask(study: Study, item: Stored, phrasings: Mapping[str, Phrasings], rng: np.random.Generator) -> Iterator[Answer]:
+    """Of each unlabelled organ of an image: key, box IoU, if it is called absent, if a neighbour is framed."""
+    frames = list(zip(item.record.samples, item.boxes, strict=True))
+    labelled = np.array([box for sample, box in frames if sample.category not in item.guessed])
+    for sample, box in frames:
+        if sample.category not in item.guessed:
+            continue
+        for query in rng.choice(phrasings[sample.key].queries, QUESTIONS):
+            answer = study.ground(str(query)).box
+            if answer is None:
+                yield sample.key, 0.0, True, False
+                continue
+            framed = np.array(answer)[None]
+            instead = bool(box_iou(framed.repeat(len(labelled), 0), labelled).max() > INSTEAD)
+            yield sample.key, float(box_iou(framed, box[None])[0]), False, instead
 
 
 def main() -> None:
@@ -41,19 +62,8 @@ def main() -> None:
         with Grounder.load(bundle) as grounder:
             for item in images:
                 with grounder.open(item.pixels) as study:
-                    names = [sample.category for sample in item.record.samples]
-                    labelled = item.boxes[[name not in item.guessed for name in names]]
-                    for sample, box in zip(item.record.samples, item.boxes, strict=True):
-                        if sample.category not in item.guessed:
-                            continue
-                        for query in rng.choice(phrasings[sample.key].queries, QUESTIONS):
-                            answer = study.ground(str(query)).box
-                            if answer is None:
-                                found[sample.key].append((0.0, True, False))
-                                continue
-                            framed = np.array(answer)[None]
-                            instead = box_iou(framed.repeat(len(labelled), 0), labelled).max() > INSTEAD
-                            found[sample.key].append((float(box_iou(framed, box[None])[0]), False, bool(instead)))
+                    for key, *values in ask(study, item, phrasings, rng):
+                        found[key].append(values)
         for key, own in sorted(found.items()):
             iou, absent, instead = np.mean(own, axis=0)
             means = f"box IoU {iou:.3f}, absent {absent:.2f}, neighbour {instead:.2f}"

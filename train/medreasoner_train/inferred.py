@@ -115,10 +115,9 @@ class _Rules:
         )
         frames = {}
         for source in sorted(kinds):
-            others = [item for item in family if item.record.source in kinds.keys() - {source}]
             own: dict[tuple[str, tuple[str, ...]], Frames] = {}
-            for category in sorted({name for item in others for name in _organs(item)} - kinds[source] - unions.keys()):
-                labelling = [item for item in others if category in kinds[item.record.source]]
+            for category in sorted(frozenset().union(*kinds.values()) - kinds[source] - unions.keys()):
+                labelling = [item for item in family if category in kinds.get(item.record.source, ())]
                 sets = {tuple(sorted(kinds[source] & kinds[item.record.source])) for item in labelling}
                 for shared in sorted(sets, key=lambda names: (-len(names), names)):
                     fitted = _fit([item for item in labelling if _organs(item).keys() >= set(shared)], shared, category)
@@ -255,7 +254,6 @@ def _ellipse(box: npt.NDArray[np.float64], height: int, width: int) -> npt.NDArr
     """(height, width) bool: the ellipse that fills a box, for want of the shape."""
     centre, radii = (box[:2] + box[2:]) / 2, np.maximum((box[2:] - box[:2]) / 2, 0.5)
     y, x = np.ogrid[:height, :width]
-    inside: npt.NDArray[np.bool_] = ((x + 0.5 - centre[0]) / radii[0]) ** 2 + (
-        (y + 0.5 - centre[1]) / radii[1]
-    ) ** 2 <= 1
+    across, down = (x + 0.5 - centre[0]) / radii[0], (y + 0.5 - centre[1]) / radii[1]
+    inside: npt.NDArray[np.bool_] = across**2 + down**2 <= 1
     return inside

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "keys_by_category",
     "load_phrasings",
     "place_of",
+    "read_queries",
     "thought_text",
 ]
 
@@ -59,13 +60,8 @@ def load_phrasings(part: str) -> dict[str, Phrasings]:
     `part` is ``"train"``, or ``"heldout"``: written by another author and never trained on, or ``"named"``: questions
     by name alone, in sentences that are never trained on.
     """
-    table = _queries("train" if part == "named" else part)
-    named = {key: _named(key.partition("/")[2], "train" if part == "train" else "heldout") for key in table}
-    if part == "train":  # some questions that are held out are of this kind, too
-        held = {
-            _bare(query) for entry in _queries("heldout").values() for own in entry["queries"].values() for query in own
-        }
-        named = {key: tuple(query for query in own if _bare(query) not in held) for key, own in named.items()}
+    table = read_queries("train" if part == "named" else part)
+    named = _named(table, "train" if part == "train" else "heldout")
     if part == "named":
         return {key: Phrasings(queries=own, named=own) for key, own in named.items()}
     return {
@@ -80,27 +76,40 @@ def load_phrasings(part: str) -> dict[str, Phrasings]:
     }
 
 
-def _queries(name: str) -> dict[str, Any]:
+def read_queries(name: str) -> dict[str, Any]:
+    """What is in ``queries/NAME.json``."""
     text = resources.files("medreasoner_train").joinpath("queries", f"{name}.json").read_text(encoding="utf-8")
     table: dict[str, Any] = json.loads(text)
     return table
 
 
+def _named(keys: Iterable[str], part: str) -> dict[str, tuple[str, ...]]:
+    """For each key every sentence of a part with every usual name of its category.
+
+    Some questions that are held out are such sentences, too, and are left out of those to train on.
+    """
+    table = read_queries("named")
+    held: set[str] = set()
+    if part == "train":
+        entries = read_queries("heldout").values()
+        held = {_bare(query) for entry in entries for cluster in entry["queries"].values() for query in cluster}
+    made = {}
+    for key in keys:
+        category = key.partition("/")[2]
+        names = table["names"].get(category, {"one": [category]})
+        sentences = (
+            sentence.format(name=name, **{"is": "is" if number == "one" else "are"})
+            for number, own in names.items()
+            for name in own
+            for sentence in table[part]
+        )
+        made[key] = tuple(sentence for sentence in sentences if _bare(sentence) not in held)
+    return made
+
+
 def _bare(query: str) -> str:
     """Without what `vary` may change."""
     return query.lower().rstrip("?.")
-
-
-def _named(category: str, part: str) -> tuple[str, ...]:
-    """Every sentence of a part with every usual name of a category."""
-    table = _queries("named")
-    names = table["names"].get(category, {"one": [category]})
-    return tuple(
-        sentence.format(name=name, **{"is": "is" if number == "one" else "are"})
-        for number, own in names.items()
-        for name in own
-        for sentence in table[part]
-    )
 
 
 def keys_by_category(phrasings: Mapping[str, Phrasings]) -> dict[str, list[str]]:

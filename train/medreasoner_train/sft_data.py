@@ -194,7 +194,7 @@ class SftData(DenseData):
         asked = self.question(item, targets, masks, rng)
         encode = self._vocabulary.tokenizer.encode
         prompt, mark = self._read(asked)
-        tells = think and asked.category not in item.guessed  # a thought says how large the target is
+        tells = think and (asked.mask is not None or asked.geometry is None)  # a thought says how large the target is
         thought = encode(thought_text(asked.own, asked.mask, rng)).ids if tells else []
         numbers = None if asked.geometry is None else self.integers(asked.geometry)
         answer = encode(answer_text(numbers)).ids
@@ -235,14 +235,14 @@ class SftData(DenseData):
         is_plain = bool(own.plain) and self._options.named <= share < self._options.named + self._options.plain
         pool = own.named if by_name else own.plain if is_plain else own.queries
         written = pool[int(rng.integers(len(pool)))]
-        mask = masks.get(category)
-        geometry = None if mask is None else targets.geometry[self.column(category)].astype(np.float64)
+        is_there = category in masks
+        geometry = targets.geometry[self.column(category)].astype(np.float64) if is_there else None
         return Asked(
             category=category,
             own=own,
             written=written,
             query=vary(written, rng, whole=by_name),
-            mask=mask,
+            mask=shapes.get(category),
             geometry=geometry,
         )
 
@@ -361,7 +361,7 @@ class Mark:
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
     """One question: as it was written and as it is typed, what is asked for, its mask (S, S) and relative geometry (8,)
-    in the picture shown; None if absent.
+    in the picture shown; None if absent, the mask also if no more than geometry is known.
     """
 
     category: str

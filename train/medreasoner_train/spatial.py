@@ -6,17 +6,17 @@ is of things that are counted.
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from importlib import resources
 from itertools import permutations
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 from scipy.spatial import ConvexHull
+
+from medreasoner_train.language import read_queries
 
 __all__ = [
     "NOUNS",
@@ -167,8 +167,7 @@ def ask(relation: Relation, part: Part, rng: np.random.Generator) -> str:
 @cache
 def load_templates(part: Part) -> dict[str, dict[str, tuple[str, ...]]]:
     """Templates of questions by ``"pair"`` or ``"several"`` and kind; those of ``"heldout"`` are never trained on."""
-    text = resources.files("medreasoner_train").joinpath("queries", "spatial.json").read_text(encoding="utf-8")
-    table: dict[str, Any] = json.loads(text)
+    table = read_queries("spatial")
     return {number: {kind: tuple(parts[part]) for kind, parts in kinds.items()} for number, kinds in table.items()}
 
 

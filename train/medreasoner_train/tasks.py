@@ -79,8 +79,7 @@ class GroundingTasks:
     def _task(self, shown: "_Shown", key: str, rng: np.random.Generator) -> Task:
         asked = self._data.question(shown.stored, shown.targets, shown.masks, rng)
         prompt = Prompt(key=key, pixels=shown.pixels, query=asked.query, think=bool(rng.random() < self._think))
-        mask = None if asked.category in shown.stored.guessed else asked.mask
-        return Task(prompt=prompt, truth=self._truth(asked.geometry), mask=mask)
+        return Task(prompt=prompt, truth=self._truth(asked.geometry), mask=asked.mask)
 
     def _truth(self, geometry: npt.NDArray[np.float64] | None) -> Truth:
         limit = self._data.largest
